@@ -1,0 +1,91 @@
+"""Ranks: start-up without a launcher, gathering, and the batch shuffle of MoCo.  Everything works the same at one rank."""
+import os
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def defaults():
+    """A plain `python train.py` gets the five variables that a launcher sets; without them DeepSpeed looks for MPI."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        os.environ.setdefault(name, str(value))
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """[B,...] of each rank -> [B*ranks,...] in rank order, the same on every rank; no gradient."""
+    if world() == 1:
+        return x
+    x = x.contiguous()
+    out = x.new_empty(world() * len(x), *x.shape[1:])
+    td.all_gather_into_tensor(out, x)
+    return out
+
+
+def all_mean(x: Tensor) -> Tensor:
+    """Mean over ranks, in place where there are several."""
+    if world() > 1:
+        td.all_reduce(x)
+        x /= world()
+    return x
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; waits for all."""
+    x = torch.tensor(float(flag), device=device())
+    if world() > 1:
+        td.all_reduce(x, op=td.ReduceOp.MAX)
+    return bool(x.item())
+
+
+def barrier():
+    if world() > 1:
+        td.barrier()
+
+
+def mix(*words: int) -> int:
+    """A 63-bit seed from several numbers (splitmix64 of each in turn): (seed, step) -> its own stream."""
+    x = 0
+    for w in words:
+        x = (x ^ w) + 0x9E3779B97F4A7C15 & (1 << 64) - 1
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
+        x ^= x >> 31
+    return x >> 1
+
+
+class Shuffle:
+    """A permutation of the global batch, the same on every rank, by a seed: `split` hands each rank its share, `join` undoes it.
+
+    MoCo, arXiv:1911.05722, section 3.3: keys normalised beside the queries they answer would leak through the batch statistics."""
+
+    def __init__(self, batch: int, seed: int):
+        """batch: images on each rank."""
+        g = torch.Generator().manual_seed(seed)
+        self.order = torch.randperm(batch * world(), generator=g)
+        self.undo = torch.argsort(self.order)
+        self.here = slice(rank() * batch, (rank() + 1) * batch)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B,...] -> [B,...]: this rank's share of the permuted global batch."""
+        return all_gather(x)[self.order[self.here].to(x.device)]
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B,...] of a shuffled share -> [B*ranks,...]: the whole global batch in its own order, on every rank."""
+        return all_gather(x)[self.undo.to(x.device)]

@@ -1,0 +1,20 @@
+"""What a view is: one random crop of an image with its augmentation, as data."""
+from pydantic import BaseModel, Field
+
+Range = tuple[float, float]
+
+
+class Crop(BaseModel, extra="forbid", frozen=True):
+    """One view.  The defaults are MoCo-v2's augmentation, arXiv:2003.04297; the data pipelines read nothing else."""
+
+    size: int = Field(224, ge=8)  # output side, pixels
+    scale: Range = (0.2, 1.0)  # share of the image's area
+    ratio: Range = (3 / 4, 4 / 3)  # width / height
+    flip_p: float = Field(0.5, ge=0, le=1)
+    jitter_p: float = Field(0.8, ge=0, le=1)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue (in turns, at most 0.5)
+    gray_p: float = Field(0.2, ge=0, le=1)
+    blur_p: float = Field(0.5, ge=0, le=1)
+    blur_sigma: Range = (0.1, 2.0)  # pixels
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
