@@ -40,10 +40,22 @@ def all_gather(x: Tensor) -> Tensor:
 
 def all_mean(x: Tensor) -> Tensor:
     """Mean over ranks, in place where there are several."""
+    return all_sum(x).div_(world())
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over ranks, in place where there are several."""
     if world() > 1:
         td.all_reduce(x)
-        x /= world()
     return x
+
+
+def all_min(n: int) -> int:
+    """The smallest of the ranks' numbers; waits for all."""
+    x = torch.tensor(n, device=device())
+    if world() > 1:
+        td.all_reduce(x, op=td.ReduceOp.MIN)
+    return int(x)
 
 
 def any_rank(flag: bool) -> bool:

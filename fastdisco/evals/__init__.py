@@ -1,0 +1,1 @@
+"""Evaluations: each module has `run(...) -> dict of named numbers`."""

@@ -1,0 +1,149 @@
+"""Everything an exact resume needs, under portable names, written so that a crash at any moment leaves the last checkpoint whole.
+
+RUN/checkpoints/last                    text: the name of the newest folder
+RUN/checkpoints/step_00001000/state.pt  what all ranks share, as full named tensors
+RUN/checkpoints/step_00001000/rank_0.pt what is each rank's own: random state, batch-norm statistics
+All files load with torch.load(weights_only=True)."""
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import nn
+
+from fastdisco import dist
+from fastdisco.config import UserError
+from fastdisco.models import mean_buffers, read
+
+
+class Item(NamedTuple):
+    """One thing a resumed run must have back."""
+
+    get: Callable[[], Any]  # called on every rank
+    set: Callable[[Any], None]
+    own: bool = False  # each rank keeps its own
+
+
+def items(net: nn.Module, ema: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, scaler, loader) -> dict[str, Item]:
+    """The one list of a training's state.  `scaler` is None but for fp16; `loader` has a settable `position`."""
+    return {
+        "student": Item(lambda: _shared(net), net.load_state_dict),
+        "ema": Item(lambda: _shared(ema), ema.load_state_dict),
+        "method": Item(method.state_dict, method.load_state_dict),
+        "optimizer": Item(lambda: _named_state(net, optimizer), lambda state: _set_named_state(net, optimizer, state)),
+        "scaler": Item(lambda: scaler and scaler.state_dict(), lambda state: scaler and scaler.load_state_dict(state)),
+        "data": Item(lambda: loader.position, lambda position: setattr(loader, "position", position)),
+        # statistics differ from rank to rank, and with them the mean over ranks in "student" and "ema"
+        "student_buffers": Item(lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True),
+        "ema_buffers": Item(lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True),
+        "rng": Item(_rng, _set_rng, own=True),
+    }
+
+
+def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int):
+    """Writes step_<step>, points `last` to it and removes all but the `keep` newest; called by every rank.
+
+    `meta` names what the state belongs to (data listing, teacher); a resume that differs is refused."""
+    folder = run / "checkpoints" / f"step_{step:08}"
+    beside = folder.with_name(f".{folder.name}.part")
+    if dist.rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    values = {name: item.get() for name, item in state.items()}  # on every rank: some are collective
+    _write(beside / f"rank_{dist.rank()}.pt", {"world": dist.world(), **{n: v for n, v in values.items() if state[n].own}})
+    if dist.rank() == 0:
+        _write(beside / "state.pt", {"step": step, "meta": meta, **{n: v for n, v in values.items() if not state[n].own}})
+    dist.barrier()  # every rank's file is on disk
+    if dist.rank() == 0:
+        _sync(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        _write_text(folder.parent / "last", folder.name)
+        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
+    """Sets every item from the last checkpoint and returns its step; 0 where there is none.
+
+    On another number of ranks each rank starts from the mean statistics and its own fresh random state.
+    Raises UserError where the checkpoint is damaged or belongs to other data or another teacher."""
+    folder = last(run)
+    if folder is None:
+        return 0
+    shared = read(folder / "state.pt")
+    for name, value in meta.items():
+        if shared["meta"].get(name) != value:
+            raise UserError(f"{folder}: was trained with another {name} than this command's; train under another run.name, or restore the {name}")
+    own_file = folder / f"rank_{dist.rank()}.pt"
+    own = read(own_file) if own_file.exists() else {"world": None}
+    for name, item in state.items():
+        if not item.own:
+            item.set(shared[name])
+    if own["world"] == dist.world():
+        for name, item in state.items():
+            if item.own:
+                item.set(own[name])
+    return shared["step"]
+
+
+def last(run: Path) -> Path | None:
+    """The folder that RUN/checkpoints/last names; None where the run has none yet."""
+    pointer = Path(run) / "checkpoints" / "last"
+    return pointer.parent / pointer.read_text().strip() if pointer.exists() else None
+
+
+def _shared(net: nn.Module) -> dict[str, torch.Tensor]:
+    return net.state_dict() | mean_buffers(net)
+
+
+def _named_state(net, optimizer) -> dict[str, dict[str, Any]]:
+    """{parameter name: {state name: tensor}}: independent of parameter groups and their order."""
+    return {name: dict(optimizer.state[p]) for name, p in net.named_parameters() if p in optimizer.state}
+
+
+def _set_named_state(net, optimizer, state):
+    for name, p in net.named_parameters():
+        if name in state:
+            optimizer.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) and v.dim() else v for k, v in state[name].items()}
+
+
+def _copy_buffers(net, buffers):
+    for name, b in net.named_buffers():
+        b.copy_(buffers[name])
+
+
+def _rng():
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def _set_rng(state):
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write(path: Path, value):
+    with path.open("wb") as f:
+        torch.save(value, f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _write_text(path: Path, text: str):
+    part = path.with_suffix(".part")
+    with part.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path):
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)

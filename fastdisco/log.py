@@ -1,0 +1,141 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; rank 0 only."""
+import json
+import math
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastdisco import dist
+from fastdisco.config import UserError
+
+console = Console(stderr=False, highlight=False)
+
+
+def say(text: str):
+    """One line of rank 0, above the bar where there is one."""
+    if dist.rank() == 0:
+        console.print(text, markup=False, soft_wrap=True)
+
+
+class Meter:
+    """The scalars of the micro batches since the last look, left on the device until then, and where the time went."""
+
+    def __init__(self, weights: dict[str, float], images: int, folder: Path, start: int):
+        """weights: the names that are losses; images: per step, over all ranks; start: the step the loop begins at."""
+        self.weights, self.images, self.folder = weights, images, folder
+        self.names: list[str] = []
+        self._forget(start)
+
+    def add(self, scalars: dict[str, Tensor]):
+        """The named scalars of one micro batch; no host sync."""
+        self.names = list(scalars)
+        self.rows.append(torch.stack([v.detach().float() for v in scalars.values()]))
+
+    @contextmanager
+    def waiting(self):
+        """Around what waits for data."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self):
+        """Around what is not training."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+
+    def read(self, done: int, steps: int) -> dict[str, float]:
+        """Means over micro batches and ranks since the last look, and the speed; here the loop waits for the device.
+
+        Raises UserError where a value is not finite, naming the step and the term."""
+        table = dist.all_mean(torch.stack(self.rows)).tolist()
+        took, n = time.perf_counter() - self.begin, done - self.last
+        for i, row in enumerate(table):
+            for name, value in zip(self.names, row):
+                if not math.isfinite(value):
+                    raise UserError(f"step {self.last + 1 + i * n // len(table)}: {_full(name, self.weights)} is {value}; the last checkpoint, in "
+                                    f"{self.folder / 'checkpoints'}, is from before it: lower optim.lr or set optim.clip, then train on")
+        means = {_full(name, self.weights): sum(column) / len(table) for name, column in zip(self.names, zip(*table))}
+        speed = {"perf/total_ips": n * self.images / took, "perf/compute_ips": n * self.images / max(took - self.waited, 1e-9),
+                 "perf/step_time": took / n, "perf/data_time": self.waited / n, "perf/data_share": self.waited / took,
+                 "perf/eta": took / n * (steps - done)}
+        if torch.cuda.is_available():
+            speed["perf/mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._forget(done)
+        return means | speed
+
+    def _forget(self, done: int):
+        self.rows, self.waited, self.last, self.begin = [], 0.0, done, time.perf_counter()
+
+
+class Log:
+    """Writes metrics; a context manager that owns the bar."""
+
+    def __init__(self, folder: Path, start: int, steps: int):
+        """`start`: the step a resumed run continues at; later entries of an earlier attempt are dropped."""
+        self.steps, self.best = steps, None
+        self.file = self.tb = self.bar = None
+        if dist.rank():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        self.tb = SummaryWriter(folder / "tb", purge_step=start + 1 if start else None)
+        path = folder / "metrics.jsonl"
+        kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if start and path.exists() else []
+        self.best = max((m["eval/knn_top1"] for m in map(json.loads, kept) if "eval/knn_top1" in m), default=None)
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(kept))
+        os.replace(whole, path)
+        self.file = path.open("a", buffering=1)
+        if console.is_terminal:
+            self.bar = Progress(BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"), TimeRemainingColumn(),
+                                console=console)
+            self.task = self.bar.add_task("", total=steps, completed=start)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        for x in (self.bar, self.file, self.tb):
+            if x:
+                x.stop() if x is self.bar else x.close()
+
+    def write(self, step: int, values: dict[str, float]):
+        """Metrics after `step` steps, named group/name as in TensorBoard."""
+        if not self.file:
+            return
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            self.tb.add_scalar(name, value, step)
+        if (knn := values.get("eval/knn_top1")) is not None:
+            self.best = max(knn, self.best or 0.0)
+            say(f"step {step}/{self.steps}  kNN top-1 {knn:.2%}  best {self.best:.2%}")
+            return
+        line = self._line(values)
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=line)
+        else:
+            say(f"step {step}/{self.steps}  epoch {values['train/epoch']:.2f}  {line}  ETA {_hms(values['perf/eta'])}")
+
+    def _line(self, v: dict[str, float]) -> str:
+        losses = "  ".join(f"{k.removeprefix('train/')} {x:.4g}" for k, x in v.items() if k.startswith("train/loss"))
+        best = f"  kNN {self.best:.1%}" if self.best is not None else ""
+        return f"{losses}  lr {v['train/lr']:.3g}  {v['perf/total_ips']:.0f} images/s  data wait {v['perf/data_share']:.0%}{best}"
+
+
+def _full(name: str, weights: dict[str, float]) -> str:
+    """loss -> train/loss, a term of the loss -> train/loss_<term>; others name their group themselves."""
+    return name if "/" in name else f"train/loss_{name}" if name in weights else f"train/{name}"
+
+
+def _hms(seconds: float) -> str:
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02}:{s:02}"

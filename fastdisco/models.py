@@ -1,0 +1,232 @@
+"""Networks: a timm backbone with a projection head, split batch norm, the mean student, and strict loading of weights."""
+import copy
+import difflib
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdisco import config, dist
+from fastdisco.config import UserError
+
+
+class Out(NamedTuple):
+    z: Tensor  # [V,B,d] raw head outputs: the losses normalise them
+    scores: Tensor | None = None  # [V,B,K] prototype logits
+
+
+class Net(nn.Module):
+    """Backbone and projection head; a list of views [B,3,S,S] in, Out.z [V,B,d] out."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: list[Tensor]) -> Out:
+        """Training: one forward per view, since batch-norm statistics are per view.  Eval: one forward per resolution."""
+        if self.training:
+            return Out(torch.stack([self.head(self.features(v)) for v in views]))
+        sizes = {}
+        for i, v in enumerate(views):
+            sizes.setdefault(v.shape[-2:], []).append(i)
+        z = [None] * len(views)
+        for same in sizes.values():
+            rows = self.head(self.features(torch.cat([views[i] for i in same])))  # [len(same)*B,d]
+            for i, part in zip(same, rows.chunk(len(same))):
+                z[i] = part
+        return Out(torch.stack(z))
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B,3,S,S] -> [B,F], the pooled output of the backbone: what evaluations use."""
+        return self.backbone(x)
+
+
+def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1) -> Net:
+    """A Net in channels_last memory, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
+
+    head       makes the head for the backbone's number of features
+    kwargs     for timm.create_model
+    bn_groups  > 1: training statistics of every batch norm are those of that many equal slices of the batch, see `split_bn`
+    Raises UserError for a name or keyword that timm does not know."""
+    backbone = _backbone(arch, kwargs)
+    net = Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
+    split_bn(net, bn_groups)
+    return net.to(memory_format=torch.channels_last)
+
+
+def mlp(dim: int, hidden: int, out: int) -> nn.Module:
+    """The head of MoCo-v2, Linear-ReLU-Linear (arXiv:2003.04297); hidden 0: MoCo-v1's single Linear."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)) if hidden else nn.Linear(dim, out)
+
+
+def split_bn(net: nn.Module, groups: int):
+    """Turns every batch norm of the module, in place, into one whose training statistics are per slice of B/groups consecutive images.
+
+    Each slice is normalised as a rank of its own would do it; the running statistics become the mean of the slices' updates.
+    State-dict keys, eval mode and, at 1 group, everything else stay as they are.  Raises UserError for a kind of batch norm it does not know."""
+    if groups == 1:
+        return
+    for name, m in net.named_modules():
+        if isinstance(m, _BatchNorm):
+            if type(m) not in _SPLIT:
+                raise UserError(f"bn.groups: the {type(m).__name__} at {name} cannot be split into {groups}; "
+                                "set bn.groups=1 or take another student.arch")
+            m.__class__ = _SPLIT[type(m)]  # the object stays: its parameters, buffers and hooks are shared with others
+            m.groups = groups
+
+
+def ema_copy(net: Net) -> Net:
+    """The mean student at its start: a copy without gradients, in train mode, for its batch-norm statistics are its own."""
+    return copy.deepcopy(net).requires_grad_(False).train()
+
+
+@torch.no_grad()
+def ema_update(ema: nn.Module, net: nn.Module, m: float):
+    """ema = m ema + (1 - m) net over the parameters alone; float32 or wider, since 1 - m drowns in half precision.  MoCo, equation 2."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - m)
+
+
+def mean_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """Copies of the floating buffers, averaged over ranks, whose batch-norm statistics differ; every rank must call it."""
+    return {k: dist.all_mean(b.detach().clone()) for k, b in net.named_buffers() if b.is_floating_point()}
+
+
+def from_run(folder: Path, which: str = "student") -> tuple[Net, config.Config]:
+    """A network of one of our runs in eval mode, and the run's configuration.
+
+    folder  the run (its last checkpoint is taken), or one of its folders checkpoints/step_XXXXXXXX
+    which   student, or ema for the mean student
+    Raises UserError when the folder holds no checkpoint, or one that does not fit its config.yaml."""
+    folder = Path(folder)
+    step = folder if (folder / "state.pt").is_file() else _last(folder)
+    cfg = config.load(step.parent.parent / "config.yaml")
+    weights = read(step / "state.pt").get(which)
+    if not isinstance(weights, dict):
+        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; give a checkpoint written by fastdisco train")
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
+        net = create(cfg.student.arch, lambda dim: mlp(dim, cfg.student.hidden, cfg.student.dim), cfg.student.kwargs)
+    load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
+    return net.eval(), cfg
+
+
+def read(file: Path) -> dict:
+    """What torch.save wrote, never running code from the file (weights_only); tensors of a zip file are mapped, not read.
+
+    Raises UserError for a missing, damaged or unsafe file, or one that holds no dict."""
+    try:
+        open(file, "rb").close()
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror}); give the path of an existing checkpoint") from None
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # torch before 1.6 wrote no zip
+    except Exception as e:  # torch's readers raise RuntimeError, EOFError, OSError, struct.error ... wherever the bytes stop making sense
+        asked = isinstance(e, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(e))
+        raise UserError(_unsafe(file, asked[1]) if asked else _damaged(file)) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: holds a {type(found).__name__}, not a dict of weights; give a checkpoint file")
+    return found
+
+
+def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str, remedy: str):
+    """Copies named weights into the network; every name and shape must agree.  Raises UserError with what does not, and the remedy."""
+    own = net.state_dict()
+    shape = {k: tuple(getattr(v, "shape", ())) for k, v in weights.items()}
+    wrong = {
+        "missing": [k for k in own if k not in weights and not k.endswith(".num_batches_tracked")],  # a counter that nothing here reads
+        "unexpected": [k for k in weights if k not in own],
+        "of another shape": [f"{k} {shape[k]} for {tuple(v.shape)}" for k, v in own.items() if k in weights and shape[k] != tuple(v.shape)],
+    }
+    if any(wrong.values()):
+        raise UserError(f"{source}: {'; '.join(f'{what}: {shorten(names)}' for what, names in wrong.items() if names)}; {remedy}")
+    net.load_state_dict(weights, strict=False)  # all but the counters is there
+
+
+def shorten(names: list[str], show: int = 4) -> str:
+    """'a, b, c, d and 7 more'"""
+    return ", ".join(names[:show]) + (f" and {len(names) - show} more" if len(names) > show else "")
+
+
+_OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels", "features_only": "the pooled features are used",
+         "pretrained": "training starts from random weights", "checkpoint_path": "training starts from random weights"}
+
+
+def _backbone(arch: str, kwargs: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"
+        raise UserError(f"arch: timm {timm.__version__} has no model '{arch}'; {hint}")
+    for key in kwargs:
+        if key in _OURS:
+            raise UserError(f"kwargs: {key} of {arch} is not for you to set ({_OURS[key]}); remove it")
+    try:
+        return timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+    except Exception as e:  # whatever the constructor trips over
+        raise UserError(f"kwargs: timm cannot make {arch} with {kwargs} ({type(e).__name__}: {e}); correct or remove them") from e
+
+
+class _Split:
+    """The forward of a split batch norm, before the kind of batch norm it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        if len(x) % self.groups:
+            raise ValueError(f"a batch of {len(x)} does not split into {self.groups} groups")
+        share, mean, var = 0.0, [None] * self.groups, [None] * self.groups
+        if self.running_mean is not None:
+            self.num_batches_tracked.add_(1)
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            mean, var = (b.repeat(self.groups, 1) for b in (self.running_mean, self.running_var))  # [groups,C]
+        # Slices and one concatenation: in channels_last on CPU 24 % over the plain module, a reshape into groups*C channels 4 times it.
+        y = torch.cat([F.batch_norm(part, mean[g], var[g], self.weight, self.bias, True, share, self.eps)
+                       for g, part in enumerate(x.chunk(self.groups))])
+        if self.running_mean is not None:
+            self.running_mean.copy_(mean.mean(0))
+            self.running_var.copy_(var.mean(0))
+        return self.act(self.drop(y)) if isinstance(self, BatchNormAct2d) else y
+
+
+class SplitBatchNorm1d(_Split, nn.BatchNorm1d):
+    pass
+
+
+class SplitBatchNorm2d(_Split, nn.BatchNorm2d):
+    pass
+
+
+class SplitBatchNormAct2d(_Split, BatchNormAct2d):
+    pass
+
+
+_SPLIT = {nn.BatchNorm1d: SplitBatchNorm1d, nn.BatchNorm2d: SplitBatchNorm2d, BatchNormAct2d: SplitBatchNormAct2d}
+
+
+def _last(run: Path) -> Path:
+    pointer = run / "checkpoints" / "last"
+    try:
+        step = pointer.parent / pointer.read_text().strip()
+    except OSError:
+        raise UserError(f"{run}: no checkpoint of fastdisco here (no {pointer}); give the folder of a run that has saved one") from None
+    if not (step / "state.pt").is_file():
+        raise UserError(f"{pointer}: names {step.name}, which holds no state.pt; write the name of a complete folder of {pointer.parent} into it")
+    return step
+
+
+def _unsafe(file: Path, asked: str) -> str:
+    return (f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for can run code; if you trust its author, "
+            f"run this in a throw-away container without network and give what it writes: torch.save({{'state_dict': "
+            f"torch.load('{file}', map_location='cpu', weights_only=False)['state_dict']}}, 'weights.pth.tar')")
+
+
+def _damaged(file: Path) -> str:
+    return (f"{file}: not a readable torch checkpoint (cut short, damaged, or of another kind); "
+            "copy or download it again and compare its size or checksum")

@@ -1,0 +1,93 @@
+"""The folder of a run: its resolved configuration, its environment, and whether a command may continue it."""
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastdisco import config, dist
+from fastdisco.config import Config, UserError
+
+# What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
+_FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.threads", "data.eval_batch", "teacher.file", "eval.", "log.", "checkpoint.")
+
+
+def open_run(cfg: Config, overwrite: bool = False) -> Path:
+    """The folder out/name, with config.yaml and env.json written; called by every rank.
+
+    Raises UserError where the folder holds a run of another configuration, naming what differs and the two ways out."""
+    folder = cfg.run.out / cfg.run.name
+    if not overwrite:
+        _agree(cfg, folder)
+    dist.barrier()  # every rank has looked
+    if dist.rank() == 0:
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.dump(cfg))
+        (folder / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    dist.barrier()
+    return folder
+
+
+class Stop:
+    """`asked` turns true at SIGTERM or the first Ctrl-C; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def environment() -> dict:
+    """Versions, commit, hardware and command of this process."""
+    names = ("torch", "torchvision", "triton", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "apex", "numpy")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": versions, "commit": _commit(), "command": " ".join(sys.argv), "ranks": dist.world(), "host": platform.node(),
+            "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "cuda": torch.version.cuda}
+
+
+def _agree(cfg: Config, folder: Path):
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old, new = (config.flatten(c.model_dump(mode="json")) for c in (config.load(path), cfg))
+    differ = [f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in sorted(old | new)
+              if old.get(k) != new.get(k) and not k.startswith(_FREE)]
+    if differ:
+        raise UserError(f"{folder}: holds a run of another configuration: {', '.join(differ)}; "
+                        "give this one another run.name, or start over with --overwrite")
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed copy
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,55 @@
+"""The tree keeps its shape: import levels, one owner for each heavy dependency, no names that break `deepspeed fastdisco/train.py`."""
+import ast
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+LEVELS = [
+    {"kernels", "config", "dist", "log", "views"},
+    {"data", "models", "memory"},
+    {"teacher", "methods", "optim", "evals"},
+    {"engine", "checkpoint", "runs", "export"},
+    {"cli", "train"},
+]
+OWNERS = {"nvidia": {"data"}, "deepspeed": {"engine"}, "timm.optim": {"optim"}, "timm": {"models", "optim"}, "triton": {"kernels"}}
+FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def unit(path):
+    """fastdisco/data/folder.py -> data, kernels/chunked.py -> kernels"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "kernels" else parts[1]
+
+
+def imports(path):
+    """Dotted names of everything a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path):
+    if (here := unit(path)) == "__init__":
+        return
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    assert here in level, f"{path.name}: give it a level"
+    for name in imports(path):
+        if name.startswith("fastdisco.") and (other := name.split(".")[1]) in level and other != here:
+            assert level[other] < level[here] or level[other] == level[here] == 0, f"{here} (level {level[here]}) imports {other}"
+        for heavy, owners in OWNERS.items():
+            if name == heavy or name.startswith(heavy + "."):
+                assert here in owners, f"{name} is imported by {here}; only {owners} may"
+
+
+def test_nobody_imports_the_loop():
+    assert not [p for p in FILES for name in imports(p) if name.startswith("fastdisco.train")]
+
+
+def test_no_file_shadows_the_standard_library():
+    names = {p.stem for p in (ROOT / "fastdisco").glob("*.py")} | {p.name for p in (ROOT / "fastdisco").iterdir() if p.is_dir()}
+    assert not names & set(sys.stdlib_module_names)
