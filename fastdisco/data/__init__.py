@@ -1,0 +1,5 @@
+"""Images in, batches of views out: the only importer of DALI."""
+from fastdisco.data.folder import Listing, listing
+from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
+
+__all__ = ["Batch", "EvalLoader", "Listing", "TrainLoader", "listing"]

@@ -1,0 +1,335 @@
+"""The real command: every way to start it, what it writes, resuming, refusing, stopping, and equality with PyTorch's DDP."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT, ranks, run, tiny
+from fastdisco import checkpoint, config, data, dist, engine, methods, models, optim, train
+from fastdisco.config import UserError
+
+SCRIPT = ROOT / "fastdisco/train.py"
+
+
+def metrics(folder):
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {m["step"]: m["train/loss"] for m in metrics(folder) if "train/loss" in m}
+
+
+# ---- starting
+
+@pytest.mark.parametrize("start", [
+    [sys.executable, SCRIPT],
+    [sys.executable, "-m", "fastdisco.train"],
+    [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", SCRIPT],
+    [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", "--master_port=29631", SCRIPT],
+], ids=["python", "module", "torchrun", "deepspeed"])
+def test_every_start(start, folder, tmp_path):
+    text = run(*start, *tiny(folder, tmp_path, "run.max_steps=2"))
+    assert "done: 2 steps" in text and text.count("done:") == 1  # rank 0 alone speaks
+    n = 2 if "torch.distributed.run" in start or "deepspeed.launcher.runner" in start else 1
+    assert f"batch 8 = {n} ranks x {8 // n} images" in text
+    assert sorted(losses(tmp_path / "tiny")) == [1, 2]
+
+
+def test_the_installed_package_starts_outside_the_checkout(folder, tmp_path):
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", ROOT)
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    where = run(sys.executable, "-c", "import fastdisco.kernels as k, fastdisco as f; print(k.__file__, f.__path__)", env=env, cwd=tmp_path)
+    assert str(tmp_path / "site" / "fastdisco" / "kernels") in where and str(ROOT) not in where
+    assert "done: 1 steps" in run(sys.executable, "-m", "fastdisco.train", *tiny(folder, tmp_path, "run.max_steps=1"), env=env, cwd=tmp_path)
+
+
+def test_what_a_run_leaves(folder, tmp_path):
+    text = run(sys.executable, SCRIPT, *tiny(folder, tmp_path, "run.max_steps=6", "eval.every=3", "checkpoint.every=2", "optim.lr_scale=linear"))
+    assert "lr 0.001562 for optim.lr 0.05 at batch 256" in text  # the scaling rule is printed: 0.05 x 8 / 256
+    out = tmp_path / "tiny"
+    assert config.load(out / "config.yaml").optim.lr_scale == "linear"
+    assert json.loads((out / "env.json").read_text())["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["last", "step_00000004", "step_00000006"]  # the last two
+    assert list((out / "tb").iterdir())
+    rows = metrics(out)
+    assert [m["step"] for m in rows if "eval/knn_top1" in m] == [3, 6]
+    first = next(m for m in rows if m["step"] == 1)
+    assert {"train/loss", "train/loss_contrast", "train/lr", "train/epoch", "feat/std", "perf/total_ips", "perf/data_time"} <= set(first)
+    assert "train/loss_distill" not in first
+    assert first["train/loss"] == pytest.approx(first["train/loss_contrast"])
+    assert first["train/lr"] == pytest.approx(0.05 * 8 / 256)
+    knn = json.loads(run(sys.executable, "-m", "fastdisco.cli", "eval", "knn", out).splitlines()[-1])
+    assert knn["eval/knn_top1"] == rows[-1]["eval/knn_top1"]  # the same number afterwards
+
+
+def test_two_ranks_agree_with_the_evaluation_afterwards(folder, tmp_path):
+    ranks(2, _train, tiny(folder, tmp_path, "run.max_steps=4"))
+    knn = json.loads(run(sys.executable, "-m", "fastdisco.cli", "eval", "knn", tmp_path / "tiny").splitlines()[-1])
+    assert knn["eval/knn_top1"] == metrics(tmp_path / "tiny")[-1]["eval/knn_top1"]
+
+
+def test_distillation_from_our_own_run(folder, tmp_path):
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=3", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
+    ranks(2, _train, tiny(folder, tmp_path, "run.max_steps=3", f"teacher.file={tmp_path}/teacher"))
+    rows = metrics(tmp_path / "tiny")
+    for m in rows[:3]:
+        assert m["train/loss"] == pytest.approx(m["train/loss_contrast"] + 4 * m["train/loss_distill"], rel=1e-5)
+        assert m["distill/cosine"] == pytest.approx(1 - m["train/loss_distill"] / 4, abs=1e-5)  # ||s-t||^2 = 2 - 2 cos, two views
+    saved = models.read(checkpoint.last(tmp_path / "tiny") / "state.pt")
+    assert not [k for part in ("student", "ema", "method") for k in saved[part] if "teacher" in k]
+    assert len(saved["meta"]["teacher"]) == 64
+
+
+def test_bf16_keeps_weights_and_statistics_in_fp32(folder, tmp_path):
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=3", "engine.precision=bf16"))
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=3", "run.name=fp32"))
+    saved = models.read(checkpoint.last(tmp_path / "tiny") / "state.pt")
+    assert {v.dtype for part in ("student", "ema") for v in saved[part].values()} == {torch.float32, torch.int64}
+    a, b = losses(tmp_path / "tiny"), losses(tmp_path / "fp32")
+    assert a[1] != b[1] and a[1] == pytest.approx(b[1], rel=2e-2)
+
+
+def _train(args):
+    code = train.main([str(a) for a in args])
+    assert code == 0, f"ended with {code}"
+
+
+# ---- resuming
+
+def _trajectory(args, drop):
+    """Trains with a checkpoint's item left out of what is restored; returns the image indices seen."""
+    seen, step, restore = [], data.TrainLoader.__next__, checkpoint.restore
+
+    def record(self):
+        batch = step(self)
+        seen.append(batch.index.tolist())
+        return batch
+
+    data.TrainLoader.__next__ = record
+    checkpoint.restore = lambda run, state, meta: restore(run, {k: v for k, v in state.items() if k != drop}, meta)
+    _train(args)
+    assert dist.world() == int(os.environ["WORLD_SIZE"]) == torch.distributed.get_world_size() if torch.distributed.is_initialized() else True
+    return seen
+
+
+def _interrupted(folder, tmp_path, n, drop=None, name="parts"):
+    """7 steps, a new process, 7 more; beside 14 at once."""
+    ranks(n, _trajectory, tiny(folder, tmp_path, f"run.name={name}", "run.max_steps=7", f"teacher.file={tmp_path}/teacher"), None)
+    return ranks(n, _trajectory, tiny(folder, tmp_path, f"run.name={name}", "run.max_steps=14", f"teacher.file={tmp_path}/teacher"), drop)
+
+
+def _differences(folder_a, folder_b, n):
+    """Names of what two finished runs do not have bit-equal."""
+    found = []
+    for file in ["state.pt"] + [f"rank_{r}.pt" for r in range(n)]:
+        a, b = (config.flatten(models.read(checkpoint.last(f) / file)) for f in (folder_a, folder_b))
+        assert a.keys() == b.keys()
+        found += [f"{file}:{k}" for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
+    a, b = losses(folder_a), losses(folder_b)
+    assert sorted(a) == sorted(b) == list(range(1, 15))
+    return found + [f"loss:{s}" for s in a if a[s] != b[s]]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(request, folder, tmp_path_factory):
+    """14 uninterrupted steps on 1 or 2 ranks, distilled from a teacher of our own."""
+    out = tmp_path_factory.mktemp(f"whole{request.param}")
+    ranks(1, _train, tiny(folder, out, "run.max_steps=2", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
+    seen = ranks(request.param, _trajectory, tiny(folder, out, "run.name=whole", "run.max_steps=14", f"teacher.file={out}/teacher"), None)
+    return out, request.param, seen
+
+
+def test_resume_is_exact(whole, folder):
+    """Stopped in the middle of the second epoch (5 steps each), with the queue (24 keys, 8 a step) wrapped."""
+    out, n, seen = whole
+    rest = _interrupted(folder, out, n)
+    assert _differences(out / "whole", out / "parts", n) == []
+    assert [s[7:] for s in seen] == rest
+    assert models.read(checkpoint.last(out / "whole") / "state.pt")["method"]["queue.ptr"] == 14 * 8 % 24
+
+
+@pytest.mark.parametrize("item", ["student", "ema", "method", "optimizer", "data", "student_buffers", "ema_buffers", "rng"])
+def test_resume_needs_every_item(whole, folder, item):
+    out, n, _ = whole
+    if n == 1 and item.endswith("_buffers"):
+        item = {"student_buffers": ("student", "student_buffers"), "ema_buffers": ("ema", "ema_buffers")}[item][0]  # at one rank they are the mean
+    _interrupted(folder, out, n, drop=item, name=f"without_{item}")
+    assert _differences(out / "whole", out / f"without_{item}", n) != []
+
+
+def test_the_list_of_items_is_the_one_tested():
+    parameters = next(m for m in test_resume_needs_every_item.pytestmark if m.name == "parametrize").args[1]
+    net = torch.nn.Linear(1, 1)
+    assert set(checkpoint.items(net, net, net, torch.optim.SGD(net.parameters(), lr=1), None, None)) == {*parameters, "scaler"}  # fp16: on a GPU
+
+
+def test_another_number_of_ranks_goes_on(folder, tmp_path):
+    ranks(2, _train, tiny(folder, tmp_path, "run.max_steps=7"))
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=9"))
+    assert sorted(losses(tmp_path / "tiny")) == list(range(1, 10))
+
+
+def test_a_changed_configuration_is_refused_and_named(folder, tmp_path):
+    run(sys.executable, SCRIPT, *tiny(folder, tmp_path, "run.max_steps=1"))
+    text = run(sys.executable, SCRIPT, *tiny(folder, tmp_path, "optim.lr=0.06", "method.temp=0.1", "log.every=3"), code=2)
+    assert "optim.lr (0.05 there, 0.06 here), " not in text  # sorted by name
+    assert "method.temp (0.2 there, 0.1 here), optim.lr (0.05 there, 0.06 here)" in text and "log.every" not in text
+    assert "run.name" in text and "--overwrite" in text
+    assert "Traceback" not in text
+    run(sys.executable, SCRIPT, *tiny(folder, tmp_path, "optim.lr=0.06", "run.max_steps=1"), "--overwrite")
+    assert config.load(tmp_path / "tiny/config.yaml").optim.lr == 0.06
+
+
+def test_other_data_is_refused(folder, tmp_path):
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=1"))
+    text = run(sys.executable, SCRIPT, *tiny(folder, tmp_path, f"data.train={folder}/val", "run.max_steps=2"), code=2)
+    assert "another data than" in text
+
+
+def test_a_finished_run_is_left_alone(folder, tmp_path):
+    args = tiny(folder, tmp_path, "run.max_steps=1")
+    ranks(1, _train, args)
+    before = (tmp_path / "tiny/metrics.jsonl").read_bytes()
+    assert "done: 1 steps" in run(sys.executable, SCRIPT, *args)
+    assert (tmp_path / "tiny/metrics.jsonl").read_bytes() == before
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(folder, tmp_path):
+    args = [sys.executable, SCRIPT, *map(str, tiny(folder, tmp_path, "run.epochs=2000"))]
+    p = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = tmp_path / "tiny/metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (path.exists() and path.stat().st_size):
+        time.sleep(0.2)
+    p.send_signal(signal.SIGTERM)
+    text, _ = p.communicate(timeout=60)
+    assert p.returncode == 0 and "stopped as asked" in text, text
+    step = models.read(checkpoint.last(tmp_path / "tiny") / "state.pt")["step"]
+    run(*args, f"run.max_steps={step + 2}")
+    assert sorted(losses(tmp_path / "tiny")) == list(range(1, step + 3))
+
+
+# ---- failing
+
+@pytest.mark.parametrize("overrides, says", [
+    (["data.train=/nowhere"], "/nowhere"),
+    (["teacher.file=/nowhere.pth"], "/nowhere.pth"),
+    (["data.batch=64", "method.queue=64"], "64"),
+    (["engine.precision=fp16"], "engine.precision: fp16 needs a GPU"),
+    (["student.arch=mobilenetv9"], "mobilenetv9"),
+    (["optim.name=sgdx"], "optim.name"),
+    (["engine.deepspeed={zero_optimisation: {stage: 1}}"], "engine.deepspeed.zero_optimisation"),
+    (["engine.deepspeed={gradient_clipping: 1}"], "engine.deepspeed.gradient_clipping"),
+], ids=lambda v: v if isinstance(v, str) else v[0].split("=")[0])
+def test_what_cannot_work_is_one_sentence_before_training(folder, tmp_path, overrides, says):
+    if torch.cuda.is_available() and "fp16" in overrides[0]:
+        pytest.skip("gpu: fp16 runs here")
+    code, error = ranks(1, _fails, tiny(folder, tmp_path, *overrides))[0]
+    assert code == 2 and error.startswith("fastdisco: error: ") and says in error and error.count("\n") == 1
+    assert not (tmp_path / "tiny").exists()
+
+
+def _fails(args):
+    import contextlib
+    import io
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = train.main([str(a) for a in args])
+    return code, "".join(x for x in err.getvalue().splitlines(True) if x.startswith("fastdisco"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    code, error = ranks(1, _fails, tiny(folder, tmp_path, "optim.lr=1e30", "log.every=5", "checkpoint.every=2"))[0]
+    assert code == 2 and "is nan" in error and "train/loss" in error
+    step = int(error.split("step ")[1].split(":")[0])
+    kept = checkpoint.last(tmp_path / "tiny")
+    assert kept is None or models.read(kept / "state.pt")["step"] < step
+    assert str(tmp_path / "tiny/checkpoints") in error
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    value = {"n": 1}
+    state = {"n": checkpoint.Item(lambda: value["n"], lambda n: value.update(n=n)), "mine": checkpoint.Item(lambda: value["n"], lambda n: None, own=True)}
+    checkpoint.save(tmp_path, 1, state, {}, keep=2)
+    value["n"] = 2
+    write = checkpoint._write
+    for broken in ("state.pt", "rank_0.pt"):
+        def fails(path, what):
+            if path.name == broken:
+                path.write_bytes(b"half")
+                raise OSError("disk full")
+            write(path, what)
+        monkeypatch.setattr(checkpoint, "_write", fails)
+        with pytest.raises(OSError):
+            checkpoint.save(tmp_path, 2, state, {}, keep=2)
+        assert checkpoint.restore(tmp_path, state, {}) == 1 and value["n"] == 1
+        value["n"] = 2
+    monkeypatch.setattr(checkpoint, "_write", write)
+    checkpoint.save(tmp_path, 2, state, {}, keep=2)
+    value["n"] = 0
+    assert checkpoint.restore(tmp_path, state, {}) == 2 and value["n"] == 2
+    (checkpoint.last(tmp_path) / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="state.pt"):
+        checkpoint.restore(tmp_path, state, {})
+
+
+# ---- equality with plain PyTorch
+
+def _plain(args, steps):
+    """The same training without DeepSpeed: PyTorch's DDP and SGD."""
+    cfg = config.load(args[1], args[2:])
+    torch.distributed.init_process_group("gloo")
+    assert torch.distributed.get_world_size() == 2
+    device = torch.device("cpu")
+    torch.manual_seed(cfg.run.seed)
+    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed, shuffle=True)
+    net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups)
+    ema = models.ema_copy(net)
+    ddp = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    sgd = torch.optim.SGD(net.parameters(), lr=cfg.optim.lr, momentum=0.9, weight_decay=1e-4)
+    loader = data.TrainLoader(data.listing(cfg.data.train), method.views, 4, cfg.run.seed, cfg.run.epochs, 1, 1, device)
+    torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
+    out = []
+    for step in range(steps):
+        sgd.param_groups[0]["lr"] = cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * step / (5 * cfg.run.epochs)))
+        terms = method.step(methods.Nets(ddp, torch.no_grad()(ema), None), next(loader).views, methods.Progress(step, 0.0))
+        sgd.zero_grad()
+        terms["contrast"].backward()
+        sgd.step()
+        models.ema_update(ema, net, 0.9)
+        method.after_step()
+        out.append(dist.all_mean(terms["contrast"].detach().clone()).item())
+    return out
+
+
+def _engine(args):
+    created = engine.create
+
+    def create(*a):
+        made = created(*a)
+        assert made.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 2 and made.gradient_clipping() == 0
+        return made
+
+    engine.create = create
+    _train(args)
+
+
+def test_two_ranks_train_as_ddp_does(folder, tmp_path):
+    args = [str(a) for a in tiny(folder, tmp_path, "run.max_steps=10")]
+    ranks(2, _engine, args)
+    ours, plain = losses(tmp_path / "tiny"), ranks(2, _plain, args, 10)[0]
+    assert [ours[s] for s in range(1, 11)] == pytest.approx(plain, rel=1e-5)
+    assert plain[9] != pytest.approx(plain[0], rel=1e-3)  # something was learnt or at least changed
+
+
+def test_clipping_and_accumulation_reach_the_engine(folder, tmp_path):
+    for name, more in (("plain", ()), ("clipped", ("optim.clip=0.01",)), ("halves", ("data.accumulate=2", "bn.groups=1"))):
+        ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=4", f"run.name={name}", *more))
+    plain, clipped, halves = (losses(tmp_path / n) for n in ("plain", "clipped", "halves"))
+    assert plain[1] == clipped[1] and plain[4] != clipped[4]
+    assert sorted(halves) == [1, 2, 3, 4]
