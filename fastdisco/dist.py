@@ -5,6 +5,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+_GATHER = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # renamed in torch 2.14
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -34,7 +36,7 @@ def all_gather(x: Tensor) -> Tensor:
         return x
     x = x.contiguous()
     out = x.new_empty(world() * len(x), *x.shape[1:])
-    td.all_gather_into_tensor(out, x)
+    _GATHER(out, x)
     return out
 
 

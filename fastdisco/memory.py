@@ -1,24 +1,29 @@
-"""The queue of keys: a ring of unit rows, one and the same on every rank.  MoCo, arXiv:1911.05722, section 3.2."""
+"""The queue of past keys, MoCo's negatives (arXiv:1911.05722, section 3.1): a ring in buffers, the same on every rank."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Queue(nn.Module):
-    """rows [K,d] float32 unit rows, drawn by `seed` at first; ptr, int64: where the next key goes.  Both are buffers and never move."""
+    rows: Tensor  # [K,d] unit rows
+    ptr: Tensor  # [] int64, the row that the next key overwrites: the oldest
 
-    def __init__(self, keys: int, dim: int, seed: int):
+    def __init__(self, size: int, dim: int, seed: int):
+        """size: K.  It starts with random directions, the same on every rank by the seed."""
         super().__init__()
-        self.register_buffer("rows", F.normalize(torch.randn(keys, dim, generator=torch.Generator().manual_seed(seed)), dim=1))
+        g = torch.Generator().manual_seed(seed)
+        self.register_buffer("rows", F.normalize(torch.randn(size, dim, generator=g), dim=1))
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor):
-        """Overwrites the oldest rows by keys [n,d], raw or unit, in their order; no host sync.
+        """Writes the keys [n,d], raw rows in any dtype, over the n oldest, in order.
 
-        keys must be the gathered keys of all ranks, so that the queues stay equal.  Raises ValueError when n exceeds the queue."""
-        if len(keys) > len(self.rows):
-            raise ValueError(f"{len(keys)} keys do not fit a queue of {len(self.rows)}: enlarge method.queue")
-        at = (self.ptr + torch.arange(len(keys), device=self.ptr.device)) % len(self.rows)
-        self.rows.index_copy_(0, at, F.normalize(keys.to(self.rows.dtype), dim=1))
-        self.ptr.add_(len(keys)).remainder_(len(self.rows))
+        In place, so that the rows keep their address and no loss may still have to read the old ones (those of kernels/ do not).
+        Raises ValueError for more keys than rows: which of them stay would be left to chance."""
+        size, n = len(self.rows), len(keys)
+        if n > size:
+            raise ValueError(f"the queue holds {size} keys and cannot take {n} at once; enlarge method.queue or lower data.batch")
+        where = (self.ptr + torch.arange(n, device=self.ptr.device)) % size  # the pointer stays on the device
+        self.rows.index_copy_(0, where, F.normalize(keys.to(self.rows.dtype), dim=1))
+        self.ptr.add_(n).remainder_(size)

@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1) -> Net:
-    """A Net in channels_last memory, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
+    """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
 
     head       makes the head for the backbone's number of features
     kwargs     for timm.create_model
@@ -60,7 +60,7 @@ def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] =
     backbone = _backbone(arch, kwargs)
     net = Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
     split_bn(net, bn_groups)
-    return net.to(memory_format=torch.channels_last)
+    return net
 
 
 def mlp(dim: int, hidden: int, out: int) -> nn.Module:
@@ -72,7 +72,7 @@ def split_bn(net: nn.Module, groups: int):
     """Turns every batch norm of the module, in place, into one whose training statistics are per slice of B/groups consecutive images.
 
     Each slice is normalised as a rank of its own would do it; the running statistics become the mean of the slices' updates.
-    State-dict keys, eval mode and, at 1 group, everything else stay as they are.  Raises UserError for a kind of batch norm it does not know."""
+    State-dict keys and eval mode stay as they are, and at 1 group everything does.  Raises UserError for an unknown kind of batch norm."""
     if groups == 1:
         return
     for name, m in net.named_modules():
@@ -115,7 +115,7 @@ def from_run(folder: Path, which: str = "student") -> tuple[Net, config.Config]:
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
         net = create(cfg.student.arch, lambda dim: mlp(dim, cfg.student.hidden, cfg.student.dim), cfg.student.kwargs)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
-    return net.eval(), cfg
+    return net.eval().to(memory_format=torch.channels_last), cfg
 
 
 def read(file: Path) -> dict:
@@ -217,13 +217,13 @@ def _last(run: Path) -> Path:
     except OSError:
         raise UserError(f"{run}: no checkpoint of fastdisco here (no {pointer}); give the folder of a run that has saved one") from None
     if not (step / "state.pt").is_file():
-        raise UserError(f"{pointer}: names {step.name}, which holds no state.pt; write the name of a complete folder of {pointer.parent} into it")
+        raise UserError(f"{pointer}: names {step.name}, which holds no state.pt; write a complete folder's name into it")
     return step
 
 
 def _unsafe(file: Path, asked: str) -> str:
-    return (f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for can run code; if you trust its author, "
-            f"run this in a throw-away container without network and give what it writes: torch.save({{'state_dict': "
+    return (f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for can run code; if you trust its "
+            f"author, run this in a throw-away container without network and give what it writes: torch.save({{'state_dict': "
             f"torch.load('{file}', map_location='cpu', weights_only=False)['state_dict']}}, 'weights.pth.tar')")
 
 

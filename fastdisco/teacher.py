@@ -18,7 +18,7 @@ class Teacher:
     statistics drift away from the checkpoint; SEED's and SwAV+DisCo's teachers are in eval mode, as here."""
 
     def __init__(self, net: models.Net):
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.fingerprint = fingerprint(net)
 
     @torch.no_grad()  # not inference_mode: the loss saves the targets for its backward
@@ -69,14 +69,15 @@ def _from_moco(found: dict) -> dict[str, Tensor]:
         if key in ("queue", "queue_ptr") or key.startswith(("encoder_k.", "teacher_encoder_q.", "teacher_encoder_k.")):
             continue
         if key.startswith("encoder_q."):
-            part, _, rest = key.removeprefix("encoder_q.").partition(".")
-            key = f"head.{rest}" if part in ("fc", "classifier") else f"backbone.{part}.{rest}"  # the classifier's name in ResNets, in others
+            key = key.removeprefix("encoder_q.")
+            part, _, rest = key.partition(".")
+            key = f"head.{rest}" if part in ("fc", "classifier") else f"backbone.{key}"  # where ResNets, and others, keep the classifier
         out[key] = x
     return out
 
 
 FORMATS = (
-    Format("MoCo v1 or v2 or a student of the official DisCo code: a dict with state_dict, keys [module.]encoder_q.*", _is_moco, _from_moco),
+    Format("MoCo v1 or v2 or the official DisCo code: a dict with state_dict, keys [module.]encoder_q.*", _is_moco, _from_moco),
 )
 
 
@@ -85,17 +86,17 @@ def _from_file(file: Path, arch: str, kwargs: dict[str, Any], dim: int) -> model
     row = next((f for f in FORMATS if f.detect(found)), None)
     if row is None:
         state = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
-        raise UserError(f"{file}: holds {models.shorten([str(k) for k in state]) or 'nothing'}, which is no known format; give the folder of "
-                        f"a fastdisco run, or a file of {', or of '.join(f.name for f in FORMATS)}")
+        raise UserError(f"{file}: holds {models.shorten([str(k) for k in state]) or 'nothing'}, which is no known format; give the folder "
+                        f"of a fastdisco run, or a file of {', or of '.join(f.name for f in FORMATS)}")
     weights = row.rename(found)
     if not any(k.startswith("head.") for k in weights):
-        raise UserError(f"{file}: has no projection head (no fc.* or classifier.* beside the backbone), whose output is what DisCo distils; "
+        raise UserError(f"{file}: has no projection head (no fc.* or classifier.* beside the backbone), whose output DisCo distils; "
                         "take the checkpoint as its training wrote it, not one stripped for evaluation")
     hidden = len(weights["head.0.weight"]) if "head.0.weight" in weights else 0
     last = weights.get("head.2.weight" if hidden else "head.weight")
     if last is not None:
         _same_dim(file, len(last), dim)
-    with torch.random.fork_rng(devices=[]):  # initial weights that are overwritten: with and without a teacher, a seed gives the same student
+    with torch.random.fork_rng(devices=[]):  # drawn and overwritten: with and without a teacher, a seed gives the same student
         net = models.create(arch, lambda features: models.mlp(features, hidden, dim), kwargs)
     models.load_weights(net, weights, file, f"teacher.arch is {arch} with {kwargs}: set it to the model that this file was trained with")
     return net
@@ -112,4 +113,4 @@ def _from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int) -> mode
 
 def _same_dim(source: Path, found: int, dim: int):
     if found != dim:
-        raise UserError(f"{source}: embeds into {found} numbers and the student into {dim}; set student.dim={found} or take another teacher")
+        raise UserError(f"{source}: embeds into {found} numbers and the student into {dim}; set student.dim={found} or another teacher")

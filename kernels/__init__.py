@@ -1,47 +1,41 @@
-"""The losses that methods call: raw head outputs in, scalars out, the queue's logits never in memory."""
+"""The losses that people call, with their checks; the one-pass form in chunked.py, the specification in reference.py."""
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdisco.kernels.chunked import InfoNCE
+from fastdisco.kernels import chunked, reference
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
-    """Cross-entropy of each query's positive key against the queue.  MoCo, arXiv:1911.05722, equation 1.
+    """Cross-entropy of each query's similarity to its own key against those to the queue.  MoCo, arXiv:1911.05722, equation 1.
 
-    q, k   [B,d] raw rows, normalised here in float32 (float64 if q is); gradient to q only
-    queue  [K,d] unit rows, read once and not kept: it may be overwritten as soon as this returns
+    q      [B,d] raw rows, normalised here in float32; gradient to q only, in its dtype
+    k      [B,d] raw or unit rows; k[b] is the positive of q[b]
+    queue  [K,d] unit rows, the negatives; may be overwritten before backward
     temp   > 0; divides the cosine
-    Returns a scalar of that dtype, the mean over B in nats; differentiable once.
-    Raises ValueError when k or queue requires grad, widths differ, or temp is not positive."""
-    _check(q.shape[1:] == k.shape[1:] == queue.shape[1:] and len(q) == len(k), f"q {_dims(q)}, k {_dims(k)} and queue {_dims(queue)} do not fit")
-    _check(not (k.requires_grad or queue.requires_grad), "k and queue take no gradient: detach them")
-    _check(temp > 0, f"temp {temp} is not positive")
-    q, k = _unit(q), _unit(k)
+    Returns a float32 scalar, the mean over B in nats (float64 if q is float64); an active autocast changes nothing.
+    Raises ValueError when k or queue requires grad (they are the mean student's), the widths differ or temp is not positive."""
+    if temp <= 0:
+        raise ValueError(f"info_nce: temp is {temp} and must be positive")
+    _check("info_nce", "the same", q.shape, k.shape)
+    _check("info_nce", "the same width of", q.shape[1:], queue.shape[1:])
+    _detached("info_nce", k=k, queue=queue)
     with torch.autocast(q.device.type, enabled=False):
-        return InfoNCE.apply(q, k.to(q.dtype), queue.to(q.dtype), temp)
+        return chunked.info_nce(q, k, queue, temp)
 
 
 def distill(zs: Tensor, zt: Tensor) -> Tensor:
-    """||s - t||^2 of the student's and the teacher's unit rows: mean over B, sum over views.  DisCo, arXiv:2104.09124.
+    """Squared distance of the student's unit rows to the teacher's, same view to same view.  DisCo, arXiv:2104.09124.
 
-    zs, zt  [V,B,d] raw rows, normalised here in float32 (float64 if zs is); gradient to zs only
-    Returns a scalar of that dtype, 0..4V.
+    zs, zt  [V,B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
+    Returns a float32 scalar, the sum over V of the mean over B, within 0..4V (float64 if zs is float64); an active autocast changes nothing.
     Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
-    _check(zs.shape == zt.shape, f"zs {_dims(zs)} and zt {_dims(zt)} differ")
-    _check(not zt.requires_grad, "zt takes no gradient: detach the teacher")
-    s = _unit(zs)
-    return (s - _unit(zt).to(s.dtype)).square().sum(-1).mean(-1).sum()
+    _check("distill", "the same", zs.shape, zt.shape)
+    _detached("distill", zt=zt)
+    with torch.autocast(zs.device.type, enabled=False):
+        return reference.distill(zs, zt)
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.double() if x.dtype == torch.float64 else x.float(), dim=-1)
-
-
-def _check(right: bool, message: str):
-    if not right:
-        raise ValueError(message)
-
-
-def _dims(x: Tensor) -> list[int]:
-    return list(x.shape)
+def _detached(loss: str, **inputs: Tensor):
+    for name, x in inputs.items():
+        if x.requires_grad:
+            raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")

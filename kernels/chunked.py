@@ -1,58 +1,69 @@
-"""InfoNCE over a queue in one pass of chunks, gradient included: memory of a chunk's logits instead of B x K."""
-import math
-
+"""InfoNCE against a long queue in one pass over it, never holding the B x K logits."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable
 
-CHUNK = 2**21  # logits at a time: 8 MiB of float32, which stays in a core's share of the cache
-FIXED_MAX_FROM = 0.03  # temperature down to which exp((cos - 1) / temp) stays a normal float32 for every cosine
+from fastdisco.kernels import reference
+
+LOGITS = 1 << 21  # held at a time: 8 MiB in float32, which caches like; smaller loses to start-up, larger to memory
+FIXED = 0.03  # temperature from which exp((s-1)/temp) of any cosine s is a normal float32, so that 1/temp serves as the maximum
 
 
-class InfoNCE(torch.autograd.Function):
-    """Unit rows q, k [B,d], queue [K,d], all of one dtype -> the loss; gradient to q, computed in the forward.
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
+    """`reference.info_nce` to rounding, with the gradient computed beside the loss: the queue may be overwritten before backward.
 
-    Nothing of the queue is kept for the backward, so it may be overwritten right after the forward."""
+    With E = log-sum-exp of the negatives' logits and s the positive's, the loss is log(1 + exp(E-s)).  The textbook log(exp(s) + exp(E)) - s
+    cancels where the negatives are far: on easy data at temp 0.03 it loses 5 % in float32."""
+    q = reference.unit(q)
+    k = reference.unit(k.detach()).to(q.dtype)
+    return _InfoNCE.apply(q, k, queue.detach(), temp, torch.is_grad_enabled() and q.requires_grad)
+
+
+class _InfoNCE(torch.autograd.Function):
+    """q, k [B,d] and queue [K,d] unit rows."""
 
     @staticmethod
-    def forward(ctx, q, k, queue, temp):
-        pull, negatives, push = _sweep(q, queue, temp, ctx.needs_input_grad[0])
-        # log((p + n) / p) = log1p(n / p), with n = sum exp(s_j) and p = exp(s_pos): subtracting two large logarithms instead
-        # loses all digits of an easy image's loss
-        log_ratio = negatives - (q * k).sum(1) / temp  # log(n / p)
-        loss = torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)).mean()
-        if ctx.needs_input_grad[0]:
-            share = torch.sigmoid(log_ratio) / (len(q) * temp)  # n / (n + p), of the mean
-            ctx.save_for_backward(share[:, None] * (push / pull[:, None] - k))
-        return loss
+    def forward(ctx, q, k, queue, temp, differentiate):
+        total, top, mean = _negatives(q, queue, temp, differentiate)
+        margin = ((q * k).sum(1) - top) / temp - total.log()  # [B] s - E
+        if differentiate:
+            push = torch.sigmoid(-margin)[:, None]  # [B,1] the negatives' share of the softmax
+            ctx.save_for_backward(push * (mean - k) / (temp * len(q)))
+        return -F.logsigmoid(margin).mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         (grad,) = ctx.saved_tensors
-        return upstream * grad, None, None, None
+        return grad * upstream, None, None, None, None
 
 
-def _sweep(q: Tensor, queue: Tensor, temp: float, moment: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(l, log sum_j exp(s_j), acc), s_j = q.queue_j / temp, l [B] = sum_j exp(s_j - m) and acc [B,d] = sum_j exp(s_j - m) queue_j.
-
-    m is 1 / temp, the most a cosine can give, or below FIXED_MAX_FROM a row's running maximum."""
-    rows = max(1, CHUNK // len(q))
-    x = q / temp
-    fixed = temp >= FIXED_MAX_FROM
-    m = q.new_full((len(q), 1), 1 / temp if fixed else -math.inf)
-    l = q.new_zeros(len(q))
-    acc = torch.zeros_like(q) if moment else None
+def _negatives(q: Tensor, queue: Tensor, temp: float, differentiate: bool) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """sum_j exp((s_j - top) / temp) [B], the cosine top [B] or 1 that was taken off, and the softmax mean of the queue's rows [B,d]."""
+    rows = max(1, LOGITS // len(q))
+    scratch = q.new_empty(len(q) * min(rows, len(queue)))
+    total = q.new_zeros(len(q))
+    mean = torch.zeros_like(q) if differentiate else None
+    fixed = temp >= FIXED
+    top = 1.0 if fixed else q.new_full((len(q),), -torch.inf)
+    bias = q.new_tensor(-1 / temp if fixed else 0.0)
     for part in queue.split(rows):
-        s = torch.addmm(m, x, part.T, beta=-1) if fixed else x @ part.T  # [B,rows]
+        part = part.to(q.dtype)
+        p = torch.addmm(bias, q, part.T, alpha=1 / temp, out=scratch[: len(q) * len(part)].view(len(q), -1))  # [B,rows]
         if not fixed:
-            new = torch.maximum(m, s.amax(1, keepdim=True))
-            scale = (m - new).exp_()
-            l *= scale[:, 0]
-            if moment:
-                acc *= scale
-            m = new
-            s -= m
-        p = s.exp_()
-        l += p.sum(1)
-        if moment:
-            acc.addmm_(p, part)
-    return l, l.log() + m[:, 0], acc
+            new = torch.maximum(top, p.amax(1) * temp)
+            shrink = torch.exp((top - new) / temp)
+            total *= shrink
+            if differentiate:
+                mean *= shrink[:, None]
+            p -= new[:, None] / temp
+            top = new
+        p.exp_()
+        total += p.sum(1)
+        if differentiate:
+            mean.addmm_(p, part)
+    if differentiate:
+        mean /= total[:, None]
+    return total, top, mean

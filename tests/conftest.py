@@ -55,7 +55,7 @@ def tiny(folder, tmp_path, *overrides):
     return ["--config", ROOT / "tests/tiny.yaml", f"data.train={folder}/train", f"data.val={folder}/val", f"run.out={tmp_path}", *overrides]
 
 
-def run(*command, env=None, code=0, timeout=300, cwd=ROOT):
+def run(*command, env=None, code=0, timeout=120, cwd=ROOT):
     """Runs a command and returns what it printed; fails the test with that unless it ended with `code`."""
     done = subprocess.run([str(c) for c in command], cwd=cwd, text=True, capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
     text = done.stdout + done.stderr

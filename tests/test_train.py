@@ -30,7 +30,7 @@ def losses(folder):
 @pytest.mark.parametrize("start", [
     [sys.executable, SCRIPT],
     [sys.executable, "-m", "fastdisco.train"],
-    [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", SCRIPT],
+    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT],
     [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", "--master_port=29631", SCRIPT],
 ], ids=["python", "module", "torchrun", "deepspeed"])
 def test_every_start(start, folder, tmp_path):
@@ -288,7 +288,7 @@ def _plain(args, steps):
     device = torch.device("cpu")
     torch.manual_seed(cfg.run.seed)
     method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed, shuffle=True)
-    net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups)
+    net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(memory_format=torch.channels_last)
     ema = models.ema_copy(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     sgd = torch.optim.SGD(net.parameters(), lr=cfg.optim.lr, momentum=0.9, weight_decay=1e-4)

@@ -1,4 +1,4 @@
-"""Images in, batches of views out: the only importer of DALI."""
+"""Images into batches of views: listings, and loaders on DALI."""
 from fastdisco.data.folder import Listing, listing
 from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
 

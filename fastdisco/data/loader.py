@@ -1,152 +1,162 @@
-"""Loaders: which image comes when, handed from DALI to torch without a copy."""
-from pathlib import Path
-from typing import Iterator, NamedTuple
+"""Loaders: batches of views for training, whose order is a function of (seed, position), and of images in order for evaluation."""
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastdisco import dist
 from fastdisco.config import UserError
 from fastdisco.data.folder import Listing
-from fastdisco.data.pipeline import eval_pipeline, train_pipeline
 from fastdisco.views import Crop
 
-CHUNK = 2**20  # samples a rank reads from one pipeline; building the next costs well under a second
+CHUNK = 1 << 20  # samples that one pipeline reads on a rank: its list of files costs about 100 bytes each
+DEPTH = 2  # batches made ahead
 
 
 class Batch(NamedTuple):
-    views: list[Tensor]  # one [B,3,S,S] per crop; float32, normalised, channels_last
-    label: Tensor  # [B] int64; for evaluation and tests, no method reads it
-    index: Tensor  # [B] int64; the image's position in the listing: what its views are hashed from
+    views: list[Tensor]  # [B,3,S,S] float32 per crop, normalised, in channels_last memory
+    label: Tensor  # [B] int64, on the CPU
+    index: Tensor  # [B] int64, on the CPU: the image's position in the listing
 
 
 class TrainLoader:
-    """An iterator over the micro batches of this rank, from `position` to the end of the last epoch.
+    """Endless in epochs: iterates over micro batches from `start` to the end of training.
 
-    Micro batch g holds the same images for any number of ranks and accumulated micro batches that make up the same global batch: an epoch's order
-    is a permutation by (seed, epoch), its first steps_per_epoch global batches are used, and each rank takes its slice.  What is left over
-    differs from epoch to epoch.  So `position` is the whole state."""
+    Epoch e is a permutation of all images by (seed, e).  Its first steps_per_epoch x global batch are used, each once over all ranks; what is
+    left out differs by epoch.  An optimizer step takes a contiguous slice, split over micro batches and then ranks, so which images it
+    holds depends on neither; and the whole state of the loader is `position`."""
 
-    def __init__(self, listing: Listing, crops: tuple[Crop, ...], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device):
-        """batch: images of a rank's micro batch.  Raises UserError where the images do not fill one step."""
-        self.listing, self.crops, self.batch, self.seed, self.epochs, self.threads, self.device = listing, crops, batch, seed, epochs, threads, device
-        step = batch * dist.world() * accumulate
-        self.steps_per_epoch = len(listing.files) // step
-        if not self.steps_per_epoch:
-            raise UserError(f"{listing.root}: {len(listing.files)} images do not fill one step of data.batch {step}; lower it or add images")
-        self.micro_per_epoch = self.steps_per_epoch * accumulate
-        self._labels = torch.from_numpy(listing.labels)
-        self.position = 0
+    def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
+                 device: torch.device, start: int = 0):
+        """batch: images per rank and micro batch.  start: micro batches already seen; threads: of the CPU, on this rank.
 
-    @property
-    def position(self) -> int:
-        """Micro batches handed out since the training began; settable."""
-        return self._position
-
-    @position.setter
-    def position(self, micro: int):
-        self._position, self._pipeline = micro, None
+        Raises UserError where the listing holds less than one global batch."""
+        every, n = batch * dist.world() * accumulate, len(listing.files)
+        if n < every:
+            raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
+        self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
+        self.steps_per_epoch = n // every
+        self.position = start  # micro batches handed out, over all epochs
+        self._per_epoch = self.steps_per_epoch * accumulate
+        self._end = epochs * self._per_epoch
+        self._chunk_end = start
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
-        if self._position == self.epochs * self.micro_per_epoch:
+        if self.position >= self._end:
             raise StopIteration
-        if self._pipeline is None or self._position == self._end:
-            self._build()
-        *views, number = _run(self._pipeline, self.device, lambda: self._upcoming())
-        self._position += 1
-        index = number.flatten().to(torch.int64).cpu() % len(self.listing.files)
-        return Batch(views, self._labels[index], index)
+        if self.position == self._chunk_end:
+            self._open()
+        *views, code = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
+        self.position += 1
+        index = torch.from_numpy(code.astype(np.int64) % len(self.listing.files))
+        return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The indices that an epoch uses, in their order over all ranks."""
-        n = self.micro_per_epoch * self.batch * dist.world()
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.listing.files))[:n]
+    def _open(self):
+        """Build the pipeline that reads from `position` on, for some epochs."""
+        n, per = len(self.listing.files), self._per_epoch
+        first = self.position // per
+        epochs = max(1, min(CHUNK // (per * self.batch), (2**31 - 1) // n))
+        self._chunk_start, self._chunk_end = self.position, min((first + epochs) * per, self._end)
+        here = slice(self.position - first * per, self._chunk_end - first * per)
+        code = np.concatenate([e * n + self._order(first + e) for e in range(-(-here.stop // per))])
+        code = code.reshape(-1, self.batch)[here].ravel()
+        self._files_at = code % n
+        reader = _reader(self.listing, self._files_at, code)
+        self._pipe = _graph().train(self.crops, reader, n, first, self.seed, _kind(self.device), **_pipe(self.batch, self.threads, self.device))
 
-    def _build(self):
-        """The pipeline of the next chunk: the rest of this epoch and as many whole ones as CHUNK holds."""
-        images = len(self.listing.files)
-        first = self._position // self.micro_per_epoch
-        more = min(CHUNK // (self.micro_per_epoch * self.batch), 2**31 // images - 1)  # a sample's number is an int32
-        last = min(first + max(1, more), self.epochs)
-        parts = [self._mine(self.order(e)) + (e - first) * images for e in range(first, last)]
-        self._numbers = np.concatenate(parts)[(self._position - first * self.micro_per_epoch) * self.batch:]
-        self._begin, self._end = self._position, last * self.micro_per_epoch
-        files = [self.listing.files[i] for i in self._numbers % images]
-        self._pipeline = train_pipeline(str(self.listing.root), files, self._numbers.tolist(), images, first, self.crops, self.seed, self.batch,
-                                        self.threads, self.device.index if self.device.type == "cuda" else None)
-
-    def _mine(self, order: np.ndarray) -> np.ndarray:
-        return order.reshape(-1, dist.world(), self.batch)[:, dist.rank()].ravel()
-
-    def _upcoming(self) -> list[Path]:
-        """Files of this micro batch and of those that DALI prefetches."""
-        at = (self._position - self._begin) * self.batch
-        return [self.listing.root / self.listing.files[i] for i in self._numbers[at:at + 4 * self.batch] % len(self.listing.files)]
+    def _order(self, epoch: int) -> np.ndarray:
+        """Image indices of this rank in the epoch, [micro batches * batch]."""
+        whole = order(self.seed, epoch, len(self.listing.files))[: self._per_epoch * self.batch * dist.world()]
+        return whole.reshape(self._per_epoch, dist.world(), self.batch)[:, dist.rank()].ravel()
 
 
 class EvalLoader:
-    """Batches of one view, resized and centre-cropped, of the given images in their order; the last may be smaller."""
+    """Images in order, each once, the last batch what is left; can be iterated again.  len() is the number of images."""
 
-    def __init__(self, listing: Listing, resize: int, size: int, batch: int, threads: int, device: torch.device, indices: np.ndarray | None = None,
-                 mean: tuple[float, float, float] = Crop().mean, std: tuple[float, float, float] = Crop().std):
+    def __init__(self, listing: Listing, resize: int, size: int, batch: int, threads: int, device: torch.device,
+                 indices: Sequence[int] | None = None, mean=Crop().mean, std=Crop().std):
+        """resize: short side, then a centre crop of `size`.  indices: which images of the listing, in which order; all of them if None."""
         if size > resize:
-            raise UserError(f"data.eval_size: a crop of {size} does not fit images resized to {resize}; raise data.eval_resize")
-        self.listing, self.batch, self.device = listing, batch, device
-        self.indices = np.arange(len(listing.files)) if indices is None else np.asarray(indices)
-        self._labels = torch.from_numpy(listing.labels)
-        self._make = lambda files: eval_pipeline(str(listing.root), files, self.indices.tolist(), resize, size, mean, std, batch, threads,
-                                                 device.index if device.type == "cuda" else None)
+            raise UserError(f"data.eval_size: a centre crop of {size} does not fit into a short side of {resize} (data.eval_resize); lower it")
+        self.listing, self.batch, self.threads, self.device = listing, batch, threads, device
+        self.indices = np.arange(len(listing.files)) if indices is None else np.asarray(indices, np.int64)
+        self._view = resize, size, mean, std
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        if not len(self.indices):
+        n = len(self)
+        if not n:
             return
-        files = [self.listing.files[i] for i in self.indices]
-        pipeline = self._make(files)
-        for at in range(0, len(files), self.batch):
-            upcoming = [self.listing.root / f for f in files[at:at + 4 * self.batch]]
-            view, number = _run(pipeline, self.device, lambda: upcoming)
-            n = min(self.batch, len(files) - at)  # DALI goes on with the first files again
-            index = number.flatten().to(torch.int64).cpu()[:n]
-            yield Batch([view[:n]], self._labels[index], index)
+        batch = min(self.batch, n)
+        padded = np.concatenate([self.indices, self.indices[-1:].repeat(-n % batch)])
+        pipe = _graph().evaluate(*self._view, _reader(self.listing, padded, padded), _kind(self.device), **_pipe(batch, self.threads, self.device))
+        for i in range(len(padded) // batch):
+            view, index = _run(pipe, self.listing, padded, i, batch, self.device)
+            here = min(batch, n - i * batch)
+            index = torch.from_numpy(index[:here].astype(np.int64))
+            yield Batch([view[:here]], torch.from_numpy(self.listing.labels)[index], index)
 
 
-def _run(pipeline, device: torch.device, upcoming) -> list[Tensor]:
-    """The pipeline's next outputs as torch tensors that share its memory, images as [B,3,S,S] in channels_last."""
+def order(seed: int, epoch: int, images: int) -> np.ndarray:
+    """[images] int64, a permutation: the stable sort of the raw words of Philox4x64 with key (seed, epoch) and counter 0.
+
+    Raw words rather than Generator.permutation, whose stream NumPy may change."""
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(images)
+    return np.argsort(words, kind="stable")
+
+
+def _graph():
+    """The graphs; DALI is an extra, so it is imported where it is first used."""
     try:
-        # on a GPU DALI hands over in the order of torch's stream: nobody waits
-        out = pipeline.run(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else pipeline.run()
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        raise UserError("NVIDIA DALI is not installed, it reads the images; "
+                        "pip install 'fastdisco[cuda13]', or 'fastdisco[cuda12]' for a CUDA 12 driver; both run without a GPU") from None
+    from fastdisco.data import graph
+    return graph
+
+
+def _kind(device: torch.device) -> str:
+    return "gpu" if torch.device(device).type == "cuda" else "cpu"
+
+
+def _pipe(batch: int, threads: int, device: torch.device) -> dict:
+    device = torch.device(device)
+    gpu = (device.index or 0) if device.type == "cuda" else None  # None: DALI touches no driver
+    return dict(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=DEPTH)
+
+
+def _reader(listing: Listing, indices: np.ndarray, labels: np.ndarray) -> dict:
+    files = listing.files
+    return dict(file_root=str(listing.root), files=[files[i] for i in indices.tolist()], labels=labels.tolist(), name="Reader")
+
+
+def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device: torch.device) -> list:
+    """Views as [B,3,S,S] tensors without a copy, and the reader's labels as NumPy [B]."""
+    stream = torch.cuda.current_stream(device) if _kind(device) == "gpu" else None
+    try:
+        *views, label = pipe.run(stream)
     except RuntimeError as e:
-        raise _unreadable(upcoming(), e) from e
-    tensors = [torch.from_dlpack(x.as_tensor()) for x in out]
-    return [t.permute(0, 3, 1, 2) if t.dim() == 4 else t for t in tensors]
+        ahead = np.unique(indices[i * batch:(i + 1 + DEPTH) * batch])  # batches made ahead may speak up early
+        bad = _unreadable([listing.files[j] for j in ahead], listing, device)
+        if not bad:
+            raise
+        raise UserError(f"{listing.root}: unreadable image{'s' * (len(bad) > 1)} {', '.join(bad)}; remove or replace") from e
+    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views] + [np.array(label.as_tensor())[:, 0]]
 
 
-def _unreadable(files: list[Path], error: RuntimeError) -> UserError:
-    """Names the files that cannot be decoded; DALI's own text often does not."""
-    bad = [f for f in dict.fromkeys(files) if not _decodes(f)]
-    if bad:
-        found = UserError(f"{', '.join(map(str, bad[:5]))}{f' and {len(bad) - 5} more' if bad[5:] else ''}: cannot be decoded as an image; "
-                          "replace or remove it, then start the same command again")
-    else:
-        found = UserError(f"one of {', '.join(map(str, files[:8]))} ...: DALI failed ({str(error).splitlines()[0]}); replace or remove it, "
-                          "then start the same command again")
-    found.anywhere = True  # only this rank knows of it
-    return found
-
-
-def _decodes(path: Path) -> bool:
+def _unreadable(files: list[str], listing: Listing, device: torch.device) -> list[str]:
+    """Those of the files that DALI does not decode, by halving."""
+    pipe = _graph().decode(dict(file_root=str(listing.root), files=files), _kind(device), **_pipe(len(files), 1, device) | dict(prefetch_queue_depth=1))
     try:
-        with Image.open(path) as image:
-            image.convert("RGB")
-        return True
-    except Exception:  # PIL raises many kinds for broken files
-        return False
+        pipe.run()
+    except RuntimeError:
+        half = len(files) // 2
+        return files if not half else _unreadable(files[:half], listing, device) + _unreadable(files[half:], listing, device)
+    return []

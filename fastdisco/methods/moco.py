@@ -1,4 +1,4 @@
-"""MoCo-v2 (arXiv:1911.05722, 2003.04297), alone or with DisCo's distillation (arXiv:2104.09124)."""
+"""MoCo-v2 (arXiv:2003.04297), and with a teacher DisCo (arXiv:2104.09124): the student on MoCo's task and towards the teacher's embedding."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,54 +11,55 @@ from fastdisco.views import Crop
 
 
 class Moco(Method):
-    """Queries from view A, keys from view B by the mean student, negatives from the queue; distillation on both views if there is a teacher."""
-
     def __init__(self, cfg: config.Moco, dim: int, hidden: int, crop: Crop, seed: int, shuffle: bool):
-        """dim, hidden: widths of the head; shuffle: whether the key batch is permuted, which costs a gather of images and does nothing where
-        all statistics are of the whole batch."""
+        """dim: width of the embedding; hidden: of the head's hidden layer, 0 for none; shuffle: permute the keys' batch over ranks and groups."""
         super().__init__()
+        self.cfg, self.dim, self.hidden, self.seed, self.shuffle = cfg, dim, hidden, seed, shuffle
         self.views = (crop, crop)
         self.weights = {"contrast": cfg.contrast, "distill": cfg.distill}
         self.queue = Queue(cfg.queue, dim, seed)
-        self.temp, self.m = cfg.temp, cfg.momentum
-        self.dim, self.hidden, self.seed, self.shuffle = dim, hidden, seed, shuffle
-        self.keys: list[Tensor] = []  # of this optimizer step's micro batches so far
+        self.keys = []  # of this optimizer step's micro batches; empty between steps, so no part of the resume state
 
     def head(self, dim: int) -> nn.Module:
         return mlp(dim, self.hidden, self.dim)
 
     def momentum(self, progress: Progress) -> float:
-        return self.m
+        return self.cfg.momentum
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
+        """views: two [B,3,S,S].  Terms contrast and, with a teacher, distill; logged beside them feat/std and distill/cosine."""
         z = nets.student(views).z  # [2,B,d]
-        keys = self._keys(nets, views[1], progress)  # [B*ranks,d]
-        own = keys[dist.rank() * len(views[1]):][:len(views[1])]  # [B,d]
-        terms = {"contrast": kernels.info_nce(z[0], own, self.queue.rows, self.temp), "feat/std": _spread(z[0])}
+        q = z[0]
+        keys = self._encode(nets.ema, views[1], progress)  # [B*ranks,d]
+        k = keys[dist.rank() * len(q):][:len(q)]  # the positives of this rank's queries
+        terms = {"contrast": kernels.info_nce(q, k, self.queue.rows, self.cfg.temp), "feat/std": _spread(q)}
         if nets.teacher:
-            # mean over images where the official code sums over a rank's 32: the published weight is 32 at any number of ranks
-            terms["distill"] = kernels.distill(z, nets.teacher(views).z)
-            terms["distill/cosine"] = 1 - terms["distill"].detach() / (2 * len(views))  # ||s-t||^2 = 2 - 2 cos
+            t = nets.teacher(views).z  # [2,B,d]
+            terms["distill"] = kernels.distill(z, t)
+            terms["distill/cosine"] = F.cosine_similarity(z.detach().float(), t.float(), dim=-1).mean()
         self.keys.append(keys)
         return terms
 
     def after_step(self):
+        """All micro batches of a step saw the same queue; the next step sees their keys."""
         self.queue.enqueue(torch.cat(self.keys))
-        self.keys = []
+        self.keys.clear()
 
+    # MoCo moves the mean student just before this, by the weights that the student has here.  So does the loop: it moves it after each
+    # optimizer step, and the first step's mean student is a copy of the student, which that move would leave as it is.
     @torch.no_grad()
-    def _keys(self, nets: Nets, view: Tensor, progress: Progress) -> Tensor:
-        """The mean student's outputs for view B of the global batch [B*ranks,d], the same on every rank."""
+    def _encode(self, ema, view: Tensor, progress: Progress) -> Tensor:
+        """[B,3,S,S] -> [B*ranks,d]: the keys of the whole global batch, raw, in its order on every rank."""
         if not self.shuffle:
-            return dist.all_gather(nets.ema([view]).z[0])
-        shuffle = dist.Shuffle(len(view), dist.mix(self.seed, progress.step))
-        return shuffle.join(nets.ema([shuffle.split(view)]).z[0])
-
-
-def _spread(z: Tensor) -> Tensor:
-    """Standard deviation of unit rows over the batch, times sqrt(d): 1 when they fill the sphere, 0 when they collapse."""
-    z = F.normalize(z.detach().float(), dim=1)
-    return z.std(0, correction=0).mean() * z.shape[1] ** 0.5
+            return dist.all_gather(ema([view]).z[0])
+        order = dist.Shuffle(len(view), dist.mix(self.seed, progress.step))
+        return order.join(ema([order.split(view)]).z[0])
 
 
 METHOD = Moco
+
+
+@torch.no_grad()
+def _spread(q: Tensor) -> Tensor:
+    """Standard deviation over the batch of the unit rows, mean over d, times sqrt(d): 1 when they fill the sphere, 0 when collapsed."""
+    return F.normalize(q.float(), dim=1).std(0, correction=0).mean() * q.shape[1] ** 0.5

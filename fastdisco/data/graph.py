@@ -1,0 +1,212 @@
+"""DALI graphs: what happens to an image between its file and the network, on CPU or GPU by one definition.
+
+Every random draw of a view is hashed inside the graph from (seed, epoch, image index, view), never taken from a stream: neither batch
+size, rank, order, threads nor a restart changes an image's views.
+
+Departures from torchvision's transforms, on which MoCo-v2's augmentation is defined:
+- Hue turns the colours in YIQ, not in HSV: same direction and angle, other lightness of what comes out.
+- Brightness and contrast are one step, as are saturation and hue, clipped after each; the two steps come in a random order.  torchvision
+  clips after each of the four and draws one of 24 orders.  The grey mean of contrast is taken before brightness is clipped.
+- Blur is a true Gaussian cut at 3 sigma, as torchvision's; MoCo's is PIL's, three box filters that approximate it.
+- Resizing rounds once, PIL after each axis: at most a few of 255 apart.
+- EXIF orientation is ignored, as by torchvision's ImageFolder.
+"""
+import numpy as np
+from nvidia.dali import fn, math, pipeline_def, types
+
+from fastdisco import dist
+from fastdisco.views import Crop
+
+TRIES = 10  # of a random crop before the centre crop
+
+# One view's draws, [ROWS,2].  The two columns of a try hold the same draw, once for the height and once for the width.
+AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 4, 2 * TRIES + 6
+
+
+def train(crops: tuple[Crop, ...], reader: dict, images: int, epoch: int, seed: int, device: str, **pipe):
+    """Pipeline whose outputs are the views [S,S,3] float32 of each crop, then the reader's label.
+
+    reader  arguments of fn.readers.file; a label is (epoch - the argument `epoch`) * images + index
+    device  cpu, or gpu: decoded by `mixed`, everything on pixels on the GPU"""
+    return _train(crops, reader, images, epoch, seed, device, **pipe)
+
+
+def evaluate(resize: int, size: int, mean, std, reader: dict, device: str, **pipe):
+    """Pipeline of one view [size,size,3] float32 and the reader's label: short side to `resize`, centre crop, as torchvision rounds."""
+    return _evaluate(resize, size, mean, std, reader, device, **pipe)
+
+
+def decode(reader: dict, device: str, **pipe):
+    """Pipeline that only decodes: which files are unreadable?"""
+    return _decode(reader, device, **pipe)
+
+
+@pipeline_def(enable_conditionals=True)
+def _train(crops, reader, images, epoch, seed, device):
+    encoded, label = fn.readers.file(**reader)
+    image, hw = _decoded(encoded, device)
+    draws = _draws(crops, label, images, epoch, seed)
+    start, shape = _boxes(hw, draws, crops)
+    heads = _coins(draws, crops)
+    views = []
+    for v, crop in enumerate(crops):
+        x = fn.slice(image, start=start[v, 0], shape=shape[v, 0], axes=[0, 1])
+        x = fn.resize(x, size=[crop.size, crop.size])
+        views.append(_augment(x, crop, draws, heads, v, device))
+    return *views, label
+
+
+@pipeline_def
+def _evaluate(resize, size, mean, std, reader, device):
+    encoded, label = fn.readers.file(**reader)
+    image, hw = _decoded(encoded, device)
+    hw = fn.cast(hw, dtype=types.INT64)
+    new = hw * resize // fn.reductions.min(hw)
+    spare = new - size
+    half = spare // 2
+    start = half + (spare - 2 * half) * (half - half // 2 * 2)  # spare / 2, a half rounded to even as Python's round does
+    x = fn.resize(image, size=fn.cast(new, dtype=types.FLOAT))
+    x = fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
+    return _normalise(x, mean, std), label
+
+
+@pipeline_def
+def _decode(reader, device):
+    encoded, label = fn.readers.file(**reader)
+    return _decoded(encoded, device)[1], label
+
+
+def _decoded(encoded, device):
+    """Image [H,W,3] uint8 and its (H, W) as float32 [2], which is on the CPU for either device."""
+    if device == "cpu":
+        image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        shape = image.shape(dtype=types.FLOAT)
+    else:
+        # without fancy upsampling the chroma differs from the CPU's
+        image = fn.decoders.image(encoded, device="mixed", output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)
+        shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+    return image, shape[0:2]
+
+
+def _draws(crops, label, images, epoch, seed):
+    """[V,ROWS,2] float32: each in its range, uniform.  All views at once, since small operators cost the same for any width."""
+    word = lambda x: types.Constant(x % 2**32, dtype=types.UINT32)
+    count = label // images
+    index = fn.cast(label - count * images, dtype=types.UINT32)
+    x = index ^ (fn.cast(count, dtype=types.UINT32) * word(GOLDEN) + word(GOLDEN * epoch))
+    x = x + types.Constant(salts(seed, len(crops)))
+    x = x ^ x // word(1 << 16)  # the finaliser of MurmurHash3; DALI has no shift
+    x = x * word(0x85EBCA6B)
+    x = x ^ x // word(1 << 13)
+    x = x * word(0xC2B2AE35)
+    x = x ^ x // word(1 << 16)
+    u = x // word(1 << 8) * 2.0**-24  # exact in float32, below 1
+    low, high = ranges(crops)
+    return u * types.Constant(high - low) + types.Constant(low)
+
+
+GOLDEN = 0x9E3779B1  # odd: no two epochs of an image share a state
+
+
+def salts(seed: int, views: int) -> np.ndarray:
+    """[V,ROWS,2] uint32: one constant per draw; the columns of a try share theirs."""
+    out = np.array([[[dist.mix(seed, v, r, c * (r >= PLACE)) % 2**32 for c in range(2)] for r in range(ROWS)] for v in range(views)])
+    return out.astype(np.uint32)
+
+
+def ranges(crops) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high end of every draw, [V,ROWS,2] float32."""
+    both = np.zeros((2, len(crops), ROWS, 2))
+    both[1] = 1  # places and coins
+    for low, high, c in zip(both[0], both[1], crops):
+        low[AREA:RATIO], high[AREA:RATIO] = c.scale
+        ratio = np.log(c.ratio)
+        low[RATIO:PLACE], high[RATIO:PLACE] = np.outer(ratio, (-1, 1))  # of height / width, and of its inverse
+        for at, j in zip(((LIGHT, 0), (LIGHT, 1), (COLOUR, 0)), c.jitter):
+            low[at], high[at] = max(0, 1 - j), 1 + j
+        low[COLOUR, 1], high[COLOUR, 1] = -360 * c.jitter[3], 360 * c.jitter[3]  # degrees
+        low[BLUR, 0], high[BLUR, 0] = c.blur_sigma
+    return both[0].astype(np.float32), both[1].astype(np.float32)
+
+
+def _boxes(hw, draws, crops):
+    """Start and shape of each view's crop, [V,1,2] int32 (height, width): the first of ten tries that lies in the image.
+
+    torchvision's RandomResizedCrop: share of the area and log of the ratio uniform, sides rounded; where no try fits, the centre crop
+    of the nearest ratio."""
+    h, w = hw[0], hw[1]
+    area = h * w
+    sides = math.floor(math.sqrt(draws[:, AREA:RATIO] * area * math.exp(draws[:, RATIO:PLACE])) + 0.5)  # [V,10,2]
+    first = types.Constant(np.arange(TRIES, 0, -1, dtype=np.float32)[:, None])
+    score = fn.reductions.min((sides <= hw) * (sides > 0.5) * first, axes=2, keep_dims=True)  # [V,10,1]: 0 where it does not fit
+    best = fn.reductions.max(score, axes=1, keep_dims=True)
+    found = math.min(best, 1.0)  # [V,1,1]
+    chosen = fn.reductions.sum(sides * (score == best), axes=1, keep_dims=True)
+    widest = np.array([[[1 / c.ratio[0], c.ratio[1]]] for c in crops], np.float32)  # [V,1,2]
+    centre = math.max(math.min(math.floor(fn.stack(w, h) * types.Constant(widest) + 0.5), hw), 1.0)
+    shape = centre + found * (chosen - centre)
+    spare = hw - shape
+    place = found * (draws[:, PLACE:LIGHT] - 0.5) + 0.5
+    start = math.min(math.floor(place * (spare + found)), spare)  # rounding up may reach spare + 1
+    return fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32)
+
+
+def _coins(draws, crops):
+    """[V,3,2] bool: ((-, brightness and contrast first), (jitter, gray), (blur, flip))."""
+    chance = np.array([[[0, 0.5], [c.jitter_p, c.gray_p], [c.blur_p, c.flip_p]] for c in crops], np.float32)
+    return draws[:, BLUR:ROWS] < types.Constant(chance)
+
+
+def _augment(x, crop, draws, heads, v, device):
+    """A resized crop [S,S,3] uint8 -> the normalised view.  What has chance 0 is not in the graph, what has 1 needs no coin."""
+    if crop.jitter_p == 1:
+        x = _jitter(x, draws, heads, v, device)
+    elif crop.jitter_p > 0:
+        if heads[v, 1, 0]:
+            x = _jitter(x, draws, heads, v, device)
+    if crop.gray_p == 1:
+        x = _gray(x)
+    elif crop.gray_p > 0:
+        if heads[v, 1, 1]:
+            x = _gray(x)
+    if crop.blur_p == 1:
+        x = fn.gaussian_blur(x, sigma=draws[v, BLUR, 0])
+    elif crop.blur_p > 0:
+        if heads[v, 2, 0]:
+            x = fn.gaussian_blur(x, sigma=draws[v, BLUR, 0])
+    mirror = fn.cast(heads[v, 2, 1], dtype=types.INT32)
+    return _normalise(x, crop.mean, crop.std, mirror)
+
+
+def _jitter(x, draws, heads, v, device):
+    b, c, s, h = draws[v, LIGHT, 0], draws[v, LIGHT, 1], draws[v, COLOUR, 0], draws[v, COLOUR, 1]
+    if heads[v, 0, 1]:
+        x = _light(x, b, c, device)
+        x = fn.hsv(x, saturation=s, hue=h)
+    else:
+        x = fn.hsv(x, saturation=s, hue=h)
+        x = _light(x, b, c, device)
+    return x
+
+
+def _light(x, b, c, device):
+    """b * (c * (x - m) + m) with the mean m of the grey picture: brightness b, then contrast c about the mean it left."""
+    mean = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
+    if device == "cpu":
+        return fn.brightness_contrast(x, brightness=b, contrast=c, contrast_center=mean)
+    return _light_of_mean(x, b.gpu(), c.gpu(), mean)  # an argument cannot come from the GPU, where the mean is
+
+
+def _light_of_mean(x, b, c, mean):
+    return fn.cast(math.clamp(x * (b * c) + mean * (b - b * c), 0.0, 255.0), dtype=types.UINT8)
+
+
+def _gray(x):
+    x = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+    return fn.color_space_conversion(x, image_type=types.GRAY, output_type=types.RGB)
+
+
+def _normalise(x, mean, std, mirror=0):
+    """[H,W,3] uint8 -> float32; channels stay last, so the batch is a channels_last tensor of the network without a copy."""
+    mean, std = [255 * m for m in mean], [255 * s for s in std]
+    return fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std, mirror=mirror)

@@ -1,0 +1,240 @@
+"""Networks: heads and feature widths, per-view and per-group batch norm against float64 formulas, the mean student, refusals."""
+import copy
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from fastdisco import models
+from fastdisco.config import UserError
+
+WIDTHS = {"mobilenetv3_large_100": 1280, "mobilenetv3_small_050": 1024, "efficientnet_b0": 1280, "resnet18": 512, "resnet50": 2048,
+          "vit_tiny_patch16_224": 192}  # of the published networks
+
+
+def small(groups=1, seed=0, arch="resnet10t"):
+    torch.manual_seed(seed)
+    return models.create(arch, lambda dim: models.mlp(dim, 32, 8), {}, groups)
+
+
+def images(b, seed=1, size=32):
+    x = torch.randn(b, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("arch", WIDTHS)
+def test_feature_width(arch):
+    asked = []
+    net = models.create(arch, lambda dim: asked.append(dim) or models.mlp(dim, 0, 8)).eval()
+    with torch.no_grad():
+        found = net.features(images(1, size=224 if "vit" in arch else 64)).shape
+    assert asked == [WIDTHS[arch]] and found == (1, WIDTHS[arch])
+
+
+def test_the_head_is_linear_relu_linear_and_hidden_0_is_one_linear():
+    torch.manual_seed(0)
+    head, x = models.mlp(5, 7, 3), torch.randn(4, 5)
+    w = head.state_dict()
+    assert list(w) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    want = (x @ w["0.weight"].T + w["0.bias"]).clamp(min=0) @ w["2.weight"].T + w["2.bias"]
+    torch.testing.assert_close(head(x.clone()), want)
+    assert {k: tuple(v.shape) for k, v in models.mlp(5, 0, 3).state_dict().items()} == {"weight": (3, 5), "bias": (3,)}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    a, b, c = (small(seed=s).state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not any(torch.equal(a[k], c[k]) for k in ("backbone.conv1.0.weight", "head.0.weight"))
+
+
+def test_new_weights_are_contiguous():
+    assert all(p.is_contiguous() for p in small(2).parameters())  # DeepSpeed broadcasts them as bytes; the loop then turns them
+
+
+def test_training_runs_one_forward_per_view_with_statistics_of_that_view():
+    net = small()
+    plain = copy.deepcopy(net)
+    a, b = images(8), 3 * images(8, seed=2) + 1
+    z = net([a, b]).z
+    want = torch.stack([plain.head(plain.backbone(v)) for v in (a, b)])  # one after the other, each with its own statistics
+    torch.testing.assert_close(z, want)
+    assert all(torch.equal(x, y) for x, y in zip(net.buffers(), plain.buffers()))
+    joint = plain.head(plain.backbone(torch.cat([a, b]))).view(2, 8, 8)
+    assert (joint - want).abs().max() > 0.01 * want.abs().max()  # what it would be with the statistics of both views
+
+
+def test_eval_runs_one_forward_per_resolution_and_keeps_the_order_of_views():
+    net = small().eval()
+    calls = []
+    net.backbone.register_forward_hook(lambda m, x, y: calls.append(tuple(x[0].shape)))
+    views = [images(3, 1), images(3, 2, size=48), images(3, 3)]
+    z = net(views).z
+    assert calls == [(6, 3, 32, 32), (3, 3, 48, 48)]
+    torch.testing.assert_close(z, torch.stack([net.head(net.backbone(v)) for v in views]))
+
+
+def test_the_head_is_inside_the_forwards_autocast():
+    net = small()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = net([images(4)]).z
+    assert z.dtype == torch.bfloat16 and {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def by_hand(x, weight, bias, groups, eps, momentum, mean, var):
+    """Batch norm per slice as its formulas say, in float64: outputs, and the mean of the slices' running statistics."""
+    out, means, variances = [], [], []
+    axes = [0] + list(range(2, x.ndim))
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    size = len(x) // groups
+    for g in range(groups):
+        part = x[g * size:(g + 1) * size]
+        mu = part.mean(axes)
+        dev = part - mu.view(shape)
+        n = part.numel() / part.shape[1]
+        out.append(dev / (dev.square().mean(axes).view(shape) + eps).sqrt() * weight.view(shape) + bias.view(shape))
+        means.append((1 - momentum) * mean + momentum * mu)
+        variances.append((1 - momentum) * var + momentum * dev.square().sum(axes) / (n - 1))  # running_var is unbiased
+    return torch.cat(out), sum(means) / groups, sum(variances) / groups
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d])
+def test_split_batch_norm_is_batch_norm_of_each_slice(kind, groups, layout):
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    bn = kind(5, eps=1e-3, momentum=0.3).double()
+    if kind is BatchNormAct2d:
+        bn.act = nn.SiLU()
+    bn.load_state_dict({"weight": draw(5), "bias": draw(5), "running_mean": draw(5), "running_var": draw(5).square(),
+                        "num_batches_tracked": torch.tensor(6)})
+    x = draw(12, 5) if kind is nn.BatchNorm1d else draw(12, 5, 4, 3).contiguous(memory_format=layout)
+    scale = torch.arange(1., 13, dtype=torch.float64).view([-1] + [1] * (x.ndim - 1))
+    x = x * scale + scale  # slices of unlike statistics
+    keys = list(bn.state_dict())
+    w, b, mean, var = (bn.state_dict()[k].clone() for k in ("weight", "bias", "running_mean", "running_var"))
+    xs, up = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)], draw(*x.shape)
+
+    models.split_bn(bn, groups)
+    y = bn(xs[0])
+    y.backward(up)
+    w.requires_grad_(), b.requires_grad_()
+    want, new_mean, new_var = by_hand(xs[1], w, b, groups, 1e-3, 0.3, mean, var)
+    if kind is BatchNormAct2d:
+        want = want * torch.sigmoid(want)
+    want.backward(up)
+
+    close = dict(rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(y, want, **close)
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, **close)
+    torch.testing.assert_close(bn.weight.grad, w.grad, **close)
+    torch.testing.assert_close(bn.bias.grad, b.grad, **close)
+    torch.testing.assert_close(bn.running_mean, new_mean.detach(), **close)
+    torch.testing.assert_close(bn.running_var, new_var.detach(), **close)
+    assert list(bn.state_dict()) == keys and bn.num_batches_tracked == 7
+    if x.ndim == 4:
+        assert y.is_contiguous(memory_format=layout)
+
+    bn.eval()
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    want = (x - new_mean.view(shape)) / (new_var.view(shape) + 1e-3).sqrt() * w.view(shape) + b.view(shape)
+    torch.testing.assert_close(bn(x), want * torch.sigmoid(want) if kind is BatchNormAct2d else want, **close)
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "mobilenetv3_small_050"])
+def test_groups_equal_separate_forwards_of_the_slices(arch):
+    net, plain = small(4, arch=arch).double(), small(1, arch=arch).double()
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values()))
+    start, x = copy.deepcopy(plain.state_dict()), images(16).double()
+    z = net([x]).z[0]
+    parts, stats = [], []
+    for part in x.chunk(4):
+        plain.load_state_dict(start)
+        parts.append(plain([part]).z[0])
+        stats.append({k: b.clone() for k, b in plain.named_buffers() if b.is_floating_point()})
+    torch.testing.assert_close(z, torch.cat(parts), rtol=1e-9, atol=1e-9)
+    mean = {k: torch.stack([s[k] for s in stats]).mean(0) for k in stats[0]}
+    torch.testing.assert_close({k: b for k, b in net.named_buffers() if b.is_floating_point()}, mean, rtol=1e-9, atol=1e-9)
+
+
+def test_split_batch_norm_keeps_fp32_statistics_under_autocast():
+    net = small(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        net([images(8)]).z.float().sum().backward()
+    buffers = [b for b in net.buffers() if b.is_floating_point()]
+    assert {b.dtype for b in buffers} == {torch.float32} and all(b.isfinite().all() for b in buffers)
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_one_group_leaves_every_module_as_it_is():
+    assert {type(m) for m in small(1).modules()} & set(models._SPLIT.values()) == set()
+
+
+def test_a_batch_norm_that_cannot_be_split_is_refused():
+    with pytest.raises(UserError, match="bn.groups: the BatchNorm3d at 0 cannot be split into 2; set bn.groups=1"):
+        models.split_bn(nn.Sequential(nn.BatchNorm3d(2)), 2)
+    with pytest.raises(ValueError, match="batch of 6 does not split into 4"):
+        small(4)([images(6)])
+
+
+def test_the_mean_student_follows_its_formula_and_keeps_its_own_buffers():
+    net = small(2)
+    ema = models.ema_copy(net)
+    assert ema.training and not any(p.requires_grad for p in ema.parameters())
+    assert {p.data_ptr() for p in ema.parameters()}.isdisjoint(p.data_ptr() for p in net.parameters())
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape))
+    net([images(8)])  # moves the student's statistics
+    before, buffers = [p.double() for p in ema.parameters()], copy.deepcopy(list(ema.buffers()))
+    models.ema_update(ema, net, 0.9)
+    for new, old, p in zip(ema.parameters(), before, net.parameters()):
+        torch.testing.assert_close(new.double(), 0.9 * old + 0.1 * p.detach().double(), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(ema.buffers(), buffers))
+    assert any(not torch.equal(a, b) for a, b in zip(ema.buffers(), net.buffers()))
+    ema([images(8, seed=5)])
+    assert any(not torch.equal(a, b) for a, b in zip(ema.buffers(), buffers))  # its own forward moves its own
+
+
+def test_mean_buffers_are_copies_of_the_floating_ones():
+    net = small()
+    found = models.mean_buffers(net)
+    assert set(found) == {k for k in net.state_dict() if k.endswith(("running_mean", "running_var"))}
+    found["backbone.bn1.running_mean"].add_(1)
+    assert net.backbone.bn1.running_mean.abs().max() == 0
+
+
+def test_an_unknown_arch_is_refused_with_the_nearest_names():
+    with pytest.raises(UserError, match="has no model 'mobilenetv3_large'; did you mean .*mobilenetv3_large_100"):
+        models.create("mobilenetv3_large", nn.Identity)
+    with pytest.raises(UserError, match="has no model 'hf_hub:timm/resnet18'"):  # no download
+        models.create("hf_hub:timm/resnet18", nn.Identity)
+
+
+@pytest.mark.parametrize("kwargs, says", [
+    ({"stem_widht": 32}, "timm cannot make resnet18 with .*stem_widht"), ({"pretrained": True}, "random weights"),
+    ({"num_classes": 10}, "the head is ours"), ({"in_chans": 1}, "3 channels")])
+def test_wrong_kwargs_are_refused(kwargs, says):
+    with pytest.raises(UserError, match=says):
+        models.create("resnet18", nn.Identity, kwargs)
+
+
+def test_kwargs_reach_timm():
+    assert models.create("resnet18", nn.Identity, {"stem_width": 16, "stem_type": "deep"}).backbone.conv1[0].weight.shape[0] == 16
+
+
+def test_loading_names_what_is_missing_unexpected_and_of_another_shape():
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    w = {"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3), "x": torch.ones(1)}
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(UserError) as e:
+        models.load_weights(net, w, "a.pt", "do that")
+    assert str(e.value) == ("a.pt: missing: 1.weight, 1.bias, 1.running_mean, 1.running_var; unexpected: x; "
+                            "of another shape: 0.weight (3, 4) for (3, 2); do that")
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert models.shorten([str(i) for i in range(9)]) == "0, 1, 2, 3 and 5 more"
