@@ -14,11 +14,11 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
     temp   > 0; divides the cosine
     Returns a float32 scalar, the mean over B in nats (float64 if q is float64); an active autocast changes nothing.
     Raises ValueError when k or queue requires grad (they are the mean student's), the widths differ or temp is not positive."""
-    if temp <= 0:
+    if not temp > 0:  # nor nan
         raise ValueError(f"info_nce: temp is {temp} and must be positive")
-    _check("info_nce", "the same", q.shape, k.shape)
-    _check("info_nce", "the same width of", q.shape[1:], queue.shape[1:])
-    _detached("info_nce", k=k, queue=queue)
+    if q.shape != k.shape or q.shape[1:] != queue.shape[1:]:
+        raise ValueError(f"info_nce: q, k {list(q.shape)}, {list(k.shape)} must be alike and as wide as queue {list(queue.shape)}")
+    _targets("info_nce", k=k, queue=queue)
     with torch.autocast(q.device.type, enabled=False):
         return chunked.info_nce(q, k, queue, temp)
 
@@ -29,13 +29,19 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
     zs, zt  [V,B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
     Returns a float32 scalar, the sum over V of the mean over B, within 0..4V (float64 if zs is float64); an active autocast changes nothing.
     Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
-    _check("distill", "the same", zs.shape, zt.shape)
-    _detached("distill", zt=zt)
+    if zs.shape != zt.shape:
+        raise ValueError(f"distill: zs {list(zs.shape)} and zt {list(zt.shape)} differ; student and teacher must embed in one width")
+    _targets("distill", zt=zt)
     with torch.autocast(zs.device.type, enabled=False):
         return reference.distill(zs, zt)
 
 
-def _detached(loss: str, **inputs: Tensor):
+def _targets(loss: str, **inputs: Tensor):
     for name, x in inputs.items():
         if x.requires_grad:
             raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")
+
+
+def _check(loss: str, what: str, a: torch.Size, b: torch.Size):
+    if a != b:
+        raise ValueError(f"{loss}: needs {what} shape, found {list(a)} and {list(b)}")

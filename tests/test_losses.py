@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastdisco import kernels
 from fastdisco.kernels import chunked, reference
@@ -17,8 +16,8 @@ GRAD = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float64: 1e-12}  # a bf
 
 
 def rms(got, want):
-    """RMS(error) / RMS(reference)."""
-    return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
+    """RMS(error) / RMS(reference), the latter at least float32's smallest normal number."""
+    return float((got.double() - want).norm() / max(want.norm(), 1.2e-38 * want.numel() ** 0.5))
 
 
 def unit(x):
@@ -50,7 +49,7 @@ def paper_distill(zs, zt):
 
 
 def both(loss, q, *rest, upstream=1.0):
-    """The loss and upstream * its gradient to q's float64 values or q itself."""
+    """The loss and upstream * its gradient to q."""
     leaf = q.detach().clone().requires_grad_()
     value = loss(leaf, *rest)
     (upstream * value).backward()
@@ -70,7 +69,7 @@ def test_info_nce_is_the_formula(b, k, d, temp, dtype, monkeypatch):
     q, key, queue = data(b, k, d, dtype)
     want, gradient = expected(paper_info_nce, q, key, queue, temp, upstream=3.7)
     for chunk in (1, 4 * b, 13 * b, 13 * b - 1, 2**21):  # one row at a time, several with a rest, exactly all of 13, all but one, one chunk
-        monkeypatch.setattr(chunked, "CHUNK", chunk)
+        monkeypatch.setattr(chunked, "LOGITS", chunk)
         loss, grad = both(kernels.info_nce, q, key, queue, temp, upstream=3.7)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and grad.dtype == dtype
         # a float32 logit has an error of 6e-8 / temp, which the loss takes over; it matters where the loss itself is small
@@ -117,7 +116,7 @@ def test_opposite_and_equal_rows_stay_finite():
 
 @pytest.mark.parametrize("temp", [0.01, 0.2])
 def test_info_nce_passes_gradcheck(temp, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", 12)
+    monkeypatch.setattr(chunked, "LOGITS", 12)
     q, key, queue = data(3, 11, 5, torch.float64)
     assert torch.autograd.gradcheck(lambda q: kernels.info_nce(q, key, queue, temp), q)
 
@@ -150,7 +149,7 @@ def test_no_tensor_of_the_size_of_all_logits_exists():
     with Largest() as plain:
         reference.info_nce(q, key, queue, 0.2).backward()
     assert plain.elements == 96 * 65537  # the recording sees forward and backward
-    assert fast.elements <= chunked.CHUNK < 96 * 65536 / 2
+    assert fast.elements <= chunked.LOGITS < 96 * 65536 / 2
 
 
 @pytest.mark.parametrize("temp", [0.01, 0.2])
@@ -166,23 +165,28 @@ def test_the_queue_may_be_overwritten_right_after_the_forward(temp):
 def test_the_gradient_is_not_computed_where_nobody_asks():
     q, key, queue = data(8, 100, 16)
 
-    def flops(q):
-        with FlopCounterMode(display=False) as count:
-            loss = kernels.info_nce(q, key, queue, 0.2)
-        return count.get_total_flops(), loss.requires_grad
+    class Products(TorchDispatchMode):
+        found = 0
 
-    similarities = 2 * 8 * 100 * 16
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += "mm" in func.overloadpacket.__name__
+            return func(*args, **(kwargs or {}))
+
+    def products(q):
+        with Products() as count:
+            loss = kernels.info_nce(q, key, queue, 0.2)
+        return count.found, loss.requires_grad
+
     with torch.no_grad():
-        assert flops(q) == (similarities, False)
-    assert flops(q.detach()) == (similarities, False)
-    assert flops(q) == (2 * similarities, True)
+        assert products(q) == (1, False)  # the similarities
+    assert products(q.detach()) == (1, False)
+    assert products(q) == (2, True)  # and the softmax's mean of the queue
 
 
 def test_a_second_derivative_is_refused():
     q, key, queue = data(3, 5, 4, torch.float64)
-    (grad,) = torch.autograd.grad(kernels.info_nce(q, key, queue, 0.2), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):  # and not answered by what passes through the normalisation alone
+        torch.autograd.grad(kernels.info_nce(q, key, queue, 0.2), q, create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,15 +206,14 @@ def test_autocast_changes_nothing(dtype):
 def test_info_nce_refuses_what_does_not_fit():
     q, k, queue = torch.randn(4, 8), torch.randn(4, 8), torch.randn(9, 8)
     for args, message in [
-        ((q, k[:3], queue, 0.2), r"q \[4, 8\], k \[3, 8\] and queue \[9, 8\] do not fit"),
-        ((q, k[:, :7], queue, 0.2), "do not fit"),
-        ((q, k, queue[:, :7], 0.2), "do not fit"),
-        ((q[0], k[0], queue[:, 0], 0.2), "do not fit"),
-        ((q, k.clone().requires_grad_(), queue, 0.2), "detach"),
-        ((q, k, queue.clone().requires_grad_(), 0.2), "detach"),
-        ((q, k, queue, 0.0), "temp 0.0 is not positive"),
-        ((q, k, queue, -0.2), "temp -0.2 is not positive"),
-        ((q, k, queue, math.nan), "temp nan is not positive"),
+        ((q, k[:3], queue, 0.2), r"\[4, 8\].*\[3, 8\]"),
+        ((q, k[:, :7], queue, 0.2), r"\[4, 8\].*\[4, 7\]"),
+        ((q, k, queue[:, :7], 0.2), r"8\].*7\]"),
+        ((q, k.clone().requires_grad_(), queue, 0.2), r"\bk\b.*detach"),
+        ((q, k, queue.clone().requires_grad_(), 0.2), "queue.*detach"),
+        ((q, k, queue, 0.0), r"temp.* 0\.0.*positive"),
+        ((q, k, queue, -0.2), r"temp.* -0\.2.*positive"),
+        ((q, k, queue, math.nan), "temp.* nan.*positive"),
     ]:
         with pytest.raises(ValueError, match=message):
             kernels.info_nce(*args)
@@ -246,9 +249,9 @@ def test_distill_at_its_ends():
 
 def test_distill_refuses_what_does_not_fit():
     z = torch.randn(2, 4, 8)
-    with pytest.raises(ValueError, match=r"zs \[2, 4, 8\] and zt \[1, 4, 8\] differ"):
+    with pytest.raises(ValueError, match=r"\[2, 4, 8\].*\[1, 4, 8\]"):
         kernels.distill(z, z[:1])
-    with pytest.raises(ValueError, match="detach the teacher"):
+    with pytest.raises(ValueError, match="zt.*detach"):
         kernels.distill(z, z.clone().requires_grad_())
 
 
@@ -277,7 +280,7 @@ def test_the_queue_is_a_ring(k):
 def test_more_keys_than_rows_are_refused_and_change_nothing():
     queue = Queue(4, 3, seed=0)
     before = queue.rows.clone()
-    with pytest.raises(ValueError, match="5 keys do not fit a queue of 4"):
+    with pytest.raises(ValueError, match=r"4 keys.* 5\b"):
         queue.enqueue(torch.randn(5, 3))
     assert torch.equal(queue.rows, before) and int(queue.ptr) == 0
 

@@ -23,12 +23,25 @@ TRIES = 10  # of a random crop before the centre crop
 AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 4, 2 * TRIES + 6
 
 
-def train(crops: tuple[Crop, ...], reader: dict, images: int, epoch: int, seed: int, device: str, **pipe):
+def train(crops: tuple[Crop, ...], reader: dict, seed: int, device: str, **pipe):
     """Pipeline whose outputs are the views [S,S,3] float32 of each crop, then the reader's label.
 
-    reader  arguments of fn.readers.file; a label is (epoch - the argument `epoch`) * images + index
+    reader  arguments of fn.readers.file; a label is the word of an image in an epoch, see `words`
     device  cpu, or gpu: decoded by `mixed`, everything on pixels on the GPU"""
-    return _train(crops, reader, images, epoch, seed, device, **pipe)
+    return _train(crops, reader, seed, device, **pipe)
+
+
+def words(index: np.ndarray, epoch: int) -> np.ndarray:
+    """int32: what all draws of an image in an epoch are hashed from; `indices` undoes it."""
+    return (index.astype(np.uint32) ^ _word(epoch)).view(np.int32)
+
+
+def indices(words: np.ndarray, epoch: int) -> np.ndarray:
+    return (words.view(np.uint32) ^ _word(epoch)).astype(np.int64)
+
+
+def _word(epoch: int) -> np.uint32:
+    return np.uint32(epoch * 0x9E3779B1 % 2**32)  # odd: an image has another word in every epoch
 
 
 def evaluate(resize: int, size: int, mean, std, reader: dict, device: str, **pipe):
@@ -42,10 +55,10 @@ def decode(reader: dict, device: str, **pipe):
 
 
 @pipeline_def(enable_conditionals=True)
-def _train(crops, reader, images, epoch, seed, device):
+def _train(crops, reader, seed, device):
     encoded, label = fn.readers.file(**reader)
     image, hw = _decoded(encoded, device)
-    draws = _draws(crops, label, images, epoch, seed)
+    draws = _draws(crops, label, seed)
     start, shape = _boxes(hw, draws, crops)
     heads = _coins(draws, crops)
     views = []
@@ -88,24 +101,16 @@ def _decoded(encoded, device):
     return image, shape[0:2]
 
 
-def _draws(crops, label, images, epoch, seed):
+def _draws(crops, word, seed):
     """[V,ROWS,2] float32: each in its range, uniform.  All views at once, since small operators cost the same for any width."""
-    word = lambda x: types.Constant(x % 2**32, dtype=types.UINT32)
-    count = label // images
-    index = fn.cast(label - count * images, dtype=types.UINT32)
-    x = index ^ (fn.cast(count, dtype=types.UINT32) * word(GOLDEN) + word(GOLDEN * epoch))
-    x = x + types.Constant(salts(seed, len(crops)))
-    x = x ^ x // word(1 << 16)  # the finaliser of MurmurHash3; DALI has no shift
-    x = x * word(0x85EBCA6B)
-    x = x ^ x // word(1 << 13)
-    x = x * word(0xC2B2AE35)
-    x = x ^ x // word(1 << 16)
-    u = x // word(1 << 8) * 2.0**-24  # exact in float32, below 1
+    const = lambda x: types.Constant(x, dtype=types.UINT32)
+    x = fn.reinterpret(word, dtype=types.UINT32) + types.Constant(salts(seed, len(crops)))
+    x = x ^ x // const(1 << 16)  # MurmurHash3's finaliser, less its last step, which only moves the low bits; DALI has no shift
+    x = x * const(0x85EBCA6B)
+    x = x ^ x // const(1 << 13)
+    x = x * const(0xC2B2AE35)
     low, high = ranges(crops)
-    return u * types.Constant(high - low) + types.Constant(low)
-
-
-GOLDEN = 0x9E3779B1  # odd: no two epochs of an image share a state
+    return x * types.Constant((high - low) * np.float32(2**-32)) + types.Constant(low)
 
 
 def salts(seed: int, views: int) -> np.ndarray:
@@ -125,7 +130,7 @@ def ranges(crops) -> tuple[np.ndarray, np.ndarray]:
         for at, j in zip(((LIGHT, 0), (LIGHT, 1), (COLOUR, 0)), c.jitter):
             low[at], high[at] = max(0, 1 - j), 1 + j
         low[COLOUR, 1], high[COLOUR, 1] = -360 * c.jitter[3], 360 * c.jitter[3]  # degrees
-        low[BLUR, 0], high[BLUR, 0] = c.blur_sigma
+        low[BLUR, 0], high[BLUR, 0] = np.maximum(c.blur_sigma, 1e-3)  # no blur; DALI refuses 0
     return both[0].astype(np.float32), both[1].astype(np.float32)
 
 
@@ -135,24 +140,23 @@ def _boxes(hw, draws, crops):
     torchvision's RandomResizedCrop: share of the area and log of the ratio uniform, sides rounded; where no try fits, the centre crop
     of the nearest ratio."""
     h, w = hw[0], hw[1]
-    area = h * w
-    sides = math.floor(math.sqrt(draws[:, AREA:RATIO] * area * math.exp(draws[:, RATIO:PLACE])) + 0.5)  # [V,10,2]
-    first = types.Constant(np.arange(TRIES, 0, -1, dtype=np.float32)[:, None])
-    score = fn.reductions.min((sides <= hw) * (sides > 0.5) * first, axes=2, keep_dims=True)  # [V,10,1]: 0 where it does not fit
+    tries = math.floor(math.sqrt(draws[:, AREA:RATIO] * (h * w) * math.exp(draws[:, RATIO:PLACE])) + 0.5)  # [V,10,2]
+    widest = np.array([[[1 / c.ratio[0], c.ratio[1]]] for c in crops], np.float32)
+    centre = math.max(math.min(math.floor(fn.stack(w, h) * types.Constant(widest) + 0.5), hw), 1.0)  # [V,1,2], fits always
+    sides = fn.cat(tries, centre, axis=1)
+    rank = types.Constant(np.arange(TRIES, -1, -1, dtype=np.float32)[:, None] + 1)
+    score = fn.reductions.min((sides <= hw) * (sides > 0.5) * rank, axes=2, keep_dims=True)  # [V,11,1]: 0 where it does not fit
     best = fn.reductions.max(score, axes=1, keep_dims=True)
-    found = math.min(best, 1.0)  # [V,1,1]
-    chosen = fn.reductions.sum(sides * (score == best), axes=1, keep_dims=True)
-    widest = np.array([[[1 / c.ratio[0], c.ratio[1]]] for c in crops], np.float32)  # [V,1,2]
-    centre = math.max(math.min(math.floor(fn.stack(w, h) * types.Constant(widest) + 0.5), hw), 1.0)
-    shape = centre + found * (chosen - centre)
+    shape = fn.reductions.sum(sides * (score == best), axes=1, keep_dims=True)
+    drawn = best > 1.5  # [V,1,1]: not the centre crop
     spare = hw - shape
-    place = found * (draws[:, PLACE:LIGHT] - 0.5) + 0.5
-    start = math.min(math.floor(place * (spare + found)), spare)  # rounding up may reach spare + 1
+    place = (draws[:, PLACE:LIGHT] - 0.5) * drawn + 0.5
+    start = math.min(math.floor(place * (spare + drawn)), spare)  # of a draw that is 1, spare + 1
     return fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32)
 
 
 def _coins(draws, crops):
-    """[V,3,2] bool: ((-, brightness and contrast first), (jitter, gray), (blur, flip))."""
+    """[V,3,2] int32, 1 for heads: ((-, brightness and contrast first), (jitter, gray), (blur, flip))."""
     chance = np.array([[[0, 0.5], [c.jitter_p, c.gray_p], [c.blur_p, c.flip_p]] for c in crops], np.float32)
     return draws[:, BLUR:ROWS] < types.Constant(chance)
 
@@ -174,8 +178,7 @@ def _augment(x, crop, draws, heads, v, device):
     elif crop.blur_p > 0:
         if heads[v, 2, 0]:
             x = fn.gaussian_blur(x, sigma=draws[v, BLUR, 0])
-    mirror = fn.cast(heads[v, 2, 1], dtype=types.INT32)
-    return _normalise(x, crop.mean, crop.std, mirror)
+    return _normalise(x, crop.mean, crop.std, mirror=fn.cast(heads[v, 2, 1], dtype=types.INT32))
 
 
 def _jitter(x, draws, heads, v, device):

@@ -10,7 +10,7 @@ from fastdisco.config import UserError
 from fastdisco.data.folder import Listing
 from fastdisco.views import Crop
 
-CHUNK = 1 << 20  # samples that one pipeline reads on a rank: its list of files costs about 100 bytes each
+CHUNK = 1 << 18  # samples that one pipeline reads on a rank, at least one epoch: its list of files costs some 600 bytes a sample
 DEPTH = 2  # batches made ahead
 
 
@@ -50,23 +50,23 @@ class TrainLoader:
             raise StopIteration
         if self.position == self._chunk_end:
             self._open()
-        *views, code = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
+        *views, words = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
+        index = torch.from_numpy(_graph().indices(words, self.position // self._per_epoch))
         self.position += 1
-        index = torch.from_numpy(code.astype(np.int64) % len(self.listing.files))
         return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
 
     def _open(self):
         """Build the pipeline that reads from `position` on, for some epochs."""
-        n, per = len(self.listing.files), self._per_epoch
+        graph, per = _graph(), self._per_epoch
         first = self.position // per
-        epochs = max(1, min(CHUNK // (per * self.batch), (2**31 - 1) // n))
-        self._chunk_start, self._chunk_end = self.position, min((first + epochs) * per, self._end)
-        here = slice(self.position - first * per, self._chunk_end - first * per)
-        code = np.concatenate([e * n + self._order(first + e) for e in range(-(-here.stop // per))])
-        code = code.reshape(-1, self.batch)[here].ravel()
-        self._files_at = code % n
-        reader = _reader(self.listing, self._files_at, code)
-        self._pipe = _graph().train(self.crops, reader, n, first, self.seed, _kind(self.device), **_pipe(self.batch, self.threads, self.device))
+        epochs = range(first, min(first + max(1, CHUNK // (per * self.batch)), self._end // per))
+        self._chunk_start, self._chunk_end = self.position, epochs.stop * per
+        here = slice((self.position - first * per) * self.batch, (self._chunk_end - first * per) * self.batch)
+        orders = [self._order(e) for e in epochs]
+        self._files_at = np.concatenate(orders)[here]
+        words = np.concatenate([graph.words(o, e) for o, e in zip(orders, epochs)])[here]
+        reader = _reader(self.listing, self._files_at, words)
+        self._pipe = graph.train(self.crops, reader, self.seed, _kind(self.device), **_pipe(self.batch, self.threads, self.device))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of this rank in the epoch, [micro batches * batch]."""

@@ -28,7 +28,7 @@ class Moco(Method):
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """views: two [B,3,S,S].  Terms contrast and, with a teacher, distill; logged beside them feat/std and distill/cosine."""
-        z = nets.student(views).z  # [2,B,d]
+        z = nets.student(views if nets.teacher else views[:1]).z  # [V,B,d]: without a teacher nothing is asked of the student on view B
         q = z[0]
         keys = self._encode(nets.ema, views[1], progress)  # [B*ranks,d]
         k = keys[dist.rank() * len(q):][:len(q)]  # the positives of this rank's queries
@@ -45,11 +45,11 @@ class Moco(Method):
         self.queue.enqueue(torch.cat(self.keys))
         self.keys.clear()
 
-    # MoCo moves the mean student just before this, by the weights that the student has here.  So does the loop: it moves it after each
-    # optimizer step, and the first step's mean student is a copy of the student, which that move would leave as it is.
     @torch.no_grad()
     def _encode(self, ema, view: Tensor, progress: Progress) -> Tensor:
         """[B,3,S,S] -> [B*ranks,d]: the keys of the whole global batch, raw, in its order on every rank."""
+        # MoCo moves the mean student right here, towards the weights that the student has before this step's update.  The loop moves it
+        # after the optimizer's step instead: the same sequence, for the first mean student is a copy, which no move would change.
         if not self.shuffle:
             return dist.all_gather(ema([view]).z[0])
         order = dist.Shuffle(len(view), dist.mix(self.seed, progress.step))

@@ -1,0 +1,94 @@
+"""The benches' result files and the tables made from them."""
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, run
+from fastdisco import config
+
+sys.path.insert(0, str(ROOT / "bench"))
+import common  # noqa: E402
+import report  # noqa: E402
+
+
+def result(folder, bench, device, rows, **more):
+    folder.mkdir(exist_ok=True)
+    about = dict(bench=bench, date="2026-01-02", commit="abc1234", command="bench/x.py", cpu="a chip", cores=2, gpus=[], versions={"torch": "2.14.1"})
+    (folder / f"{bench}-{device}.json").write_text(json.dumps(about | dict(device=device, summary=rows, samples=[]) | more))
+
+
+def test_a_row_has_a_value_or_a_reason():
+    assert common.row("a", 1.0, "s", None, "lower") == dict(name="a", value=1.0, unit="s", aim=None, better="lower")
+    assert common.row("a", None, "s", 2, "lower", "no GPU here")["reason"] == "no GPU here"
+    for value, reason in ((None, None), (1.0, "why")):
+        with pytest.raises(AssertionError):
+            common.row("a", value, "s", None, "lower", reason)
+
+
+def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    path = common.write("probe", "cpu", [common.row("a", 1.5, "s", 2, "lower")], {"raw": [1, 2]}, extra=7)
+    found = json.loads(path.read_text())
+    assert path.name == "probe-cpu.json" and found["summary"] == [dict(name="a", value=1.5, unit="s", aim=2, better="lower")]
+    assert found["samples"] == {"raw": [1, 2]} and found["extra"] == 7
+    assert {"torch", "triton", "deepspeed", "timm", "python"} <= found["versions"].keys() and any("dali" in v for v in found["versions"])
+    assert found["cores"] >= 1 and found["cpu"] and re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"]) and found["command"]
+    assert "host" not in found and re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", found["commit"] or "0000000")
+
+
+def test_tables_between_the_markers(tmp_path):
+    result(tmp_path, "speed", "cpu", [dict(name="ips", value=1234.5678, unit="images/s", aim=1000, better="higher"),
+                                      dict(name="gpu_ips", value=None, unit="images/s", aim=None, better="higher", reason="no GPU here")])
+    result(tmp_path, "speed", "h100", [dict(name="ips", value=0.0, unit="images/s", aim=None, better="higher")], gpus=["NVIDIA H100"])
+    result(tmp_path, "speedy", "cpu", [dict(name="other", value=1, unit="s", aim=None, better="lower")])
+    text = report.fill("before\n<!-- bench:speed -->\nold\n<!-- /bench:speed -->\nafter\n<!-- bench:none -->\n<!-- /bench:none -->\n", tmp_path)
+    lines = text.splitlines()
+    assert lines[0] == "before" and "after" in lines and "old" not in text and "other" not in text
+    assert "| ips | 1235 | images/s | 1000 |" in lines
+    assert "| gpu_ips | not measured: no GPU here | images/s |  |" in lines
+    assert "| ips | 0 | images/s |  |" in lines  # nought is a measurement
+    assert "a chip, 2 cores" in text and "NVIDIA H100" in text and "`bench/x.py`" in text and "abc1234" in text
+    assert text.endswith("<!-- bench:none -->\nNot measured yet.\n<!-- /bench:none -->\n")
+    assert report.fill(text, tmp_path) == text
+
+
+def test_check_tells_a_stale_file(tmp_path, monkeypatch, capsys):
+    results, readme, doc = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs" / "speed.md"
+    doc.parent.mkdir()
+    readme.write_text("<!-- bench:speed -->\n<!-- /bench:speed -->\n")
+    doc.write_text("no table here\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", results)
+    row = dict(name="ips", value=1, unit="images/s", aim=None, better="higher")
+    result(results, "speed", "cpu", [row])
+    assert report.main(["--check"]) == 1 and "README.md" in capsys.readouterr().out
+    assert "ips" not in readme.read_text()  # a check writes nothing
+    assert report.main([]) == 0 and report.main(["--check"]) == 0 and "| ips | 1 |" in readme.read_text()
+    result(results, "speed", "cpu", [row | {"value": 2}])
+    assert report.main(["--check"]) == 1
+    assert doc.read_text() == "no table here\n"
+
+
+def test_the_projects_own_tables_are_fresh():
+    assert "stale" not in run(sys.executable, "bench/report.py", "--check")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda p: p.name)
+def test_every_kept_result_is_whole(path):
+    for row in json.loads(path.read_text())["summary"]:
+        assert {"name", "value", "unit", "aim", "better"} <= row.keys() and row["better"] in ("higher", "lower")
+        assert row["value"] is not None or row["reason"]
+
+
+def test_the_demos_arms_share_every_setting_but_the_distillation():
+    """student.yaml with and without a teacher differ in the teacher alone, the teacher's recipe in network, length and step size."""
+    folder = ROOT / "configs" / "demo"
+    flat = lambda name, *more: config.flatten(config.load(folder / name, more).model_dump(mode="json"))  # noqa: E731
+    disco, alone, teacher = flat("student.yaml"), flat("student.yaml", "teacher=null"), flat("teacher.yaml")
+    differ = lambda a, b: {k for k in a | b if a.get(k) != b.get(k)}  # noqa: E731
+    assert differ(disco, alone) <= {"teacher", "teacher.file", "teacher.arch", "teacher.kwargs"}
+    assert differ(alone, teacher) <= {"run.name", "run.epochs", "student.arch", "optim.lr"}
+    assert disco["bn.groups"] > 1 and disco["teacher.arch"] == teacher["student.arch"]
+    assert yaml.safe_load((folder / "student.yaml").read_text())["method"].keys().isdisjoint({"distill"})  # the paper's weight
