@@ -32,9 +32,11 @@ ARMS = {  # name -> what differs from the student's configuration; OUT and SEED 
     "disco": ("student", ["teacher.file=OUT/teacher-SEED"]),
 }
 ROWS = {"raw_pixels": "raw pixels", "untrained_student": "untrained student", "untrained_teacher": "untrained teacher",
-        "teacher": "teacher, MoCo-v2", "alone": "student alone, MoCo-v2", "alone_equal_time": "student alone, DisCo's time", "disco": "student with DisCo"}
-LIMITS = ("Limits: patches of 18 photographs, minutes of training; alone, so small a student hardly learns in this time, and DisCo costs more\n"
-          "time an epoch (hence the row of equal time). The recipe was chosen on other data seeds. It shows the ordering, not the paper's numbers.")
+        "teacher": "teacher, MoCo-v2", "alone": "student alone, MoCo-v2", "alone_equal_time": "student alone, DisCo's time",
+        "disco": "student with DisCo"}
+LIMITS = ("Limits: patches of 18 photographs, minutes of training; alone, so small a student hardly learns in this time, and DisCo\n"
+          "costs more time an epoch (hence the row of equal time). The recipe was chosen on other data seeds.\n"
+          "It shows the ordering, not the paper's numbers.")
 
 
 def main():
@@ -64,13 +66,15 @@ def one_seed(out: Path, seed: int) -> dict[str, dict]:
         overrides = [f"run.name={run.name}", f"run.out={out}", f"run.seed={seed}", f"data.train={out}/data-{seed}/train",
                      f"data.val={out}/data-{seed}/val", *(x.replace("OUT", str(out)).replace("SEED", str(seed)) for x in differs)]
         settings = f"configs/demo/{file}.yaml"
-        if not timing.exists() or config.load(run / "config.yaml") != config.load(ROOT / settings, overrides):
+        finished = timing.exists() and (run / "config.yaml").exists()
+        if not finished or config.load(run / "config.yaml") != config.load(ROOT / settings, overrides):
             for later in list(ARMS)[number:]:  # what hangs on this arm is out of date with it
                 (out / f"{later}-{seed}.minutes").unlink(missing_ok=True)
             command = [sys.executable, "fastdisco/train.py", "--config", settings, "--overwrite", *overrides]
             print(f"\n{ROWS[arm]}: {' '.join(command[1:])}", flush=True)
             begin = time.perf_counter()
-            subprocess.run(command, cwd=ROOT, check=True)
+            if code := subprocess.run(command, cwd=ROOT).returncode:
+                sys.exit(code)  # the command has said why
             timing.write_text(f"{(time.perf_counter() - begin) / 60:.2f}")
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         scores[arm] = {"knn": last["eval/knn_top1"], "minutes": float(timing.read_text())}
@@ -89,8 +93,8 @@ def untrained(run: Path) -> models.Net:
     """The network that a run began with."""
     cfg = config.load(run / "config.yaml")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
-                            shuffle=False)
+    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view,
+                            seed=cfg.run.seed, shuffle=False)
     return models.create(cfg.student.arch, method.head, cfg.student.kwargs).to(memory_format=torch.channels_last).eval()
 
 
@@ -135,7 +139,8 @@ def draw(out: Path, seed: int, path: Path):
     cfg = config.load(out / f"disco-{seed}" / "config.yaml")
     val = data.listing(cfg.data.val)
     some = np.arange(0, len(val.files), 2)
-    batches = list(data.EvalLoader(val, cfg.data.eval_resize, cfg.data.eval_size, cfg.data.eval_batch, cfg.data.threads, torch.device("cpu"), some))
+    d = cfg.data
+    batches = list(data.EvalLoader(val, d.eval_resize, d.eval_size, d.eval_batch, d.threads, torch.device("cpu"), some))
     label = torch.cat([b.label for b in batches])
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.8))
     for axis, (name, net) in zip(axes, nets.items()):
@@ -149,4 +154,7 @@ def draw(out: Path, seed: int, path: Path):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except config.UserError as e:
+        sys.exit(f"fastdisco: error: {e}")

@@ -77,7 +77,8 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
     shared = read(folder / "state.pt")
     for name, value in meta.items():
         if shared["meta"].get(name) != value:
-            raise UserError(f"{folder}: was trained with another {name} than this command's; train under another run.name, or restore the {name}")
+            raise UserError(f"{folder}: was trained with another {name} than this command gives; "
+                            f"take another run.name, or restore the {name}")
     own_file = folder / f"rank_{dist.rank()}.pt"
     own = read(own_file) if own_file.exists() else {"world": None}
     for name, item in state.items():

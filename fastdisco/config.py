@@ -68,7 +68,7 @@ class Moco(Block):
     queue: int = Field(65536, ge=1)  # keys
     momentum: float = Field(0.999, ge=0, le=1)  # of the mean student (EMA)
     contrast: float = Field(1.0, ge=0)  # weight of the InfoNCE term
-    distill: float = Field(32.0, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: the paper's 8 GPUs x 32 images (docs/method.md)
+    distill: float = Field(32.0, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: the paper's, see docs/method.md
 
 
 class Optim(Block):
@@ -124,7 +124,9 @@ class Config(Block):
     @model_validator(mode="after")
     def _fits(self):
         if self.method.queue < self.data.batch:
-            raise ValueError(f"method.queue: {self.method.queue} keys do not hold one step's {self.data.batch} (data.batch); enlarge the queue")
+            raise ValueError(f"method.queue: {self.method.queue} keys cannot hold one step's {self.data.batch} (data.batch); enlarge it")
+        if self.data.eval_size > self.data.eval_resize:
+            raise ValueError(f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to {self.data.eval_resize} (data.eval_resize)")
         if self.eval.every and self.data.val is None:
             raise ValueError("eval.every: the kNN evaluation needs data.val, a folder of class folders")
         return self
@@ -178,9 +180,9 @@ def micro_batch(cfg: Config, world: int) -> int:
         raise UserError(f"data.batch: {cfg.data.batch} does not divide by {world} ranks x {cfg.data.accumulate} accumulated; "
                         f"nearest: {' or '.join(map(str, near))}")
     if batch % cfg.bn.groups:
-        raise UserError(f"bn.groups: {cfg.bn.groups} groups do not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
+        raise UserError(f"bn.groups: {cfg.bn.groups} does not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
     if batch // cfg.bn.groups < 2:
-        raise UserError(f"data.batch: batch norm sees {batch // cfg.bn.groups} image a group and needs 2; enlarge data.batch or lower bn.groups")
+        raise UserError("data.batch: batch norm sees 1 image in each group and needs 2; enlarge data.batch or lower bn.groups")
     return batch
 
 

@@ -97,8 +97,9 @@ class Shuffle:
         self.here = slice(rank() * batch, (rank() + 1) * batch)
 
     def split(self, x: Tensor) -> Tensor:
-        """[B,...] -> [B,...]: this rank's share of the permuted global batch."""
-        return all_gather(x)[self.order[self.here].to(x.device)]
+        """Images [B,3,S,S], channels_last -> the same: this rank's share of the permuted global batch."""
+        rows = all_gather(x.permute(0, 2, 3, 1))  # as they lie in memory, so that nothing is rearranged
+        return rows[self.order[self.here].to(x.device)].permute(0, 3, 1, 2)
 
     def join(self, x: Tensor) -> Tensor:
         """[B,...] of a shuffled share -> [B*ranks,...]: the whole global batch in its own order, on every rank."""

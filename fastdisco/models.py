@@ -76,7 +76,7 @@ def split_bn(net: nn.Module, groups: int):
     if groups == 1:
         return
     for name, m in net.named_modules():
-        if isinstance(m, _BatchNorm):
+        if isinstance(m, _BatchNorm) or getattr(m, "running_var", None) is not None:  # EvoNorm has batch statistics but is no batch norm
             if type(m) not in _SPLIT:
                 raise UserError(f"bn.groups: the {type(m).__name__} at {name} cannot be split into {groups}; "
                                 "set bn.groups=1 or take another student.arch")
@@ -106,7 +106,7 @@ def from_run(folder: Path, which: str = "student") -> tuple[Net, config.Config]:
     folder  the run (its last checkpoint is taken), or one of its folders checkpoints/step_XXXXXXXX
     which   student, or ema for the mean student
     Raises UserError when the folder holds no checkpoint, or one that does not fit its config.yaml."""
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # "." has parents too
     step = folder if (folder / "state.pt").is_file() else _last(folder)
     cfg = config.load(step.parent.parent / "config.yaml")
     weights = read(step / "state.pt").get(which)
@@ -139,7 +139,7 @@ def read(file: Path) -> dict:
 def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str, remedy: str):
     """Copies named weights into the network; every name and shape must agree.  Raises UserError with what does not, and the remedy."""
     own = net.state_dict()
-    shape = {k: tuple(getattr(v, "shape", ())) for k, v in weights.items()}
+    shape = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in weights.items()}
     wrong = {
         "missing": [k for k in own if k not in weights and not k.endswith(".num_batches_tracked")],  # a counter that nothing here reads
         "unexpected": [k for k in weights if k not in own],

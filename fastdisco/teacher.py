@@ -53,26 +53,25 @@ def fingerprint(net: nn.Module) -> str:
 class Format(NamedTuple):
     name: str
     detect: Callable[[dict], bool]  # of what the file holds
-    rename: Callable[[dict], dict[str, Tensor]]  # to backbone.* and head.*, unknown names kept
+    rename: Callable[[dict], dict[str, Tensor]]  # to backbone.* and head.*; what is neither keeps a name that fits no network
 
 
 def _is_moco(found: dict) -> bool:
     state = found.get("state_dict")
-    return isinstance(state, dict) and any(k.removeprefix("module.").startswith("encoder_q.") for k in state)
+    return isinstance(state, dict) and any(str(k).removeprefix("module.").startswith("encoder_q.") for k in state)
 
 
 def _from_moco(found: dict) -> dict[str, Tensor]:
     """The query encoder; the momentum encoder, the queue and the teachers in DisCo's own checkpoints are left out by name."""
     out = {}
     for key, x in found["state_dict"].items():
-        key = key.removeprefix("module.")
+        key = str(key).removeprefix("module.")
         if key in ("queue", "queue_ptr") or key.startswith(("encoder_k.", "teacher_encoder_q.", "teacher_encoder_k.")):
             continue
-        if key.startswith("encoder_q."):
-            key = key.removeprefix("encoder_q.")
-            part, _, rest = key.partition(".")
-            key = f"head.{rest}" if part in ("fc", "classifier") else f"backbone.{key}"  # where ResNets, and others, keep the classifier
-        out[key] = x
+        own = key.removeprefix("encoder_q.")
+        part, _, rest = own.partition(".")
+        name = f"head.{rest}" if part in ("fc", "classifier") else f"backbone.{own}"  # where ResNets, and others, keep the classifier
+        out[f"{key} (not of encoder_q)" if own == key else f"{key} (twice)" if name in out else name] = x
     return out
 
 
@@ -92,10 +91,8 @@ def _from_file(file: Path, arch: str, kwargs: dict[str, Any], dim: int) -> model
     if not any(k.startswith("head.") for k in weights):
         raise UserError(f"{file}: has no projection head (no fc.* or classifier.* beside the backbone), whose output DisCo distils; "
                         "take the checkpoint as its training wrote it, not one stripped for evaluation")
-    hidden = len(weights["head.0.weight"]) if "head.0.weight" in weights else 0
-    last = weights.get("head.2.weight" if hidden else "head.weight")
-    if last is not None:
-        _same_dim(file, len(last), dim)
+    hidden = _rows(weights.get("head.0.weight"), 0)
+    _same_dim(file, _rows(weights.get("head.2.weight" if hidden else "head.weight"), dim), dim)
     with torch.random.fork_rng(devices=[]):  # drawn and overwritten: with and without a teacher, a seed gives the same student
         net = models.create(arch, lambda features: models.mlp(features, hidden, dim), kwargs)
     models.load_weights(net, weights, file, f"teacher.arch is {arch} with {kwargs}: set it to the model that this file was trained with")
@@ -109,6 +106,10 @@ def _from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int) -> mode
                         f"set teacher.arch={cfg.student.arch} and teacher.kwargs to the same")
     _same_dim(folder, cfg.student.dim, dim)
     return net
+
+
+def _rows(x: Any, default: int) -> int:
+    return len(x) if isinstance(x, Tensor) and x.ndim else default  # the default's network then has another shape to complain of
 
 
 def _same_dim(source: Path, found: int, dim: int):

@@ -22,7 +22,8 @@ def train(cfg: Config, overwrite: bool = False):
     device = engine.start(cfg.engine.precision)
     micro = config.micro_batch(cfg, dist.world())
     listing = data.listing(cfg.data.train)
-    val = cfg.data.val and data.listing(cfg.data.val)
+    if val := cfg.data.val and data.listing(cfg.data.val):
+        knn.check(listing, val)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
 
     torch.manual_seed(cfg.run.seed)  # the same weights on every rank
@@ -59,7 +60,7 @@ def train(cfg: Config, overwrite: bool = False):
                 student.backward(loss)
                 student.step()
                 meter.add({"loss": loss, **terms})
-            models.ema_update(ema, net, method.momentum(progress))  # by the updated student: the next step's keys need it, arXiv:1911.05722 eq. 2
+            models.ema_update(ema, net, method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
             method.after_step()
 
             done, last = step + 1, step + 1 == steps

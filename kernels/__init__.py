@@ -40,8 +40,3 @@ def _targets(loss: str, **inputs: Tensor):
     for name, x in inputs.items():
         if x.requires_grad:
             raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")
-
-
-def _check(loss: str, what: str, a: torch.Size, b: torch.Size):
-    if a != b:
-        raise ValueError(f"{loss}: needs {what} shape, found {list(a)} and {list(b)}")

@@ -15,7 +15,8 @@ import report  # noqa: E402
 
 def result(folder, bench, device, rows, **more):
     folder.mkdir(exist_ok=True)
-    about = dict(bench=bench, date="2026-01-02", commit="abc1234", command="bench/x.py", cpu="a chip", cores=2, gpus=[], versions={"torch": "2.14.1"})
+    about = dict(bench=bench, date="2026-01-02", commit="abc1234", command="bench/x.py", cpu="a chip", cores=2, gpus=[],
+                 versions={"torch": "2.14.1"})
     (folder / f"{bench}-{device}.json").write_text(json.dumps(about | dict(device=device, summary=rows, samples=[]) | more))
 
 
@@ -43,7 +44,8 @@ def test_tables_between_the_markers(tmp_path):
                                       dict(name="gpu_ips", value=None, unit="images/s", aim=None, better="higher", reason="no GPU here")])
     result(tmp_path, "speed", "h100", [dict(name="ips", value=0.0, unit="images/s", aim=None, better="higher")], gpus=["NVIDIA H100"])
     result(tmp_path, "speedy", "cpu", [dict(name="other", value=1, unit="s", aim=None, better="lower")])
-    text = report.fill("before\n<!-- bench:speed -->\nold\n<!-- /bench:speed -->\nafter\n<!-- bench:none -->\n<!-- /bench:none -->\n", tmp_path)
+    marked = "before\n<!-- bench:speed -->\nold\n<!-- /bench:speed -->\nafter\n<!-- bench:none -->\n<!-- /bench:none -->\n"
+    text = report.fill(marked, tmp_path)
     lines = text.splitlines()
     assert lines[0] == "before" and "after" in lines and "old" not in text and "other" not in text
     assert "| ips | 1235 | images/s | 1000 |" in lines

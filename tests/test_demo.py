@@ -65,7 +65,7 @@ def test_train_and_val_patches_share_no_pixel(size):
 
 
 def test_a_patch_is_the_photographs_pixels(small):
-    """The first training patch found again at the place that the seed's draws name: one of the photograph's boxes gives nearly its pixels."""
+    """The first training patch found again in the photograph, at the place that the seed's draws name."""
     path = demo._find(demo.PHOTOS["coffee"])
     image, rng = demo.photo(path), np.random.default_rng([3, list(demo.PHOTOS).index("coffee")])
     with Image.open(path) as original:

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
 from fastdisco import models
@@ -26,10 +26,13 @@ def images(b, seed=1, size=32):
 @pytest.mark.parametrize("arch", WIDTHS)
 def test_feature_width(arch):
     asked = []
-    net = models.create(arch, lambda dim: asked.append(dim) or models.mlp(dim, 0, 8)).eval()
+    net = models.create(arch, lambda dim: asked.append(dim) or models.mlp(dim, 4, 8)).eval()
+    x, w = images(1, size=224 if "vit" in arch else 64), net.head.state_dict()
     with torch.no_grad():
-        found = net.features(images(1, size=224 if "vit" in arch else 64)).shape
-    assert asked == [WIDTHS[arch]] and found == (1, WIDTHS[arch])
+        found, z = net.features(x), net([x]).z
+    assert asked == [WIDTHS[arch]] and found.shape == (1, WIDTHS[arch])
+    hidden = (found @ w["0.weight"].T + w["0.bias"]).clamp(min=0)
+    torch.testing.assert_close(z[0], hidden @ w["2.weight"].T + w["2.bias"])
 
 
 def test_the_head_is_linear_relu_linear_and_hidden_0_is_one_linear():
@@ -162,6 +165,18 @@ def test_groups_equal_separate_forwards_of_the_slices(arch):
     torch.testing.assert_close({k: b for k, b in net.named_buffers() if b.is_floating_point()}, mean, rtol=1e-9, atol=1e-9)
 
 
+def test_split_batch_norm_with_the_average_of_all_batches_and_without_statistics():
+    bn, x = nn.BatchNorm1d(2, momentum=None).double(), torch.randn(2, 8, 2, dtype=torch.float64)
+    models.split_bn(bn, 4)
+    bn(x[0]), bn(x[1])  # momentum None: the running statistics are the mean over everything seen
+    torch.testing.assert_close(bn.running_mean, x.mean([0, 1]))
+    torch.testing.assert_close(bn.running_var, x.view(8, 2, 2).var(1).mean(0))
+    bare = nn.BatchNorm1d(2, track_running_stats=False).double()
+    models.split_bn(bare, 4)
+    want = by_hand(x[0], torch.ones(2), torch.zeros(2), 4, 1e-5, 0.1, 0, 0)[0]
+    torch.testing.assert_close(bare(x[0]), want)
+
+
 def test_split_batch_norm_keeps_fp32_statistics_under_autocast():
     net = small(2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -178,6 +193,9 @@ def test_one_group_leaves_every_module_as_it_is():
 def test_a_batch_norm_that_cannot_be_split_is_refused():
     with pytest.raises(UserError, match="bn.groups: the BatchNorm3d at 0 cannot be split into 2; set bn.groups=1"):
         models.split_bn(nn.Sequential(nn.BatchNorm3d(2)), 2)
+    with pytest.raises(UserError, match="the EvoNorm2dB0 at 0 cannot be split"):  # batch statistics without being a batch norm
+        models.split_bn(nn.Sequential(EvoNorm2dB0(2)), 2)
+    models.split_bn(nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2), nn.LayerNorm(2)), 2)  # of each image alone
     with pytest.raises(ValueError, match="batch of 6 does not split into 4"):
         small(4)([images(6)])
 

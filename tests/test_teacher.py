@@ -108,12 +108,13 @@ def test_momentum_encoder_queue_and_disco_teachers_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("hidden", [24, 0])
-def test_a_run_of_our_own_and_one_of_its_checkpoints(tmp_path, hidden):
+def test_a_run_of_our_own_and_one_of_its_checkpoints(tmp_path, monkeypatch, hidden):
     step, net = own_run(tmp_path / "run", hidden)
+    monkeypatch.chdir(step)
     x = views()
     with torch.no_grad():
         want = torch.stack([net(v) for v in x])
-        for folder in (tmp_path / "run", step):
+        for folder in (tmp_path / "run", step, "."):
             torch.testing.assert_close(load(folder)(x).z, want, rtol=1e-4, atol=1e-5)
         student, cfg = models.from_run(tmp_path / "run")
         torch.testing.assert_close(student(x).z, want, rtol=1e-4, atol=1e-5)
@@ -132,6 +133,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_sees_all_views_in_one_forward(tm
     z = t(x).z
     assert seen == [9] and not z.requires_grad and not any(p.requires_grad for p in t.net.parameters())
     assert all(torch.equal(v, before[k]) for k, v in t.net.state_dict().items())
+    torch.testing.assert_close(z[:, :1], t([v[:1] for v in x]).z, rtol=1e-4, atol=1e-5)  # the other images do not matter
     student = torch.zeros_like(z, requires_grad=True)
     (student * z).sum().backward()  # which saves the targets: tensors of inference_mode would refuse
     assert torch.equal(student.grad, z)
@@ -184,7 +186,14 @@ def drop(found, prefix):
     (lambda: moco(encoder_q__layer9__weight=torch.ones(1)), ["unexpected: backbone.layer9.weight"]),
     (lambda: moco(prototypes__weight=torch.ones(1)), ["unexpected: prototypes.weight"]),
     (lambda: moco(encoder_q__conv1__weight=torch.ones(64, 1, 7, 7)), ["another shape: backbone.conv1.weight (64, 1, 7, 7) for (64, 3, 7"]),
-    (lambda: moco(encoder_q__conv1__weight=3), ["another shape: backbone.conv1.weight () for (64, 3, 7, 7)"]),
+    (lambda: moco(encoder_q__conv1__weight=3), ["another shape: backbone.conv1.weight int for (64, 3, 7, 7)"]),
+    (lambda: moco(encoder_q__bn1__num_batches_tracked=3), ["another shape: backbone.bn1.num_batches_tracked int for ()"]),
+    (lambda: moco(encoder_q__fc__0__weight=3), ["head.0.weight"]),
+    (lambda: moco(encoder_q__fc__2__weight=torch.tensor(3.)), ["another shape: head.2.weight () for (16, 24)"]),
+    (lambda: moco(head__0__bias=torch.ones(24)), ["unexpected: head.0.bias (not of encoder_q)"]),  # named as we name ours
+    (lambda: moco(backbone__bn1__weight=torch.ones(64)), ["unexpected: backbone.bn1.weight (not of encoder_q)"]),
+    (lambda: moco(encoder_q__classifier__0__bias=torch.ones(24)), ["unexpected: encoder_q.classifier.0.bias (twice)"]),
+    (lambda: {"state_dict": moco()["state_dict"] | {7: torch.ones(1)}}, ["unexpected: 7 (not of encoder_q)"]),
     (lambda: drop(moco(), "fc."), ["no projection head", "stripped for evaluation"]),
     (lambda: drop(moco(), "fc.2"), ["missing: head.2.weight, head.2.bias"]),
     (lambda: published(dim=32)[0], ["embeds into 32 numbers and the student into 16", "student.dim=32"]),

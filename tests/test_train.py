@@ -221,6 +221,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(folder, tmp_path):
     (["data.train=/nowhere"], "/nowhere"),
     (["teacher.file=/nowhere.pth"], "/nowhere.pth"),
     (["data.batch=64", "method.queue=64"], "64"),
+    (["data.eval_size=64"], "data.eval_size"),
     (["engine.precision=fp16"], "engine.precision: fp16 needs a GPU"),
     (["student.arch=mobilenetv9"], "mobilenetv9"),
     (["optim.name=sgdx"], "optim.name"),

@@ -40,9 +40,10 @@ MANIFEST = "demo.json"
 
 
 def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> dict:
-    """dst/{train,val}/<photograph>/NNNN.jpg, `train` and `val` patches of each photograph, the same bytes for the same seed; returns the manifest.
+    """dst/{train,val}/<photograph>/NNNN.jpg, `train` and `val` patches of each photograph; returns the manifest.
 
-    A folder that holds this very data set is kept as it is.  UserError for a folder with anything else in it, or a missing photograph."""
+    The same bytes for the same seed.  A folder that holds this very data set is kept as it is.
+    UserError for a folder with anything else in it, or a missing photograph."""
     dst = Path(dst)
     photos = {name: _find(file) for name, file in PHOTOS.items()}
     wanted = dict(seed=seed, train=train, val=val, long=LONG, cell=CELL, patch=list(PATCH), size=SIZE,

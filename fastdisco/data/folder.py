@@ -26,7 +26,7 @@ class Listing(_Listing):
     def fingerprint(self) -> str:
         """sha256 over names and labels, not over the root: a moved folder is the same data."""
         text = "\0".join(self.files) + "\0" + " ".join(map(str, self.labels.tolist()))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names are bytes, not always UTF-8
 
 
 def listing(root: Path | str) -> Listing:

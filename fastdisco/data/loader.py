@@ -37,10 +37,18 @@ class TrainLoader:
             raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
         self.steps_per_epoch = n // every
-        self.position = start  # micro batches handed out, over all epochs
         self._per_epoch = self.steps_per_epoch * accumulate
         self._end = epochs * self._per_epoch
-        self._chunk_end = start
+        self.position = start
+
+    @property
+    def position(self) -> int:
+        """Micro batches handed out, over all epochs; set it to go on from there."""
+        return self._position
+
+    @position.setter
+    def position(self, micro: int):
+        self._position = self._chunk_end = micro  # so the next batch opens a pipeline
 
     def __iter__(self):
         return self
@@ -52,7 +60,7 @@ class TrainLoader:
             self._open()
         *views, words = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
         index = torch.from_numpy(_graph().indices(words, self.position // self._per_epoch))
-        self.position += 1
+        self._position += 1
         return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
 
     def _open(self):
@@ -147,7 +155,9 @@ def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device
         bad = _unreadable([listing.files[j] for j in ahead], listing, device)
         if not bad:
             raise
-        raise UserError(f"{listing.root}: unreadable image{'s' * (len(bad) > 1)} {', '.join(bad)}; remove or replace") from e
+        error = UserError(f"{listing.root}: unreadable image{'s' * (len(bad) > 1)} {', '.join(bad)}; remove or replace")
+        error.anywhere = True  # only this rank knows of it
+        raise error from e
     return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views] + [np.array(label.as_tensor())[:, 0]]
 
 

@@ -38,9 +38,7 @@ def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Lis
     """`run` with the training images (cfg.bank of them, drawn by `seed`) as bank and the validation images as queries, each rank its part.
 
     The images are seen through the evaluation pipeline: short side to images.eval_resize, centre crop, the normalisation of `view`."""
-    if train.classes != val.classes:
-        raise config.UserError(f"{val.root}: its {len(val.classes)} classes are not the {len(train.classes)} of {train.root}; "
-                               "the two need class folders of the same names")
+    check(train, val)
     bank = np.arange(len(train.files))
     if cfg.bank and cfg.bank < len(bank):
         bank = np.sort(np.random.default_rng(seed).permutation(bank)[:cfg.bank])
@@ -48,6 +46,14 @@ def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Lis
                                indices=indices[dist.rank()::dist.world()], mean=view.mean, std=view.std)
                for listing, indices in ((train, bank), (val, np.arange(len(val.files))))]
     return run(encode, *loaders, len(train.classes), cfg.k, cfg.temp)
+
+
+def check(train: data.Listing, val: data.Listing):
+    """Raises UserError where the two have other classes, which would make the accuracy meaningless."""
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise config.UserError(f"{val.root}: its classes are not those of {train.root} (only in one of them: {', '.join(odd[:3])}"
+                               f"{' ...' if odd[3:] else ''}); the two need class folders of the same names")
 
 
 def _features(encode, batches) -> tuple[Tensor, Tensor]:
