@@ -46,9 +46,9 @@ def _knn(args):
     if cfg.data.val is None:
         raise UserError(f"{run}: was trained without a validation folder; give one as data.val=FOLDER")
     device = dist.device()
-    with engine.autocast(cfg.engine.precision, device):
-        scores = knn.score(net.to(device).features, data.listing(cfg.data.train), data.listing(cfg.data.val), cfg.data, cfg.view, cfg.eval,
-                           cfg.run.seed, device)
+    encode = engine.autocast(cfg.engine.precision, device)(net.to(device).features)
+    train, val = data.listing(cfg.data.train), data.listing(cfg.data.val)
+    scores = knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
     print(json.dumps({f"eval/{k}": v for k, v in scores.items()}))
 
 

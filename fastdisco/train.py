@@ -87,8 +87,8 @@ def evaluate(net: models.Net, listing: data.Listing, val: data.Listing, cfg: Con
     own = {name: b.clone() for name, b in net.named_buffers()}
     net.load_state_dict(models.mean_buffers(net), strict=False)
     net.eval()
-    with engine.autocast(cfg.engine.precision, device):
-        scores = knn.score(net.features, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
+    encode = engine.autocast(cfg.engine.precision, device)(net.features)
+    scores = knn.score(encode, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
     net.train()
     for name, b in net.named_buffers():
         b.copy_(own[name])
