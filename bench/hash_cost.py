@@ -1,75 +1,74 @@
-"""What hashing every draw inside the graph costs, against the same graph fed by DALI's native random operators.
+"""What hashing every draw inside the graph costs, against the same graph fed by DALI's native random operators; on the CPU.
 
-python bench/hash_cost.py FOLDER [--size 224] [--batch 64] [--threads 1] [--rounds 8]; FOLDER holds class folders of images.
-Interleaved rounds on the CPU; writes bench/results/hash_cost-cpu.json, one block per size."""
+    python bench/hash_cost.py [--threads 1] [--rounds 8]     the demo's photographs at 224 px and its patches at 32 px
+
+Interleaved rounds; writes bench/results/hash_cost-cpu.json."""
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import row, write
 
-import nvidia.dali  # noqa: E402
-import torch  # noqa: E402
-from nvidia.dali import fn, pipeline_def, types  # noqa: E402
+import torch
+from nvidia.dali import fn, pipeline_def, types
 
-from fastdisco import data  # noqa: E402
-from fastdisco.data import graph, loader  # noqa: E402
-from fastdisco.views import Crop  # noqa: E402
+from fastdisco import data
+from fastdisco.data import demo, graph, loader
+from fastdisco.views import Crop
 
 CPU = torch.device("cpu")
+BATCH = 64
 
 
 def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("folder", type=Path)
-    p.add_argument("--size", type=int, default=224)
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--rounds", type=int, default=8)
-    p.add_argument("--images", type=int, default=1024, help="per round and graph")
-    a = p.parse_args()
-    listing = data.listing(a.folder)
-    crops = (Crop(size=a.size),) * 2
-    steps = max(1, a.images // a.batch)
-    hashed = data.TrainLoader(listing, crops, a.batch, 0, 10**6, 1, a.threads, CPU)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=8)
+    args = parser.parse_args()
+    summary, samples = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        demo.write(Path(folder, "patches"), train=100, val=1)
+        for size, root, images in ((224, photographs(Path(folder, "photographs")), 128), (32, Path(folder, "patches/train"), 2048)):
+            samples[size] = measure(data.listing(root), size, images, args.threads, args.rounds)
+            share = statistics.median(1 - h / n for h, n in zip(samples[size]["hashed"], samples[size]["native"]))
+            summary += [row(f"hash_share_{size}px", round(share, 4), "share of the loader's time", 0.15, "lower"),
+                        row(f"loader_{size}px", round(statistics.median(samples[size]["hashed"]), 1), "images/s, 2 views each", None, "higher")]
+    print(write("hash_cost", "cpu", summary, samples, threads=args.threads, batch=BATCH))
+    for r in summary:
+        print(r["name"], r["value"], r["unit"])
+
+
+def photographs(root: Path) -> Path:
+    """Four JPEGs of 500 px on the long side from each of the demo's photographs, as class folders."""
+    for name, file in demo.PHOTOS.items():
+        (root / name).mkdir(parents=True)
+        image = demo.photo(demo._find(file))
+        for i in range(4):
+            image.resize((image.width * 500 // demo.LONG, image.height * 500 // demo.LONG)).save(root / name / f"{i}.jpg", quality=90)
+    return root
+
+
+def measure(listing: data.Listing, size: int, images: int, threads: int, rounds: int) -> dict[str, list[float]]:
+    """images/s of each round; a round reads `images` with one graph, then the other."""
+    crops = (Crop(size=size),) * 2
+    hashed = data.TrainLoader(listing, crops, BATCH, 0, 10**6, 1, threads, CPU)
     files = hashed._order(0)
-    native = _native(crops, loader._reader(listing, files, files), **loader._pipe(a.batch, a.threads, CPU))
+    native = _native(crops, loader._reader(listing, files, files), **loader._pipe(BATCH, threads, CPU))
     run = {"hashed": lambda: next(hashed), "native": native.run}
     for f in run.values():
         for _ in range(4):
             f()
     raw = {name: [] for name in run}
-    for r in range(a.rounds):
-        for name in sorted(run, reverse=r % 2):
-            start = time.perf_counter()
-            for _ in range(steps):
+    for r in range(rounds):
+        for name in sorted(run, reverse=r % 2 == 1):
+            begin = time.perf_counter()
+            for _ in range(images // BATCH):
                 run[name]()
-            raw[name].append(steps * a.batch / (time.perf_counter() - start))
-            print(f"{name} {raw[name][-1]:.0f} images/s", flush=True)
-    share = statistics.median(1 - h / n for h, n in zip(raw["hashed"], raw["native"]))
-    tag = f"{a.size}px_{a.threads}t"
-    summary = [dict(name=f"hash_share_{tag}", value=round(share, 4), unit="share of the loader's time", aim=0.15, better="lower"),
-               dict(name=f"loader_{tag}", value=round(statistics.median(raw["hashed"]), 1), unit="images/s of 2 views",
-                    aim=2500 if a.size == 32 else None, better="higher")]
-    for row in summary:
-        print(row)
-    out = ROOT / "bench/results/hash_cost-cpu.json"
-    out.parent.mkdir(exist_ok=True)
-    old = json.loads(out.read_text()) if out.exists() else dict(summary=[], runs={})
-    keep = [row for row in old["summary"] if row["name"] not in {s["name"] for s in summary}]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    this = dict(images_per_s=raw, batch=a.batch, data=f"{len(listing.files)} images in {a.folder.name}", commit=commit, device=_cpu(),
-                versions=dict(dali=nvidia.dali.__version__, torch=torch.__version__, python=platform.python_version()),
-                command="python bench/hash_cost.py " + " ".join([a.folder.name] + sys.argv[2:]))
-    out.write_text(json.dumps(dict(summary=keep + summary, runs=old["runs"] | {tag: this}), indent=1) + "\n")
+            raw[name].append(images // BATCH * BATCH / (time.perf_counter() - begin))
+    return raw
 
 
 @pipeline_def(enable_conditionals=True)
@@ -96,10 +95,5 @@ def _native(crops, reader):
     return *views, label
 
 
-def _cpu() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(os.sched_getaffinity(0))} cores"
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

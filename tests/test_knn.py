@@ -1,10 +1,13 @@
 """The kNN evaluation against the weighted vote written out, on one rank and on several."""
-import sys
-import textwrap
+import shutil
 
 import numpy as np
+import pytest
 import torch
-from conftest import ROOT, launch, run
+
+from conftest import ranks
+from fastdisco import data, dist
+from fastdisco.config import UserError
 from fastdisco.evals import knn
 
 
@@ -16,7 +19,7 @@ class Batch:
 def made(n, classes, seed):
     rng = np.random.default_rng(seed)
     y = rng.integers(classes, size=n)
-    x = rng.normal(size=(n, 16)) + 1.5 * np.random.default_rng(0).normal(size=(classes, 16))[y]
+    x = rng.normal(size=(n, 16)) + 0.5 * np.random.default_rng(0).normal(size=(classes, 16))[y]
     return x, y
 
 
@@ -54,27 +57,25 @@ def test_the_features_are_normalised():
     assert a == b
 
 
-def test_any_number_of_ranks_gives_one_number(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(textwrap.dedent(f"""
-        import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-        import torch.distributed as td
-        from fastdisco import dist
-        from fastdisco.evals import knn
-        from test_knn import made, batches
-        dist.defaults(); td.init_process_group("gloo")
-        (bx, by), (qx, qy) = made(23, 7, 1), made(101, 7, 2)  # fewer bank images on a rank than neighbours, and uneven parts
-        r, w = dist.rank(), dist.world()
-        for k in (5, 20):
-            s = knn.run(lambda x: x, batches(bx[r::w], by[r::w], 9), batches(qx[r::w], qy[r::w], 17), 7, k)
-            print(f"rank {{r}} of {{w}} k {{k}}: {{s['knn_top1']:.9f}}")
-    """))
-    one = knn_lines(run(sys.executable, script))
-    assert len(one) == 2
-    for ranks in (2, 3):
-        lines = knn_lines(launch(script, ranks=ranks))
-        assert len(lines) == 2 * ranks and set(lines) == set(one)
+def on_a_rank():
+    """kNN of parts that differ in length by rank, some with fewer bank images than neighbours."""
+    dist.defaults()
+    torch.distributed.init_process_group("gloo")
+    r, n = dist.rank(), dist.world()
+    assert torch.distributed.get_world_size() == n
+    (bx, by), (qx, qy) = made(23, 7, 1), made(101, 7, 2)
+    return [knn.run(lambda x: x, batches(bx[r::n], by[r::n], 9), batches(qx[r::n], qy[r::n], 17), 7, k)["knn_top1"] for k in (5, 20)]
 
 
-def knn_lines(text):
-    return [x.split(" k ")[1] for x in text.splitlines() if x.startswith("rank ")]
+def test_any_number_of_ranks_gives_one_number():
+    (one,) = ranks(1, on_a_rank)
+    assert one == [vote(made(23, 7, 1), made(101, 7, 2), 7, k, 0.07) for k in (5, 20)]
+    for n in (2, 3):
+        assert ranks(n, on_a_rank) == [one] * n
+
+
+def test_other_classes_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "val", tmp_path / "val")
+    (tmp_path / "val/class2").rename(tmp_path / "val/other")
+    with pytest.raises(UserError, match="class2, other"):
+        knn.check(data.listing(folder / "train"), data.listing(tmp_path / "val"))
