@@ -3,7 +3,7 @@ PYTHON ?= python3
 CUDA ?= cuda13
 BIN := .venv/bin
 
-.PHONY: demo test test-slow results
+.PHONY: demo test test-slow gpu results
 demo: .venv/done
 	$(BIN)/python bench/demo.py --seeds 0 --out out/demo
 
@@ -12,6 +12,11 @@ test: .venv/done
 
 test-slow: .venv/done
 	$(BIN)/python -m pytest tests -m slow -rs
+
+PARTS := data train
+gpu: .venv/done  # make gpu PART=data: the tests of a part that need a GPU
+	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit 2; }
+	$(BIN)/python -m pytest tests/test_$(PART).py -m gpu -rs
 
 results: .venv/done  # the tables of README and docs from bench/results
 	$(BIN)/python bench/report.py

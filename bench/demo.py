@@ -34,7 +34,7 @@ ARMS = {  # name -> what differs from the student's configuration; OUT and SEED 
 ROWS = {"raw_pixels": "raw pixels", "untrained_student": "untrained student", "untrained_teacher": "untrained teacher",
         "teacher": "teacher, MoCo-v2", "alone": "student alone, MoCo-v2", "alone_equal_time": "student alone, DisCo's time",
         "disco": "student with DisCo"}
-LIMITS = ("Limits: patches of 18 photographs, minutes of training; alone, so small a student hardly learns in this time, and DisCo\n"
+LIMITS = ("Limits: patches of 18 photographs, minutes of training; alone, so small a student learns next to nothing in this time, and DisCo\n"
           "costs more time an epoch (hence the row of equal time). The recipe was chosen on other data seeds.\n"
           "It shows the ordering, not the paper's numbers.")
 

@@ -266,7 +266,7 @@ def test_crops_are_distributed_as_torchvisions(width, height, scale, ratio, blan
         at = np.unique(np.concatenate([a, b]))
         assert abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max() / n < 1.95 * (2 / n) ** 0.5  # two-sample KS, p 1e-3
         q = [0.1, 0.25, 0.5, 0.75, 0.9]
-        spread = max(np.ptp(b), 1e-6)
+        spread = max(np.ptp(at), 1e-6)
         assert abs(a.mean() - b.mean()) < 0.03 * spread and abs(np.quantile(a, q) - np.quantile(b, q)).max() < 0.05 * spread + 1
     # the commonest box of an image too narrow for any try is the centre crop
     common, times = collections.Counter(map(tuple, found)).most_common(1)[0]

@@ -339,3 +339,30 @@ def test_clipping_and_accumulation_reach_the_engine(folder, tmp_path):
     plain, clipped, halves = (losses(tmp_path / n) for n in ("plain", "clipped", "halves"))
     assert plain[1] == clipped[1] and plain[4] != clipped[4]
     assert sorted(halves) == [1, 2, 3, 4]
+
+
+# ---- what only a GPU can tell
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, near", [("fp32", 2e-2), ("bf16", 1e-1), ("fp16", 1e-1)])
+def test_a_gpu_trains_as_the_cpu_does(folder, tmp_path, precision, near):
+    """The first loss, from the same weights and views: later ones drift."""
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=4", f"engine.precision={precision}", "student.kwargs={}"))
+    ranks(1, _train_without_gpu, tiny(folder, tmp_path, "run.max_steps=1", "run.name=cpu", "student.kwargs={}"))
+    assert losses(tmp_path / "tiny")[1] == pytest.approx(losses(tmp_path / "cpu")[1], rel=near)
+
+
+@pytest.mark.gpu
+def test_the_loss_scaler_is_resumed(folder, tmp_path):
+    args = tiny(folder, tmp_path, "engine.precision=fp16")
+    ranks(1, _train, [*args, "run.max_steps=4"])
+    before = models.read(checkpoint.last(tmp_path / "tiny") / "state.pt")["scaler"]
+    ranks(1, _train, [*args, "run.max_steps=5"])
+    after = models.read(checkpoint.last(tmp_path / "tiny") / "state.pt")["scaler"]
+    assert before["scale"] and after["_growth_tracker"] == before["_growth_tracker"] + 1
+
+
+def _train_without_gpu(args):
+    torch.cuda.is_available = lambda: False
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    _train(args)
