@@ -97,9 +97,9 @@ class Shuffle:
         self.here = slice(rank() * batch, (rank() + 1) * batch)
 
     def split(self, x: Tensor) -> Tensor:
-        """Images [B,3,S,S], channels_last -> the same: this rank's share of the permuted global batch."""
-        rows = all_gather(x.permute(0, 2, 3, 1))  # as they lie in memory, so that nothing is rearranged
-        return rows[self.order[self.here].to(x.device)].permute(0, 3, 1, 2)
+        """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay channels_last."""
+        rows = all_gather(x.movedim(1, -1))  # as images lie in memory, so that nothing is rearranged
+        return rows[self.order[self.here].to(x.device)].movedim(-1, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """[B,...] of a shuffled share -> [B*ranks,...]: the whole global batch in its own order, on every rank."""

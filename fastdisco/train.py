@@ -126,7 +126,7 @@ def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, star
     say(f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = {dist.world()} ranks x {micro} images x "
         f"{cfg.data.accumulate} accumulated, {steps} steps, {cfg.engine.precision}, ZeRO stage {cfg.engine.stage}")
     if dist.world() * cfg.bn.groups == 1:
-        say(f"one rank and bn.groups 1: nothing to shuffle, keys can leak through the batch statistics; bn.groups={max(2, micro // 32)} prevents it")
+        say("one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups (the paper's: 32 images a group)")
     if cfg.optim.lr_scale != "none":
         say(f"optim.lr_scale: {cfg.optim.lr_scale}, lr {lr:.4g} for optim.lr {cfg.optim.lr:.4g} at batch 256")
     if start:

@@ -93,6 +93,19 @@ def test_a_restart_continues_the_stream(few, usual, start):
     assert all(seen[k] == usual[0][k] for k in order)
 
 
+def test_a_position_set_later_continues_the_stream(few, usual):
+    """What a resume does, also back and forth within the pipeline that is open."""
+    train = make(few)
+    for position in (7, 14, 0, 5, 9, 10):
+        train.position = position
+        batch = next(train)
+        want = usual[1][position * 8:position * 8 + 8]
+        assert train.position == position + 1 and batch.index.tolist() == [i for _, i in want]
+        assert [b"".join(v[i].numpy().tobytes() for v in batch.views) for i in range(8)] == [usual[0][k] for k in want]
+    train.position = 15
+    assert list(train) == []
+
+
 def test_a_global_batch_holds_the_same_images_for_any_ranks_and_accumulation(few, usual, monkeypatch):
     want = [sorted(usual[1][i:i + 8]) for i in range(0, len(usual[1]), 8)]
     _, order = stream(make(few, batch=2, accumulate=4))
@@ -314,33 +327,32 @@ def distances(photos, crop, epochs=4):
 @pytest.mark.parametrize("name, change, bound", [
     ("crop", {}, 0.3), ("flip", dict(flip_p=1.0), 0.3), ("coin of the flip", dict(flip_p=0.5), 0.3), ("gray", dict(gray_p=1.0), 0.6),
     ("blur", dict(blur_p=1.0), 0.6), ("strong blur", dict(blur_p=1.0, blur_sigma=(3.0, 6.0)), 0.6),
-    ("brightness", dict(jitter_p=1.0, jitter=(0.4, 0, 0, 0)), 1.0), ("contrast", dict(jitter_p=1.0, jitter=(0, 0.4, 0, 0)), 1.0),
-    ("saturation", dict(jitter_p=1.0, jitter=(0, 0, 0.4, 0)), 1.0), ("light and saturation", dict(jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0)), 3.0),
-    ("small hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.01)), 2.5), ("hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.1)), 20.0),
+    ("brightness", dict(jitter_p=1.0, jitter=(0.4, 0, 0, 0)), 1.5), ("contrast", dict(jitter_p=1.0, jitter=(0, 0.4, 0, 0)), 1.5),
+    ("saturation", dict(jitter_p=1.0, jitter=(0, 0, 0.4, 0)), 1.5), ("light and saturation", dict(jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0)), 6.0),
+    ("small hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.01)), 4.0), ("hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.1)), 30.0),
 ])
 def test_a_view_is_as_torchvision_makes_it(name, change, bound, photos):
     far = [d for d, _ in distances(photos, Crop(size=96, **(PLAIN | change)))]
     assert max(far) < bound, far
 
 
-def test_hue_is_in_turns_and_turns_the_right_way(photos):
-    """The chroma of YIQ turns by the drawn angle; torchvision's picture is nearer than the unturned one on the whole."""
-    crop = Crop(size=64, **(PLAIN | dict(jitter_p=1.0, jitter=(0, 0, 0, 0.1))))
-    still = Crop(size=64, **PLAIN)
-    turned, flat = make(photos, (crop,), batch=4, epochs=4), make(photos, (still,), batch=4, epochs=4)
+def test_hue_is_in_turns_and_turns_as_far_and_as_torchvisions(photos):
+    """The chroma of YIQ turns by the drawn angle, in the sense of torchvision's."""
+    crop, still = (Crop(size=64, **(PLAIN | dict(jitter_p=1.0, jitter=(0, 0, 0, hue)))) for hue in (0.1, 0))
     iq = np.array([[0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    chroma = lambda x: x @ iq.T @ [1, -1j]  # red to yellow is a positive angle
     angles = []
-    for epoch, (a, b) in enumerate(zip(turned, flat)):
+    for epoch, (a, b) in enumerate(zip(*(make(photos, (c,), batch=4, epochs=4) for c in (crop, still)))):
         for i, index in enumerate(a.index.tolist()):
-            x, y = pixels(a.views[0][i], crop) @ iq.T @ [1, 1j], pixels(b.views[0][i], still) @ iq.T @ [1, 1j]
             picture = Image.open(photos.root / photos.files[index])
-            angles.append((np.angle((x * y.conj()).sum(), deg=True), twin(0, epoch, index, 0, crop, picture.height, picture.width)["hue"]))
-    found, drawn = np.array(angles).T
-    assert abs(drawn).max() > 25 and min(np.abs(found - drawn).max(), np.abs(found + drawn).max()) < 3
-    red = Image.new("RGB", (8, 8), (200, 60, 60))
-    by_torchvision = np.angle(np.asarray(F.adjust_hue(red, 0.08), float)[0, 0] @ iq.T @ [1, 1j], deg=True)
-    sense = np.sign(by_torchvision - np.angle(np.array([200, 60, 60]) @ iq.T @ [1, 1j], deg=True))
-    assert abs(found - sense * -1 * -drawn).max() < 3, "the other way than torchvision's"
+            drawn = twin(0, epoch, index, 0, crop, picture.height, picture.width)["hue"]
+            flat = pixels(b.views[0][i], still)
+            by_torchvision = np.asarray(F.adjust_hue(Image.fromarray(flat.round().astype(np.uint8)), drawn / 360), float)
+            angles.append([drawn] + [np.angle((chroma(x) * chroma(flat).conj()).sum(), deg=True) for x in (pixels(a.views[0][i], crop), by_torchvision)])
+    drawn, ours, theirs = np.array(angles).T
+    assert abs(drawn).max() > 25
+    assert np.median(abs(ours - drawn)) < 1 and abs(ours - drawn).max() < 8  # colours that leave 0..255 are clipped
+    assert np.median(abs(ours - theirs)) < 6 and np.corrcoef(ours, theirs)[0, 1] > 0.9
 
 
 def test_contrast_about_the_grey_mean_has_one_meaning_on_both_devices(photos):
@@ -350,7 +362,7 @@ def test_contrast_about_the_grey_mean_has_one_meaning_on_both_devices(photos):
     def both(b, c):
         x = fn.decoders.image(fn.readers.file(file_root=str(photos.root), files=photos.files)[0], output_type=types.RGB)
         mean = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
-        b, c = types.Constant(np.float32(b)), types.Constant(np.float32(c))
+        b, c = types.Constant(b, device="cpu"), types.Constant(c, device="cpu")
         return graph._light(x, b, c, "cpu"), graph._light_of_mean(x, b, c, mean)
 
     for b, c in ((1.4, 1.4), (0.6, 1.4), (1.4, 0.6), (0.6, 0.6), (1.0, 0.0)):
@@ -404,7 +416,8 @@ def test_evaluation_views_are_torchvisions(resize, size, folder, photos, tmp_pat
             for view, index in zip(batch.views[0], batch.index.tolist()):
                 want = F.center_crop(F.resize(Image.open(listing.root / listing.files[index]), resize), size)
                 d = abs(pixels(view, Crop()) - np.asarray(want, float))
-                assert d.mean() < 0.5 and d.max() < 8, listing.files[index]
+                assert d.mean() < 0.5 and d.max() < 20, listing.files[index]  # the outermost pixels differ most, see graph.py
+                assert d[1:-1, 1:-1].max() <= 3, listing.files[index]
 
 
 def test_evaluation_goes_through_the_indices_in_order_again_and_again(few):
@@ -515,6 +528,7 @@ def test_an_unreadable_image_is_named(kind, few, tmp_path, capfd):
         with pytest.raises(UserError) as e:
             list(loader)
         one_sentence(e, f"{root}: unreadable image {bad}; remove or replace")
+        assert e.value.anywhere  # train.py lets the one rank that knows speak
 
 
 def test_two_unreadable_images_are_both_named(few, tmp_path, capfd):

@@ -8,7 +8,8 @@ Departures from torchvision's transforms, on which MoCo-v2's augmentation is def
 - Brightness and contrast are one step, as are saturation and hue, clipped after each; the two steps come in a random order.  torchvision
   clips after each of the four and draws one of 24 orders.  The grey mean of contrast is taken before brightness is clipped.
 - Blur is a true Gaussian cut at 3 sigma, as torchvision's; MoCo's is PIL's, three box filters that approximate it.
-- Resizing rounds once, PIL after each axis: at most a few of 255 apart.
+- Where the resizing filter reaches past a crop's border, DALI repeats the outermost pixel and PIL shortens the filter: up to 15 of 255 apart
+  on the outermost rows and columns, 1 elsewhere.
 - EXIF orientation is ignored, as by torchvision's ImageFolder.
 """
 import numpy as np
@@ -86,7 +87,7 @@ def _evaluate(resize, size, mean, std, reader, device):
 @pipeline_def
 def _decode(reader, device):
     encoded, label = fn.readers.file(**reader)
-    return _decoded(encoded, device)[1], label
+    return _decoded(encoded, device)[0], label  # an operator that no output needs is not run
 
 
 def _decoded(encoded, device):

@@ -43,9 +43,15 @@ def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Lis
     if cfg.bank and cfg.bank < len(bank):
         bank = np.sort(np.random.default_rng(seed).permutation(bank)[:cfg.bank])
     loaders = [data.EvalLoader(listing, images.eval_resize, images.eval_size, images.eval_batch, images.threads, device,
-                               indices=indices[dist.rank()::dist.world()], mean=view.mean, std=view.std)
+                               indices=_mine(indices, images.eval_batch), mean=view.mean, std=view.std)
                for listing, indices in ((train, bank), (val, np.arange(len(val.files))))]
     return run(encode, *loaders, len(train.classes), cfg.k, cfg.temp)
+
+
+def _mine(indices: np.ndarray, batch: int) -> np.ndarray:
+    """This rank's part in whole batches, dealt in turn: a batch holds the same images on any number of ranks, and so rounds the same."""
+    batch = min(batch, len(indices) // dist.world())  # of a few images every rank still gets some
+    return np.concatenate([indices[:0], *(indices[i:i + batch] for i in range(dist.rank() * batch, len(indices), dist.world() * batch))])
 
 
 def check(train: data.Listing, val: data.Listing):
