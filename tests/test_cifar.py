@@ -35,7 +35,7 @@ def test_cifar_trains_through_a_kill(tmp_path):
     assert "continuing after step 100" in text
     assert steps(out) == [*range(10, 391, 10), 390]  # the evaluation's line stands beside the last
     trained = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["eval/knn_top1"]
-    assert trained > untrained(out) + 0.02
+    assert trained > untrained(out) + 0.01
 
 
 def steps(out):
