@@ -31,7 +31,7 @@ def main():
     summary, samples = [], {}
     with tempfile.TemporaryDirectory() as folder:
         demo.write(Path(folder, "patches"), train=100, val=1)
-        for size, root, images in ((224, photographs(Path(folder, "photographs")), 128), (32, Path(folder, "patches/train"), 2048)):
+        for size, root, images in ((224, photographs(Path(folder, "photographs")), 768), (32, Path(folder, "patches/train"), 2048)):
             samples[size] = measure(data.listing(root), size, images, args.threads, args.rounds)
             share = statistics.median(1 - h / n for h, n in zip(samples[size]["hashed"], samples[size]["native"]))
             summary += [row(f"hash_share_{size}px", round(share, 4), "share of the loader's time", 0.15, "lower"),
@@ -52,7 +52,7 @@ def photographs(root: Path) -> Path:
 
 
 def measure(listing: data.Listing, size: int, images: int, threads: int, rounds: int) -> dict[str, list[float]]:
-    """images/s of each round; a round reads `images` with one graph, then the other."""
+    """images/s of each round; a round reads `images` with one graph, then the other: far more than what each prefetches while the other runs."""
     crops = (Crop(size=size),) * 2
     hashed = data.TrainLoader(listing, crops, BATCH, 0, 10**6, 1, threads, CPU)
     files = hashed._order(0)
