@@ -151,7 +151,7 @@ def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device
     try:
         *views, label = pipe.run(stream)
     except RuntimeError as e:
-        ahead = np.unique(indices[i * batch:(i + 1 + DEPTH) * batch])  # batches made ahead may speak up early
+        ahead = np.unique(indices[i * batch:(i + 1 + DEPTH) * batch])  # and what would stop the run next
         bad = _unreadable([listing.files[j] for j in ahead], listing, device)
         if not bad:
             raise
