@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdisco import dist
 from fastdisco.config import UserError
-from fastdisco.models import mean_buffers, read
+from fastdisco.models import last, mean_buffers, read
 
 
 class Item(NamedTuple):
@@ -74,13 +74,16 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
     folder = last(run)
     if folder is None:
         return 0
-    shared = read(folder / "state.pt")
+    own_file = folder / f"rank_{dist.rank()}.pt"
+    try:
+        shared = read(folder / "state.pt")
+        own = read(own_file) if own_file.exists() else {"world": None}
+    except UserError as e:
+        raise UserError(f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}") from None
     for name, value in meta.items():
         if shared["meta"].get(name) != value:
             raise UserError(f"{folder}: was trained with another {name} than this command gives; "
                             f"take another run.name, or restore the {name}")
-    own_file = folder / f"rank_{dist.rank()}.pt"
-    own = read(own_file) if own_file.exists() else {"world": None}
     for name, item in state.items():
         if not item.own:
             item.set(shared[name])
@@ -89,12 +92,6 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
             if item.own:
                 item.set(own[name])
     return shared["step"]
-
-
-def last(run: Path) -> Path | None:
-    """The folder that RUN/checkpoints/last names; None where the run has none yet."""
-    pointer = Path(run) / "checkpoints" / "last"
-    return pointer.parent / pointer.read_text().strip() if pointer.exists() else None
 
 
 def _shared(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -109,7 +106,14 @@ def _named_state(net, optimizer) -> dict[str, dict[str, Any]]:
 def _set_named_state(net, optimizer, state):
     for name, p in net.named_parameters():
         if name in state:
-            optimizer.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) and v.dim() else v for k, v in state[name].items()}
+            optimizer.state[p] = {k: _own_copy(v, p.device) for k, v in state[name].items()}
+
+
+def _own_copy(value, device: torch.device):
+    """Off the mapped file; counters, which have no dimension, stay on the CPU, where torch's optimizers keep them."""
+    if not torch.is_tensor(value):
+        return value
+    return value.to(device, copy=True) if value.dim() else value.clone()
 
 
 def _copy_buffers(net, buffers):

@@ -1,4 +1,4 @@
-"""The command `fastdisco`: data sets, evaluations, and reports."""
+"""The command `fastdisco`: data sets and evaluations."""
 import argparse
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastdisco import config, data, dist, engine, models
+from fastdisco import data, dist, engine, models
 from fastdisco.config import UserError
 from fastdisco.data import demo
 from fastdisco.evals import knn
@@ -40,11 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def _knn(args):
-    net, _ = models.from_run(args.folder, args.net)
-    run = args.folder if (args.folder / "config.yaml").exists() else args.folder.parent.parent
-    cfg = config.load(run / "config.yaml", args.overrides)
+    net, cfg = models.from_run(args.folder, args.net, args.overrides)
     if cfg.data.val is None:
-        raise UserError(f"{run}: was trained without a validation folder; give one as data.val=FOLDER")
+        raise UserError(f"{args.folder}: was trained without a validation folder; give one as data.val=FOLDER")
     device = dist.device()
     encode = engine.autocast(cfg.engine.precision, device)(net.to(device).features)
     train, val = data.listing(cfg.data.train), data.listing(cfg.data.val)

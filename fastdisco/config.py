@@ -127,6 +127,8 @@ class Config(Block):
             raise ValueError(f"method.queue: {self.method.queue} keys cannot hold one step's {self.data.batch} (data.batch); enlarge it")
         if self.data.eval_size > self.data.eval_resize:
             raise ValueError(f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to {self.data.eval_resize} (data.eval_resize)")
+        if self.optim.warmup_epochs >= self.run.epochs:
+            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} leave nothing of the {self.run.epochs} epochs (run.epochs); lower it")
         if self.eval.every and self.data.val is None:
             raise ValueError("eval.every: the kNN evaluation needs data.val, a folder of class folders")
         return self

@@ -92,15 +92,15 @@ class Shuffle:
     def __init__(self, batch: int, seed: int):
         """batch: images on each rank."""
         g = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(batch * world(), generator=g)
-        self.undo = torch.argsort(self.order)
-        self.here = slice(rank() * batch, (rank() + 1) * batch)
+        order = torch.randperm(batch * world(), generator=g)
+        self.mine = order[rank() * batch:][:batch]
+        self.undo = torch.argsort(order)
 
     def split(self, x: Tensor) -> Tensor:
         """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay channels_last."""
         rows = all_gather(x.movedim(1, -1))  # as images lie in memory, so that nothing is rearranged
-        return rows[self.order[self.here].to(x.device)].movedim(-1, 1)
+        return rows[self.mine.to(x.device, non_blocking=True)].movedim(-1, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """[B,...] of a shuffled share -> [B*ranks,...]: the whole global batch in its own order, on every rank."""
-        return all_gather(x)[self.undo.to(x.device)]
+        return all_gather(x)[self.undo.to(x.device, non_blocking=True)]

@@ -85,7 +85,7 @@ class Log:
         if dist.rank():
             return
         from torch.utils.tensorboard import SummaryWriter
-        self.tb = SummaryWriter(folder / "tb", purge_step=start + 1 if start else None)
+        self.tb = SummaryWriter(folder / "tb", purge_step=start + 1)
         path = folder / "metrics.jsonl"
         kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if start and path.exists() else []
         self.best = max((m["eval/knn_top1"] for m in map(json.loads, kept) if "eval/knn_top1" in m), default=None)

@@ -100,15 +100,17 @@ def mean_buffers(net: nn.Module) -> dict[str, Tensor]:
     return {k: dist.all_mean(b.detach().clone()) for k, b in net.named_buffers() if b.is_floating_point()}
 
 
-def from_run(folder: Path, which: str = "student") -> tuple[Net, config.Config]:
-    """A network of one of our runs in eval mode, and the run's configuration.
+def from_run(folder: Path, which: str = "student", overrides: list[str] = ()) -> tuple[Net, config.Config]:
+    """A network of one of our runs in eval mode, and the run's configuration with the overrides laid over it.
 
     folder  the run (its last checkpoint is taken), or one of its folders checkpoints/step_XXXXXXXX
     which   student, or ema for the mean student
     Raises UserError when the folder holds no checkpoint, or one that does not fit its config.yaml."""
     folder = Path(folder).absolute()  # "." has parents too
-    step = folder if (folder / "state.pt").is_file() else _last(folder)
-    cfg = config.load(step.parent.parent / "config.yaml")
+    step = folder if (folder / "state.pt").is_file() else last(folder)
+    if step is None:
+        raise UserError(f"{folder}: no checkpoint of fastdisco here (no {folder / 'checkpoints' / 'last'}); give the folder of a run that has saved one")
+    cfg = config.load(step.parent.parent / "config.yaml", overrides)
     weights = read(step / "state.pt").get(which)
     if not isinstance(weights, dict):
         raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; give a checkpoint written by fastdisco train")
@@ -116,6 +118,17 @@ def from_run(folder: Path, which: str = "student") -> tuple[Net, config.Config]:
         net = create(cfg.student.arch, lambda dim: mlp(dim, cfg.student.hidden, cfg.student.dim), cfg.student.kwargs)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
     return net.eval().to(memory_format=torch.channels_last), cfg
+
+
+def last(run: Path) -> Path | None:
+    """The folder that RUN/checkpoints/last names; None where the run has none yet.  Raises UserError where that folder is not whole."""
+    pointer = Path(run) / "checkpoints" / "last"
+    if not pointer.exists():
+        return None
+    step = pointer.parent / pointer.read_text().strip()
+    if not (step / "state.pt").is_file():
+        raise UserError(f"{pointer}: names {step.name}, which holds no state.pt; write a complete folder's name into it")
+    return step
 
 
 def read(file: Path) -> dict:
@@ -208,17 +221,6 @@ class SplitBatchNormAct2d(_Split, BatchNormAct2d):
 
 
 _SPLIT = {nn.BatchNorm1d: SplitBatchNorm1d, nn.BatchNorm2d: SplitBatchNorm2d, BatchNormAct2d: SplitBatchNormAct2d}
-
-
-def _last(run: Path) -> Path:
-    pointer = run / "checkpoints" / "last"
-    try:
-        step = pointer.parent / pointer.read_text().strip()
-    except OSError:
-        raise UserError(f"{run}: no checkpoint of fastdisco here (no {pointer}); give the folder of a run that has saved one") from None
-    if not (step / "state.pt").is_file():
-        raise UserError(f"{pointer}: names {step.name}, which holds no state.pt; write a complete folder's name into it")
-    return step
 
 
 def _unsafe(file: Path, asked: str) -> str:

@@ -18,22 +18,29 @@ from fastdisco.config import Config, UserError
 _FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.threads", "data.eval_batch", "teacher.file", "eval.", "log.", "checkpoint.")
 
 
-def open_run(cfg: Config, overwrite: bool = False) -> Path:
-    """The folder out/name, with config.yaml and env.json written; called by every rank.
+def claim(cfg: Config, overwrite: bool = False) -> Path:
+    """The folder out/name, where this command may start or continue a run; with `overwrite` the run there is deleted.  Called by every rank.
 
-    Raises UserError where the folder holds a run of another configuration, naming what differs and the two ways out."""
+    Raises UserError where the folder holds a run of another configuration, naming what differs and the two ways out, or holds no run at all."""
     folder = cfg.run.out / cfg.run.name
+    if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted there; take another run.name or run.out")
     if not overwrite:
         _agree(cfg, folder)
     dist.barrier()  # every rank has looked
+    if overwrite and dist.rank() == 0 and folder.exists():
+        shutil.rmtree(folder)
+    dist.barrier()
+    return folder
+
+
+def describe(cfg: Config, folder: Path):
+    """Writes config.yaml and env.json; not before the run is known to belong to this data and teacher."""
     if dist.rank() == 0:
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config.dump(cfg))
         (folder / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
     dist.barrier()
-    return folder
 
 
 class Stop:

@@ -30,7 +30,7 @@ def train(cfg: Config, overwrite: bool = False):
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
     net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
-    master = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
+    teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
     optimizer = optim.create(net, cfg.optim, lr)
     loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device)
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, cfg.optim.clip)
@@ -38,14 +38,15 @@ def train(cfg: Config, overwrite: bool = False):
     ema = models.ema_copy(net)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
-    folder = runs.open_run(cfg, overwrite)
+    folder = runs.claim(cfg, overwrite)
     state = checkpoint.items(net, ema, method, optimizer, engine.scaler(student), loader)
-    meta = {"data": listing.fingerprint, "teacher": master.fingerprint if master else "none"}
+    meta = {"data": listing.fingerprint, "teacher": teacher_net.fingerprint if teacher_net else "none"}
     start = checkpoint.restore(folder, state, meta)
+    runs.describe(cfg, folder)
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
     _announce(cfg, listing, net, micro, lr, steps, start, folder)
 
-    nets = Nets(student, _frozen(ema, cfg, device), master and _frozen(master, cfg, device))
+    nets = Nets(student, _frozen(ema, cfg, device), teacher_net and _frozen(teacher_net, cfg, device))
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):

@@ -195,6 +195,15 @@ def test_other_data_is_refused(folder, tmp_path):
     ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=1"))
     text = run(sys.executable, SCRIPT, *tiny(folder, tmp_path, f"data.train={folder}/val", "run.max_steps=2"), code=2)
     assert "another data than" in text
+    assert config.load(tmp_path / "tiny/config.yaml").data.train == folder / "train"  # the run there is as it was
+
+
+def test_a_folder_that_is_no_run_is_neither_written_nor_deleted(folder, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/thesis.txt").write_text("years")
+    for flag in ([], ["--overwrite"]):
+        assert "holds files but no run" in run(sys.executable, SCRIPT, *tiny(folder, tmp_path), *flag, code=2)
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["thesis.txt"]
 
 
 def test_a_finished_run_is_left_alone(folder, tmp_path):

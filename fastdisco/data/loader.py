@@ -74,6 +74,7 @@ class TrainLoader:
         self._files_at = np.concatenate(orders)[here]
         words = np.concatenate([graph.words(o, e) for o, e in zip(orders, epochs)])[here]
         reader = _reader(self.listing, self._files_at, words)
+        self._pipe = None  # two at once would hold twice the buffers
         self._pipe = graph.train(self.crops, reader, self.seed, _kind(self.device), **_pipe(self.batch, self.threads, self.device))
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""Schedules against their formulas, the scaling rule, the parameter groups, and what DeepSpeed is told."""
+import math
+
+import pytest
+import torch
+
+from fastdisco import engine, optim
+from fastdisco.config import Engine, Optim, UserError
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+
+def test_cosine_moves_every_step_or_every_epoch():
+    for epoch in (0.0, 0.5, 1.0, 73.25, 199.99):
+        assert optim.lr_factor(Optim(), epoch, 200) == pytest.approx(0.5 * (1 + math.cos(math.pi * epoch / 200)))
+        assert optim.lr_factor(Optim(per="epoch"), epoch, 200) == pytest.approx(0.5 * (1 + math.cos(math.pi * int(epoch) / 200)))
+
+
+def test_steps_and_constant():
+    cfg = Optim(schedule="step", milestones=(120, 160))
+    assert [optim.lr_factor(cfg, e, 200) for e in (0, 119.9, 120, 159.9, 160, 199)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert optim.lr_factor(Optim(schedule="constant"), 150, 200) == 1
+
+
+def test_warm_up_is_linear_and_the_cosine_takes_the_rest():
+    cfg = Optim(warmup_epochs=10)
+    assert [optim.lr_factor(cfg, e, 110) for e in (0, 2.5, 5, 10, 60, 110)] == pytest.approx([0, 0.25, 0.5, 1, 0.5, 0])
+    whole = [optim.lr_factor(Optim(warmup_epochs=3, per="epoch"), e, 103) for e in range(4)]
+    assert whole == pytest.approx([0.25, 0.5, 0.75, 1])  # never an epoch at 0
+
+
+@pytest.mark.parametrize("rule, lr", [("none", 0.03), ("linear", 0.12), ("sqrt", 0.06)])
+def test_the_scaling_rule(rule, lr):
+    assert optim.base_lr(Optim(lr_scale=rule), 1024) == pytest.approx(lr)
+
+
+def test_sgd_is_plain_and_decays_everything_as_published():
+    n = net()
+    sgd = optim.create(n, Optim(), 0.03)
+    x = torch.randn(2, 3, 5, 5)
+    weights, bufs = [p.detach().clone() for p in n.parameters()], [torch.zeros_like(p) for p in n.parameters()]
+    for _ in range(3):
+        sgd.zero_grad()
+        n(x).square().sum().backward()
+        for w, b, p in zip(weights, bufs, n.parameters()):
+            b.mul_(0.9).add_(p.grad + 1e-4 * w)
+            w.sub_(0.03 * b)
+        sgd.step()
+        for w, p in zip(weights, n.parameters()):
+            torch.testing.assert_close(p.detach(), w)
+
+
+def test_norms_and_biases_can_be_spared_from_decay():
+    decays = {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in optim.create(net(), Optim(decay_norm_and_bias=False), 0.1).param_groups}
+    assert decays == {0.0: 4 + 4 + 4, 1e-4: 3 * 4 * 9}
+
+
+def test_deepspeed_is_told_to_clip_at_what_we_say():
+    told = engine.deepspeed_config(Engine(precision="bf16"), 32, 2, 0.0)
+    assert told["gradient_clipping"] == 0.0 and told["train_micro_batch_size_per_gpu"] == 32 and told["gradient_accumulation_steps"] == 2
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and not {"bf16", "fp16"} & told.keys()
+    assert not told["timers"]["throughput"]["enabled"]
+    raw = engine.deepspeed_config(Engine(deepspeed={"zero_optimization": {"reduce_bucket_size": 7}}), 1, 1, 0.0)
+    assert raw["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 7}
+    with pytest.raises(UserError, match="engine.stage"):
+        engine.deepspeed_config(Engine(deepspeed={"zero_optimization": {"stage": 2}}), 1, 1, 0.0)
