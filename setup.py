@@ -17,6 +17,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fastdisco", "fastdisco.*"]) + ["fastdisco.kernels"],
     package_dir={"fastdisco.kernels": "kernels"},
+    package_data={"fastdisco.kernels": ["launch.json"]},
     entry_points={"console_scripts": ["fastdisco=fastdisco.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.16",

@@ -66,6 +66,7 @@ class Moco(Block):
     name: Literal["moco"] = "moco"
     temp: float = Field(0.2, gt=0)
     queue: int = Field(65536, ge=1)  # keys
+    queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, whose tensor cores want it, else fp32
     momentum: float = Field(0.999, ge=0, le=1)  # of the mean student (EMA)
     contrast: float = Field(1.0, ge=0)  # weight of the InfoNCE term
     distill: float = Field(32.0, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: the paper's, see docs/method.md

@@ -1,26 +1,59 @@
-"""The losses that people call, with their checks; the one-pass form in chunked.py, the specification in reference.py."""
+"""The losses that people call, with their checks.  One definition for all devices: torch.library ops whose CUDA form is Triton (queue.py) and
+whose other form is chunked torch (chunked.py); the specification is reference.py."""
 import torch
 from torch import Tensor
 
-from fastdisco.kernels import chunked, reference
+from fastdisco.kernels import ops, reference
+from fastdisco.kernels.views import swapped
+
+__all__ = ["moco", "info_nce", "seed", "distill", "swapped", "enqueue"]
+
+
+def moco(z: Tensor, k: Tensor, queue: Tensor, temp: float, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """MoCo's contrast and DisCo's distillation in one pass over the queue.  arXiv:1911.05722, equation 1, and arXiv:2104.09124, L_dis.
+
+    z      [V,B,d] raw rows, normalised here in float32: the student's views, of which view 0 is the query; gradient to z only, in its dtype
+    k      [B,d] raw or unit rows; k[b] is the positive of z[0,b]
+    queue  [K,d] unit rows in bfloat16, float16 or float32, the negatives; may be overwritten before backward
+    temp   > 0; divides the cosine.  On CUDA the query is rounded to the queue's dtype before it meets the queue
+    t      [V,B,d] raw rows, the teacher's views; None for no distillation
+    Returns two float32 scalars (float64 if z is float64): `info_nce` of view 0, and `distill` of all views (0 without t).  An active autocast
+    changes nothing.  Differentiable once.
+    Raises ValueError when k, queue or t requires grad (they are targets), shapes or devices differ, temp is not positive, or the queue is not
+    contiguous or, at its first use, not of unit rows."""
+    if z.ndim != 3 or z.shape[1:] != k.shape:
+        raise ValueError(f"moco: z {list(z.shape)} must be [V,B,d] and k {list(k.shape)} alike in B and d")
+    if t is not None and t.shape != z.shape:
+        raise ValueError(f"moco: z {list(z.shape)} and t {list(t.shape)} differ; student and teacher must embed in one width")
+    _check("moco", z, queue, dict(temp=temp), dict(k=k, queue=queue, t=t))
+    return ops.moco(z, k, t, queue, temp, torch.is_grad_enabled() and z.requires_grad)[0].unbind()
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
     """Cross-entropy of each query's similarity to its own key against those to the queue.  MoCo, arXiv:1911.05722, equation 1.
 
-    q      [B,d] raw rows, normalised here in float32; gradient to q only, in its dtype
-    k      [B,d] raw or unit rows; k[b] is the positive of q[b]
-    queue  [K,d] unit rows, the negatives; may be overwritten before backward
-    temp   > 0; divides the cosine
-    Returns a float32 scalar, the mean over B in nats (float64 if q is float64); an active autocast changes nothing.
-    Raises ValueError when k or queue requires grad (they are the mean student's), the widths differ or temp is not positive."""
-    if not temp > 0:  # nor nan
-        raise ValueError(f"info_nce: temp is {temp} and must be positive")
-    if q.shape != k.shape or q.shape[1:] != queue.shape[1:]:
-        raise ValueError(f"info_nce: q, k {list(q.shape)}, {list(k.shape)} must be alike and as wide as queue {list(queue.shape)}")
-    _targets("info_nce", k=k, queue=queue)
-    with torch.autocast(q.device.type, enabled=False):
-        return chunked.info_nce(q, k, queue, temp)
+    q, k   [B,d] raw rows; gradient to q only.  Everything else as in `moco`.
+    Returns a float32 scalar, the mean over B in nats (float64 if q is float64)."""
+    if q.shape != k.shape:
+        raise ValueError(f"info_nce: q {list(q.shape)} and k {list(k.shape)} must be alike")
+    return moco(q[None], k, queue, temp)[0]
+
+
+def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float = 0.2, temp_t: float = 0.01) -> Tensor:
+    """Cross-entropy of the student's similarities to the queue against the teacher's.  SEED, arXiv:2101.04731, equation 4.
+
+    zs, zt  [B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
+    queue   [K,d] unit rows of the teacher; may be overwritten before backward.  zt[b] itself is scored beside them
+    temp_*  > 0; divides the cosine.  temp_t below 0.01 only with a float32 queue
+    Returns a float32 scalar, the mean over B in nats (float64 if zs is float64).  Differentiable once.
+    Raises ValueError as `moco` does, and for a temp_t that the queue's dtype cannot resolve."""
+    if zs.ndim != 2 or zs.shape != zt.shape:
+        raise ValueError(f"seed: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] and alike; student and teacher must embed in one width")
+    _check("seed", zs, queue, dict(temp_s=temp_s, temp_t=temp_t), dict(zt=zt, queue=queue))
+    if temp_t < 0.01 and queue.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves a cosine by some 1e-4 to 1e-3 and so "
+                         "the teacher's probabilities by orders of magnitude; take a float32 queue or temp_t of 0.01 and more")
+    return ops.seed(zs, zt, queue, temp_s, temp_t, torch.is_grad_enabled() and zs.requires_grad)[0]
 
 
 def distill(zs: Tensor, zt: Tensor) -> Tensor:
@@ -31,12 +64,56 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
     Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
     if zs.shape != zt.shape:
         raise ValueError(f"distill: zs {list(zs.shape)} and zt {list(zt.shape)} differ; student and teacher must embed in one width")
-    _targets("distill", zt=zt)
+    _targets("distill", dict(zt=zt))
     with torch.autocast(zs.device.type, enabled=False):
         return reference.distill(zs, zt)
 
 
-def _targets(loss: str, **inputs: Tensor):
+@torch.no_grad()
+def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor):
+    """Writes the keys [n,d], raw rows in any dtype, as unit rows over queue[ptr], queue[ptr+1], ... of [K,d], round and round, and moves ptr.
+
+    queue, ptr ([] int64) are changed in place and on their device: nothing waits for it, and captured graphs may hold their addresses.
+    Raises ValueError for more keys than rows (which of them stay would be left to chance) and for another width or device."""
+    if len(keys) > len(queue):
+        raise ValueError(f"the queue holds {len(queue)} keys and cannot take {len(keys)} at once; enlarge method.queue or lower data.batch")
+    if keys.shape[1:] != queue.shape[1:] or not keys.device == ptr.device == queue.device or not queue.is_contiguous():
+        raise ValueError(f"enqueue: keys {list(keys.shape)} on {keys.device} do not fit a contiguous queue {list(queue.shape)} on {queue.device}, "
+                         f"ptr on {ptr.device}")
+    ops.enqueue(queue, ptr, keys)
+
+
+def _check(loss: str, z: Tensor, queue: Tensor, temps: dict[str, float], targets: dict[str, Tensor | None]):
+    for name, temp in temps.items():
+        if not temp > 0:  # nor nan
+            raise ValueError(f"{loss}: {name} is {temp} and must be positive")
+    if queue.ndim != 2 or not len(queue) or queue.shape[1] != z.shape[-1] or not z.numel():
+        raise ValueError(f"{loss}: rows {list(z.shape)} need a queue [K,d] as wide, neither empty; it is {list(queue.shape)}")
+    _targets(loss, targets)
+    for name, x in targets.items():
+        if x is not None and x.device != z.device:
+            raise ValueError(f"{loss}: {name} is on {x.device} and the student's rows on {z.device}; move it there")
+    if not queue.is_contiguous():
+        raise ValueError(f"{loss}: queue has strides {queue.stride()} and must be contiguous; a copy each step would cost what the op saves")
+    if not torch.compiler.is_compiling():
+        _unit_rows(loss, queue)
+
+
+def _targets(loss: str, inputs: dict[str, Tensor | None]):
     for name, x in inputs.items():
-        if x.requires_grad:
+        if x is not None and x.requires_grad:
             raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")
+
+
+_seen = set()  # queues whose rows were found to be unit rows; `enqueue` keeps them so
+
+
+def _unit_rows(loss: str, queue: Tensor):
+    """Raises ValueError for a queue that was never normalised.  Once per buffer: on a GPU the answer has to be waited for."""
+    key = queue.data_ptr(), queue.shape, queue.dtype
+    if key in _seen or queue.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    worst = max((part.float().norm(dim=1) - 1).abs().max().item() for part in queue.split(1 << 16))
+    if not worst < 0.02:  # bfloat16 rounds a length by less than 0.004
+        raise ValueError(f"{loss}: queue holds a row whose length is off by {worst:.2g} from 1; fill it with F.normalize(rows, dim=1) or `enqueue`")
+    _seen.add(key)

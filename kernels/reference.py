@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EPS = 1e-12  # shortest length that a row is divided by
+
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
     """Cross-entropy of the query's similarities, its own key being the right class.  MoCo, arXiv:1911.05722, equation 1.
@@ -18,6 +20,19 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
+def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float) -> Tensor:
+    """Cross-entropy between the distributions of student and teacher over the teacher's own feature and the queue.  SEED, arXiv:2101.04731, eq. 4.
+
+    zs, zt  [B,d] raw rows, normalised here; the gradient goes to zs only
+    queue   [K,d] unit rows
+    temp_*  > 0; divides the cosine
+    Returns a scalar, the mean over B in nats; float64 if zs is, else float32."""
+    zs, zt = unit(zs), unit(zt.detach()).to(wide(zs))
+    queue = queue.detach().to(zs.dtype)
+    scores = lambda z: torch.cat([(z * zt).sum(1, keepdim=True), z @ queue.T], 1)  # [B,1+K]
+    return F.cross_entropy(scores(zs) / temp_s, F.softmax(scores(zt) / temp_t, 1))
+
+
 def distill(zs: Tensor, zt: Tensor) -> Tensor:
     """Squared distance of the student's unit rows to the teacher's.  DisCo, arXiv:2104.09124, L_dis.
 
@@ -26,9 +41,20 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
     return (unit(zs) - unit(zt.detach()).to(wide(zs))).square().sum(-1).mean(-1).sum()
 
 
+def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
+    """Each of the first views' targets predicted from every other view.  SwAV, arXiv:2006.09882, equation 2; DINO, arXiv:2104.14294, equation 3.
+
+    scores   [V,B,P] raw; gradient to them only
+    targets  [G,B,P] probabilities, of views 0..G-1
+    temp     > 0; divides the scores
+    Returns a scalar, the mean over the G (V-1) pairs and B in nats."""
+    pairs = [(g, v) for g in range(len(targets)) for v in range(len(scores)) if v != g]
+    return sum(F.cross_entropy(scores[v].to(wide(scores)) / temp, targets[g].detach().to(wide(scores))) for g, v in pairs) / len(pairs)
+
+
 def unit(x: Tensor) -> Tensor:
     """The rows at length 1, in float64 if x is, else in float32."""
-    return F.normalize(x.to(wide(x)), dim=-1)
+    return F.normalize(x.to(wide(x)), dim=-1, eps=EPS)
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -145,11 +145,13 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_the_size_of_all_logits_exists():
     q, key, queue = data(96, 65536, 8)
     with Largest() as fast:
-        kernels.info_nce(q, key, queue, 0.2).backward()
+        chunked.moco(q[None].detach(), key, None, queue, 0.2, True)  # what the op runs: the recording does not look into an op
+    with Largest() as seed:
+        chunked.seed(q.detach(), key, queue, 0.2, 0.01, True)
     with Largest() as plain:
         reference.info_nce(q, key, queue, 0.2).backward()
     assert plain.elements == 96 * 65537  # the recording sees forward and backward
-    assert fast.elements <= chunked.LOGITS < 96 * 65536 / 2
+    assert fast.elements <= chunked.LOGITS and seed.elements <= chunked.LOGITS < 96 * 65536 / 2
 
 
 @pytest.mark.parametrize("temp", [0.01, 0.2])
@@ -162,25 +164,43 @@ def test_the_queue_may_be_overwritten_right_after_the_forward(temp):
     assert torch.equal(q.grad, want)
 
 
+class Calls(TorchDispatchMode):
+    """Counts matrix products, and keeps what the queue losses were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.differentiate = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += "mm" in func.overloadpacket.__name__
+        if func.namespace == "fastdisco":
+            self.differentiate.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_gradient_is_not_computed_where_nobody_asks():
     q, key, queue = data(8, 100, 16)
 
-    class Products(TorchDispatchMode):
-        found = 0
+    def asked(loss, q, *rest):
+        with Calls() as calls:
+            value = loss(q, key, queue, *rest)
+        assert value.requires_grad == calls.differentiate[0] and len(calls.differentiate) == 1
+        return value.requires_grad
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.found += "mm" in func.overloadpacket.__name__
-            return func(*args, **(kwargs or {}))
+    for loss in (kernels.info_nce, kernels.seed):
+        with torch.no_grad():
+            assert not asked(loss, q, 0.2)
+        assert not asked(loss, q.detach(), 0.2) and asked(loss, q, 0.2)
 
-    def products(q):
-        with Products() as count:
-            loss = kernels.info_nce(q, key, queue, 0.2)
-        return count.found, loss.requires_grad
+    def products(form, *args):
+        with Calls() as calls, torch.no_grad():
+            form(*args)
+        return calls.products
 
-    with torch.no_grad():
-        assert products(q) == (1, False)  # the similarities
-    assert products(q.detach()) == (1, False)
-    assert products(q) == (2, True)  # and the softmax's mean of the queue
+    assert products(chunked.moco, q[None], key, None, queue, 0.2, False) == 1  # the similarities
+    assert products(chunked.moco, q[None], key, None, queue, 0.2, True) == 2  # and the softmax's mean of the queue
+    assert products(chunked.seed, q, key, queue, 0.2, 0.01, False) == 3  # the student's similarities; the teacher's and their mean
+    assert products(chunked.seed, q, key, queue, 0.2, 0.01, True) == 2  # both at once
 
 
 def test_a_second_derivative_is_refused():

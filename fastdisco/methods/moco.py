@@ -9,6 +9,8 @@ from fastdisco.methods import Method, Nets, Progress
 from fastdisco.models import mlp
 from fastdisco.views import Crop
 
+QUEUE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Moco(Method):
     def __init__(self, cfg: config.Moco, dim: int, hidden: int, crop: Crop, seed: int, shuffle: bool):
@@ -17,7 +19,8 @@ class Moco(Method):
         self.cfg, self.dim, self.hidden, self.seed, self.shuffle = cfg, dim, hidden, seed, shuffle
         self.views = (crop, crop)
         self.weights = {"contrast": cfg.contrast, "distill": cfg.distill}
-        self.queue = Queue(cfg.queue, dim, seed)
+        auto = "bf16" if dist.device().type == "cuda" else "fp32"
+        self.queue = Queue(cfg.queue, dim, seed, QUEUE_DTYPE[auto if cfg.queue_dtype == "auto" else cfg.queue_dtype])
         self.keys = []  # of this optimizer step's micro batches; empty between steps, so no part of the resume state
 
     def head(self, dim: int) -> nn.Module:
@@ -32,11 +35,11 @@ class Moco(Method):
         q = z[0]
         keys = self._encode(nets.ema, views[1], progress)  # [B*ranks,d]
         k = keys[dist.rank() * len(q):][:len(q)]  # the positives of this rank's queries
-        terms = {"contrast": kernels.info_nce(q, k, self.queue.rows, self.cfg.temp), "feat/std": _spread(q)}
+        t = nets.teacher(views).z if nets.teacher else None  # [2,B,d]
+        contrast, distill = kernels.moco(z, k, self.queue.rows, self.cfg.temp, t)
+        terms = {"contrast": contrast, "feat/std": _spread(q)}
         if nets.teacher:
-            t = nets.teacher(views).z  # [2,B,d]
-            terms["distill"] = kernels.distill(z, t)
-            terms["distill/cosine"] = F.cosine_similarity(z.detach().float(), t.float(), dim=-1).mean()
+            terms |= {"distill": distill, "distill/cosine": 1 - distill.detach() / (2 * len(z))}  # |s-t|^2 = 2 - 2 cos, summed over V
         self.keys.append(keys)
         return terms
 
