@@ -85,11 +85,13 @@ def _agree(cfg: Config, folder: Path):
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # a container image, which was told at its build, or an installed copy
+        return os.environ.get("FASTDISCO_COMMIT") or None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # an installed copy
+        return None  # no git, or a repository of another user
 
 
 def _cpu() -> str:

@@ -1,0 +1,38 @@
+# docker build -t fastdisco --build-arg COMMIT="$(git describe --always --dirty --exclude='*')" .
+#
+# BASE: NVIDIA's PyTorch image of a month (26.04 and later hold a torch that fits), or any image with Python >= 3.10, pip and gcc, as python:3.12.
+ARG BASE=nvcr.io/nvidia/pytorch:26.09-py3
+# hadolint ignore=DL3006
+FROM ${BASE}
+
+LABEL org.opencontainers.image.title="fastdisco" \
+      org.opencontainers.image.description="DisCo self-supervised distillation of small vision models: DALI, DeepSpeed, Triton" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+WORKDIR /workspace/fastdisco
+ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore
+
+# Dependencies before the source: a layer that only they can change.  setup.py reads the README and looks for kernels/.
+COPY setup.py pyproject.toml ./
+COPY fastdisco/__init__.py fastdisco/
+COPY docker/install.py docker/
+RUN mkdir kernels && touch README.md && python3 docker/install.py
+
+# A user of its own; and since `docker run --user` may bring any other, who is in no password file: folders that all can write to.
+ENV TRITON_CACHE_DIR=/home/fastdisco/.cache/triton TORCH_EXTENSIONS_DIR=/home/fastdisco/.cache/torch_extensions
+RUN useradd --no-log-init --uid 10001 --create-home fastdisco \
+    && mkdir --mode=1777 out /home/fastdisco/.cache "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR" \
+    && chmod 1777 /home/fastdisco
+
+COPY . .
+RUN python3 -m pip install --no-cache-dir --no-deps --editable . && chmod -R a+rX .
+
+ARG COMMIT=
+ENV FASTDISCO_COMMIT=${COMMIT}
+LABEL org.opencontainers.image.revision="${COMMIT}"
+
+# The base's entry point stays: NVIDIA's makes the CUDA libraries fit an older driver.
+USER 10001
+ENV HOME=/home/fastdisco USER=fastdisco
+RUN python3 docker/check.py
+CMD ["bash"]
