@@ -20,6 +20,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 EPS = tl.constexpr(1e-12)
 LOG2E = tl.constexpr(math.log2(math.e))
 OPTIONS = dict(enable_fp_fusion=True)  # triton 3.10 turns it off unless asked
+SHORT = 256  # rows of a queue whose copy in float32 costs nothing, while the rounding of so few weights would not average out
 GATHER = 32  # ranges that a row's program reads at a time
 
 
@@ -73,6 +74,8 @@ def moments(groups: list[tuple[Tensor, float]], queue: Tensor, want_mean: bool, 
     (first, temp), (second, temp_2) = groups[0], groups[-1]
     n, d = first.shape
     rows, k = n * len(groups), len(queue)
+    if k <= SHORT:
+        queue = queue.float()
     running = not fixed or queue.dtype == torch.float16  # relative to 1 / temp most of float16's weights would be denormal
     how = launch.choose(queue.device, queue.dtype, d, rows, running)
     blocks = triton.cdiv(rows, how.rows)
@@ -113,7 +116,7 @@ def _units(first, second, out, n, C: tl.constexpr, CP: tl.constexpr):
         x, _ = _unit(first, row, C, cols)
     else:
         x, _ = _unit(second, row - n, C, cols)
-    tl.store(out + row * C + cols, x, mask=cols < C)
+    tl.store(out + row * C + cols, _cast(x, out.dtype.element_ty), mask=cols < C)
 
 
 @triton.jit(do_not_specialize=["n", "rows", "k", "span"])
@@ -127,6 +130,8 @@ def _moments(units, queue, total, top, mean, n, rows, k, span, c_first, c_second
     x = tl.load(units + start.to(tl.int64) * C + at, mask=here, other=0.0)  # as it is, so that the tensor cores read it from shared memory
     c = tl.where(row < n - start, c_first, c_second)
     kind = queue.dtype.element_ty
+    if INTERPRET:
+        x = x.to(tl.float32)
     if TMA:
         tiles = tl.make_tensor_descriptor(queue, shape=[k, C], strides=[C, 1], block_shape=[KEYS, CP])
     m = c  # the maximum so far, or for ever
@@ -143,10 +148,9 @@ def _moments(units, queue, total, top, mean, n, rows, k, span, c_first, c_second
             tile = tl.load(queue + key.to(tl.int64)[:, None] * C + cols[None, :])  # K d passes 2^31
         else:
             tile = tl.load(queue + key.to(tl.int64)[:, None] * C + cols[None, :], mask=(key < k)[:, None] & (cols < C)[None, :], other=0.0)
-        if INTERPRET:
-            s = tl.dot(x.to(tl.float32), tl.trans(tile.to(tl.float32)), input_precision="ieee") * c[:, None]  # the interpreter multiplies a bfloat16's bits
-        else:
-            s = tl.dot(x, tl.trans(tile), input_precision="ieee") * c[:, None]
+        if INTERPRET:  # it would multiply a bfloat16's bits
+            tile = tile.to(tl.float32)
+        s = tl.dot(x, tl.trans(tile), input_precision="ieee") * c[:, None]
         if RUNNING:
             if not EVEN:
                 s = tl.where((key < k)[None, :], s, float("-inf"))
@@ -161,10 +165,8 @@ def _moments(units, queue, total, top, mean, n, rows, k, span, c_first, c_second
             p = tl.where((key < k)[None, :], p, 0.0)
         l += tl.sum(p, 1)
         if MEAN:
-            if INTERPRET:
-                acc = tl.dot(p.to(kind).to(tl.float32), tile.to(tl.float32), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(p.to(kind), tile, acc, input_precision="ieee")
+            p = _cast(p, kind)
+            acc = tl.dot(p.to(tl.float32) if INTERPRET else p, tile, acc, input_precision="ieee")
     out = split.to(tl.int64) * rows + start  # in [S,rows]
     tl.store(total + out + row, l, mask=row < rows - start)
     if RUNNING:
@@ -220,7 +222,16 @@ def _enqueue(queue, ptr, keys, size, C: tl.constexpr, CP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, CP)
     x, _ = _unit(keys, row, C, cols)
-    tl.store(queue + (tl.load(ptr) + row) % size * C + cols, x, mask=cols < C)
+    tl.store(queue + (tl.load(ptr) + row) % size * C + cols, _cast(x, queue.dtype.element_ty), mask=cols < C)
+
+
+@triton.jit
+def _cast(x, kind: tl.constexpr):
+    """float32 to `kind`, rounded to nearest."""
+    if INTERPRET and kind == tl.bfloat16:  # it truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(kind)
 
 
 @triton.jit
@@ -256,10 +267,10 @@ def _gathered(total, top, mean, row, rows, splits, own, inverse, cols, C: tl.con
     acc = own * 0 * cols
     if MEAN:
         for i in tl.range(0, splits, GATHER):
-            s = i + tl.arange(0, GATHER)
-            part = tl.load(mean + (s.to(tl.int64) * rows + row)[:, None] * C + cols[None, :], mask=(s < splits)[:, None] & (cols < C)[None, :], other=0.0)
+            few = i + tl.arange(0, GATHER)
+            part = tl.load(mean + (few.to(tl.int64) * rows + row)[:, None] * C + cols[None, :], mask=(few < splits)[:, None] & (cols < C)[None, :], other=0.0)
             if RUNNING:
-                part *= tl.exp2(tl.load(top + s * rows + row, mask=s < splits, other=float("-inf")) - best)[:, None]
+                part *= tl.exp2(tl.load(top + few * rows + row, mask=few < splits, other=float("-inf")) - best)[:, None]
             acc += tl.sum(part, 0)
         acc /= tl.maximum(l, 1.2e-38)  # l is 0 where a teacher at a low temperature sees its own feature alone
     return (exponent - tl.log2(l)) / LOG2E, acc

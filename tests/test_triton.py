@@ -1,0 +1,153 @@
+"""The Triton kernels without a GPU: interpreted in a process of their own, and compiled ahead of time for every architecture in the launch table."""
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+triton = pytest.importorskip("triton", reason="gpu: Triton is not installed, which comes with torch for CUDA")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastdisco.kernels import launch  # noqa: E402
+from fastdisco.kernels import queue as triton_queue  # noqa: E402
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
+SMALLEST = 101_376  # of the chips that borrow sm_80's rows: sm_86, sm_89, sm_120
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted(tmp_path_factory):
+    """The process that runs tests/interpreted.py, beside the compiling, and where it prints."""
+    out = tmp_path_factory.mktemp("interpreted") / "out"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rP", ROOT / "tests/interpreted.py"]
+    with out.open("w") as f, subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT) as process:
+        yield process, out
+        process.kill()
+
+
+def compiled(kernel, arch, types, constants, options):
+    """What came out: registers, bytes of stack (spills) and shared memory, and the PTX.  Pointers are aligned to 16 bytes, as torch's are."""
+    names = kernel.arg_names
+    source = ASTSource(fn=kernel, signature={n: types.get(n, "constexpr") for n in names},
+                       constexprs={(names.index(n),): v for n, v in constants.items()},
+                       attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")})
+    out = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(out.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], text=True, capture_output=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return dict(registers=registers, stack=stack, shared=out.metadata.shared, ptx=out.asm["ptx"], threads=32 * out.metadata.num_warps)
+
+
+@functools.cache  # many rows of the table are alike
+def sweep(how, arch, dtype, d, k, running):
+    constants = triton_queue.sweep(how, d, k, running, True)
+    options = {n: constants.pop(n) for n in list(constants) if n not in triton_queue._moments.arg_names}
+    rows = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    types = dict(units=rows, queue=rows, total="*fp32", top="*fp32", mean="*fp32", n="i32", rows="i32", k="i32", span="i32", c_first="fp32", c_second="fp32")
+    return compiled(triton_queue._moments, arch, types, constants, options)
+
+
+def faults(found, arch, how, even):
+    """Why a launch configuration must not be shipped."""
+    limit = SMALLEST if arch == 80 else SHARED_MEMORY[arch]
+    if found["stack"]:
+        yield f"{found['stack']} bytes of stack: registers are spilled"
+    if found["shared"] > limit:
+        yield f"{found['shared']} bytes of shared memory of {limit}"
+    if even and how.registers and found["threads"] * found["registers"] * how.ctas > 65_536:
+        yield f"{found['registers']} registers: {how.ctas} blocks do not fit"
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))  # a cached kernel would hide a change of compiler
+
+
+@pytest.mark.parametrize("name", sorted(launch.table()))
+def test_a_shipped_launch_compiles_without_spills(name):
+    arch, bits, d, _, kind = re.fullmatch(r"sm_(\d+) (\d+)-bit d(\d+) (few|many) (fixed|running)", name).groups()
+    arch, d, how, running = int(arch), int(d), launch.table()[name], kind == "running"
+    dtype = torch.float32 if bits == "32" else torch.float16 if running else torch.bfloat16
+    for k in (1 << 16, 1001)[: 1 + running]:  # without and with a look for the queue's end, which takes most beside the running maximum
+        found = sweep(how, arch, dtype, d, k, running)
+        assert not [*faults(found, arch, how, k == 1 << 16)], (name, k)
+        if bits == "16":
+            assert TENSOR_CORES[arch] in found["ptx"]
+            assert ("cp.async.bulk.tensor" if how.tma else "cp.async.c") in found["ptx"]  # tiles arrive beside the work
+
+
+def test_odd_widths_compile_without_spills():
+    """Rows that the copy engine cannot take, since they are no multiple of 16 bytes."""
+    for arch in SHARED_MEMORY:
+        for d in (100, 20):
+            how = launch.table()[launch.key(arch, torch.bfloat16, d, 1024, False)]._replace(tma=False)
+            assert not [*faults(sweep(how, arch, torch.bfloat16, d, 1001, False), arch, how, False)], (arch, d)
+
+
+def test_a_planted_spill_is_found():
+    for how, fault in [(launch.Launch(256, 64, 4, 3, 1, False, None, False), "spilled"), (launch.Launch(128, 128, 8, 8, 1, True, None, False), "shared memory"),
+                       (launch.table()["sm_90 16-bit d128 many fixed"]._replace(registers=168), "2 blocks do not fit")]:
+        assert fault in " ".join(faults(sweep(how, 90, torch.bfloat16, 128, 1 << 16, False), 90, how, True))
+
+
+ROWS = dict(total="*fp32", top="*fp32", mean="*fp32", n="i32")
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_the_other_kernels_compile_without_spills(arch):
+    gather = dict(C=128, CP=128, SPLITS=256, GATHER=triton_queue.GATHER, RUNNING=True, GRAD=True)
+    moco = dict(z="*fp32", k="*fp32", t="*fp32", **ROWS, terms="*fp32", contrast="*fp32", distill="*fp32", splits="i32", inverse="fp32")
+    two = {f"{n}_{x}": "*fp32" for n in ("total", "top", "mean") for x in "st"}
+    seed = dict(zs="*bf16", zt="*fp16", **two, loss="*fp32", grad="*fp32", n="i32", splits_s="i32", splits_t="i32", inverse_s="fp32", inverse_t="fp32")
+    for kernel, types, constants, warps in [
+        (triton_queue._moco_rows, moco, gather | dict(VIEWS=2), 4),
+        (triton_queue._seed_rows, seed, gather, 4),
+        (triton_queue._units, dict(first="*fp32", second="*bf16", out="*bf16", n="i32"), dict(C=128, CP=128), 1),
+        (triton_queue._enqueue, dict(queue="*bf16", ptr="*i64", keys="*fp32", size="i32"), dict(C=128, CP=128), 1),
+    ]:
+        found = compiled(kernel, arch, types, constants, dict(num_warps=warps, **triton_queue.OPTIONS))
+        assert found["stack"] == 0, kernel.fn.__name__
+
+
+# ---- the launch table
+
+def test_every_queue_has_its_launch():
+    for arch in SHARED_MEMORY:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for d in (1, 64, 65, 128, 256):
+                for n in (1, 64, 65, 10**6):
+                    for running in (False, True):
+                        assert launch.key(arch, dtype, d, n, running) in launch.table()
+    assert len(launch.table()) == 3 * 2 * 3 * 2 * 2  # and none that nobody asks for
+
+
+def test_a_chip_without_rows_of_its_own_takes_those_that_need_least():
+    assert [launch.architecture(c) for c in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))] == [80, 80, 80, 90, 100, 100, 80]
+
+
+def test_the_table_says_what_was_timed():
+    rows = json.loads(launch.FILE.read_text())
+    assert all(set(row) == set(launch.Launch._fields) and isinstance(row["timed"], bool) for row in rows.values())
+    assert all(row["ctas"] >= 1 and row["rows"] % 16 == 0 and row["keys"] % 16 == 0 for row in rows.values())
+
+
+def test_interpreted(interpreted):
+    """tests/interpreted.py: every kernel against float64."""
+    process, out = interpreted
+    code, text = process.wait(), out.read_text()
+    print(*re.findall(r"^(?:seed )?B \d.*", text, re.MULTILINE), sep="\n")  # each case's error, beside that of rounding the operands
+    assert code == 0 and re.search(r"\d{2,} passed", text), text[-4000:]
