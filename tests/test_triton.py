@@ -150,4 +150,5 @@ def test_interpreted(interpreted):
     process, out = interpreted
     code, text = process.wait(), out.read_text()
     print(*re.findall(r"^(?:seed )?B \d.*", text, re.MULTILINE), sep="\n")  # each case's error, beside that of rounding the operands
-    assert code == 0 and re.search(r"\d{2,} passed", text), text[-4000:]
+    hint = "\nTriton 3.6's interpreter needs numpy<2.4" if triton.__version__.startswith("3.6") else ""
+    assert code == 0 and re.search(r"\d{2,} passed", text), text[-4000:] + hint
