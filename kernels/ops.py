@@ -25,7 +25,7 @@ def _form(z: Tensor, queue: Tensor):
 @torch.library.custom_op("fastdisco::moco", mutates_args=())
 def moco(z: Tensor, k: Tensor, t: Optional[Tensor], queue: Tensor, temp: float, differentiate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(contrast, distill) [2], and where `differentiate` contrast's gradient to z[0] [B,d] and, with t, distill's to z [V,B,d]; else empty."""
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
         return _form(z, queue).moco(z, k, t, queue, temp, differentiate)
 
 
@@ -61,7 +61,7 @@ moco.register_autograd(_moco_backward, setup_context=_keep_moco)
 @torch.library.custom_op("fastdisco::seed", mutates_args=())
 def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float, differentiate: bool) -> tuple[Tensor, Tensor]:
     """The loss [], and where `differentiate` its gradient to zs [B,d]; else empty."""
-    with torch.no_grad(), torch.autocast(zs.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(zs.device.type, enabled=False), torch.cuda.device_of(zs):
         return _form(zs, queue).seed(zs, zt, queue, temp_s, temp_t, differentiate)
 
 
@@ -93,7 +93,8 @@ def _once(loss: str):
 @torch.library.custom_op("fastdisco::enqueue", mutates_args=("queue", "ptr"))
 def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     """Unit rows of keys [n,d] over queue [K,d] from row ptr on; n <= K."""
-    _form(keys, queue).enqueue(queue, ptr, keys)
+    with torch.cuda.device_of(queue):
+        _form(keys, queue).enqueue(queue, ptr, keys)
     ptr.add_(len(keys)).remainder_(len(queue))  # after the rows are written, for each of them reads it
 
 
