@@ -74,8 +74,8 @@ def good(root):
     noise(400, 3, 3).save(root / "column.bmp")
     noise(40, 50, 3).save(root / "x.tif")
     (root / "named_wrongly.jpg").write_bytes(PNG)
-    for name, content in (("progressive.jpg", encoded("JPEG", progressive=True)), ("x.webp", WEBP), ("x.ppm", encoded("PPM")), ("x.jp2", encoded("JPEG2000")),
-                          ("trailer.jpg", JPEG + b"trailer" * 9)):
+    for name, content in (("progressive.jpg", encoded("JPEG", progressive=True)), ("x.webp", WEBP), ("x.ppm", encoded("PPM")),
+                          ("x.jp2", encoded("JPEG2000")), ("trailer.jpg", JPEG + b"trailer" * 9)):
         (root / name).write_bytes(content)
 
 
@@ -180,8 +180,8 @@ def test_a_quarantine_leaves_out_without_renumbering(folder, tmp_path):
     first = next(n for n, (_, i) in enumerate(a[1]) if i in (7, 20))
     assert b[1][:first] == a[1][:first]  # until the first image that is left out, the order is what it was
     assert torch.cat([x.index for x in data.EvalLoader(left, 16, 16, 8, 1, CPU)]).tolist() == [i for i in range(43) if i not in (7, 20)]
-    for text, absolute, parts in (("class0/nope.jpg\n", False, ("class0/nope.jpg", "data check")), ("".join(f"{f}\n" for f in before.files), False, ("every image",)),
-                                  (None, True, ("cannot be read",))):
+    for text, absolute, parts in (("class0/nope.jpg\n", False, ("class0/nope.jpg", "data check")),
+                                  ("".join(f"{f}\n" for f in before.files), False, ("every image",)), (None, True, ("cannot be read",))):
         (root / "quarantine.txt").unlink(missing_ok=True)
         if text:
             (root / "quarantine.txt").write_text(text)

@@ -53,7 +53,7 @@ def stream(loader, steps=None):
         epoch = (loader.position - 1) // (loader._per_epoch)
         for i, index in enumerate(batch.index.tolist()):
             order.append((epoch, index))
-            seen[order[-1]] = b"".join(v[i].numpy().tobytes() for v in batch.views)
+            seen[order[-1]] = b"".join(v[i].cpu().numpy().tobytes() for v in batch.views)
     assert len(seen) == len(order), "an image came twice in an epoch"
     return seen, order
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,8 @@ def test_the_same_seed_gives_the_same_bytes_also_after_a_kill_and_another_seed_d
     before = (tmp_path / "a/000000.tar").stat().st_mtime_ns
     pack.pack(few.root, tmp_path / "a", shard_mb=MB)
     assert bytes_of(tmp_path / "a") == whole and (tmp_path / "a/000000.tar").stat().st_mtime_ns == before
-    assert pack.pack(few.root, tmp_path / "a", shard_mb=MB) == pack.pack(few.root, packed.root, shard_mb=MB)  # nothing left to do
+    again = [list(pack.pack(few.root, root, shard_mb=MB).values()) for root in (tmp_path / "a", packed.root)]  # nothing left to do
+    assert again[0] == again[1] and bytes_of(packed.root) == whole
     pack.pack(few.root, tmp_path / "b", seed=1, shard_mb=MB)
     assert (tmp_path / "b/000000.tar").read_bytes() != whole["000000.tar"]
 
@@ -220,7 +222,8 @@ def test_few_tars_are_open_at_a_time(packed, monkeypatch):
     listing = data.Listing(packed.root, packed.root, [""] * 500, np.zeros(500, np.int64), ["a"], p)
     in_order = shards.reading_order(listing, np.arange(500))
     monkeypatch.setattr(shards, "OPEN", 7)
-    assert shards.at_once(listing, in_order, 10) == 70 and shards.at_once(listing, in_order, 64) == 64 and shards.at_once(listing, in_order[:70], 10) == 70
+    assert shards.at_once(listing, in_order, 10) == 70 and shards.at_once(listing, in_order, 64) == 64
+    assert shards.at_once(listing, in_order[:70], 10) == 70
     assert shards.at_once(listing, np.random.default_rng(0).permutation(500), 100) == 100  # a batch at least
 
 
@@ -269,7 +272,7 @@ def foreign(path, samples, **kw):
 def samples_of(few, indices, labels=True):
     out = {}
     for i in indices:
-        stem = f"set/{'long' * 40 if i % 7 == 0 else ''}n{i:04}.x"[:-2]
+        stem = f"set.1/{'long' * 40 if i % 7 == 0 else ''}nü{i:04}"
         out |= {f"{stem}.json": b'{"w": 3}', f"{stem}.JPG": few.read(i)}
         if labels:
             out[f"{stem}.cls"] = b"%d\n" % few.labels[i]
@@ -284,7 +287,7 @@ def test_foreign_tars_are_indexed_at_first_use(few, form, tmp_path):
     found = data.listing(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"train-{k:03}.{e}" for k in range(4) for e in ("index", "tar")]
     assert found.labels.tolist() == few.labels[order].tolist() and found.classes == ["0", "1", "2"]
-    assert all(found.read(i) == few.read(j) for i, j in enumerate(order)) and found.files[0].startswith("train-000.tar/set/")
+    assert all(found.read(i) == few.read(j) for i, j in enumerate(order)) and found.files[0].startswith("train-000.tar/set.1/")
     before = (tmp_path / "train-000.index").stat().st_mtime_ns
     assert data.listing(tmp_path).fingerprint == found.fingerprint and (tmp_path / "train-000.index").stat().st_mtime_ns == before
     # the same images in the same order as files: the same views
@@ -338,13 +341,13 @@ def test_every_share_of_random_sets_is_accepted():
         for _ in range(40):
             labels = np.sort((rng.random(n) ** 2 * classes).astype(np.int64))
             p = places(np.bincount(rng.integers(0, tars, n), minlength=tars).tolist())
-            shards.refuse_sorted(data.Listing(CPU, CPU, [""] * n, rng.permutation(labels), [], p))
+            shards.refuse_sorted(data.Listing(Path("x"), Path("x"), [""] * n, rng.permutation(labels), [], p))
             if n > 100:
                 rows = np.lexsort((p.offset, p.tar))
                 sorted_labels = np.empty(n, np.int64)
                 sorted_labels[rows] = labels
                 with pytest.raises(UserError):
-                    shards.refuse_sorted(data.Listing(CPU, CPU, [""] * n, sorted_labels, [], p))
+                    shards.refuse_sorted(data.Listing(Path("x"), Path("x"), [""] * n, sorted_labels, [], p))
 
 
 def test_unlabelled_tars(few, tmp_path):
@@ -390,7 +393,8 @@ def test_a_bad_tar_is_named_with_the_remedy(few, packed, tmp_path):
             ends = len(whole.rstrip(b"\0")) // 512 * 512 + 512
             content = whole[:ends] + b"x" * 10240
         refuse(data.listing, set_of(content, keep=False), parts=[tar, what])
-    for samples, what in (({"a.txt": b"x"}, "one image"), ({"a.jpg": b"x", "a.png": b"x"}, "one image"), ({"a.jpg": b"x", "a.cls": b"dog"}, "whole number")):
+    for samples, what in (({"a.txt": b"x"}, "one image"), ({"a.jpg": b"x", "a.png": b"x"}, "one image"),
+                          ({"a.jpg": b"x", "a.cls": b"dog"}, "whole number")):
         foreign(tmp_path / "odd.tar", samples)
         refuse(data.listing, tmp_path / "odd.tar", parts=["odd.tar", what])
     link = tarfile.TarInfo("a.jpg")
@@ -459,7 +463,8 @@ def test_cifar_archives_are_packed_without_loss(tmp_path):
     refuse(pack.pack, tmp_path / "c/val", tmp_path / "k", jpeg=95, parts=["--jpeg"])
     rng = np.random.default_rng(1)
     part = lambda n: pickle.dumps({b"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), b"fine_labels": list(range(n)), b"coarse_labels": [0] * n})
-    archive(tmp_path / "cifar-100-python.tar.gz", {"train": part(20), "test": part(9), "meta": pickle.dumps({b"fine_label_names": [b"c%d" % i for i in range(100)]})})
+    meta = pickle.dumps({b"fine_label_names": [b"c%d" % i for i in range(100)]})
+    archive(tmp_path / "cifar-100-python.tar.gz", {"train": part(20), "test": part(9), "meta": meta})
     pack.pack(tmp_path / "cifar-100-python.tar.gz", tmp_path / "h")
     assert data.listing(tmp_path / "h/train").labels.tolist() == list(range(20)) and len(data.listing(tmp_path / "h/val").classes) == 100
 
@@ -479,8 +484,10 @@ def test_an_evil_cifar_archive_runs_nothing(tmp_path):
            "getattr": b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR.", "numpy": pickle.dumps(Evil(np.fromfile, str(mark)), 2),
            "codec": pickle.dumps(Evil(__import__("_codecs").encode, "x" * 9, "zip"), 2), "cut": cifar10()[1]["data_batch_2"][:-500],
            "objects": pickle.dumps({b"data": np.array([[None] * 3072] * 6, object), b"labels": [0] * 6}, 2),
-           "floats": pickle.dumps({b"data": np.zeros((6, 3072)), b"labels": [0] * 6}, 2), "shape": pickle.dumps({b"data": np.zeros((6, 100), np.uint8), b"labels": [0] * 6}, 2),
-           "labels": pickle.dumps({b"data": np.zeros((6, 3072), np.uint8), b"labels": [0, 1, 2, 3, 4, 10]}, 2), "list": pickle.dumps([1], 2), "text": b"not a pickle"}
+           "floats": pickle.dumps({b"data": np.zeros((6, 3072)), b"labels": [0] * 6}, 2),
+           "shape": pickle.dumps({b"data": np.zeros((6, 100), np.uint8), b"labels": [0] * 6}, 2),
+           "labels": pickle.dumps({b"data": np.zeros((6, 3072), np.uint8), b"labels": [0, 1, 2, 3, 4, 10]}, 2),
+           "list": pickle.dumps([1], 2), "text": b"not a pickle"}
     for name, content in bad.items():
         archive(tmp_path / "cifar-10-python.tar.gz", cifar10({"data_batch_2": content})[1])
         refuse(pack.pack, tmp_path / "cifar-10-python.tar.gz", tmp_path / name, parts=["data_batch_2", "is not CIFAR's"])
@@ -513,4 +520,4 @@ def test_the_gpu_graphs_of_tars_serialise_and_every_operator_exists_for_its_devi
 def test_gpu_views_of_tars_are_those_of_the_folder(few, packed):
     gpu = torch.device("cuda", 0)
     a, b = (stream(make(x, device=gpu, batch=1, crops=SMALL[:1])) for x in (few, packed))
-    assert a[0].keys() == b[0].keys()
+    assert a[0] == b[0]

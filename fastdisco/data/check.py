@@ -54,7 +54,7 @@ def check(sources: list[Path], fast: bool = False, out: Path | None = None, thre
     for one in found:
         indices = shards.reading_order(one, _named(one, only))
         wrong = _tars(one) if one.places and not (fast or only) else []
-        bad = sorted(_faults(one, indices, fast, threads, max_pixels, devices))
+        bad = _faults(one, indices, fast, threads, max_pixels, devices)
         path = _write(one, bad, len(indices), fast, whole=not (fast or only), out=out)
         _tell(one, bad, len(indices), path, out)
         if wrong:
@@ -110,15 +110,14 @@ def _cut(kind: str, head: bytes, tail: bytes, size: int) -> str:
 
 
 def _faults(one: Listing, indices: np.ndarray, fast: bool, threads: int, max_pixels: int, devices) -> list[Fault]:
-    found, waiting, pixels = [], [], 0
+    found, waiting, pixels = {}, [], 0
     decoders = [] if fast else [Decoder(d, BATCH[0], threads) for d in devices]
 
     def decode():
         for decoder in decoders:
             for j, words in decoder.faults([content for _, content, _ in waiting], complaints=True).items():
                 index, _, cut = waiting[j]
-                if index not in (f.index for f in found):
-                    found.append(Fault(index, one.files[index], "truncated" if cut else "damaged", cut or words))
+                found.setdefault(index, Fault(index, one.files[index], "truncated" if cut else "damaged", cut or words))
         waiting.clear()
 
     Image.init()  # all of Pillow's readers, which it loads only by and by
@@ -128,7 +127,7 @@ def _faults(one: Listing, indices: np.ndarray, fast: bool, threads: int, max_pix
             looks = ahead(pool, lambda i: look(one, i, fast, max_pixels), indices.tolist())
             for index, (fault, content, area, cut) in zip(indices.tolist(), track(looks, f"checking {one.source}", len(indices), transient=True)):
                 if fault:
-                    found.append(fault)
+                    found[index] = fault
                 elif not fast:
                     if waiting and (len(waiting) == BATCH[0] or pixels + area > BATCH[1]):
                         decode()
@@ -139,12 +138,12 @@ def _faults(one: Listing, indices: np.ndarray, fast: bool, threads: int, max_pix
             decode()
     finally:
         Image.MAX_IMAGE_PIXELS = guard
-    return found
+    return [found[i] for i in sorted(found)]
 
 
 def _tars(one: Listing) -> list[str]:
     """A sentence for each tar that is not what its index says."""
-    wrong, packed = [], (one.root / shards.MANIFEST).exists()
+    wrong, packed = [], shards.manifest_of(one.root, None) is not None
     for name in track(one.places.tars, f"comparing the tars of {one.source}", transient=True):
         tar = one.root / name
         about = shards.about(tar) if tar.with_suffix(".index").exists() else {}
@@ -203,10 +202,10 @@ def _tell(one: Listing, bad: list[Fault], seen: int, path: Path, out: Path | Non
         return
     table = Table("fault", "images", "the first")
     for kind, n in Counter(f.kind for f in bad).most_common():
-        table.add_row(kind, str(n), next(f.name for f in bad if f.kind == kind))
+        table.add_row(kind, str(n), next(f.name for f in bad if f.kind == kind).encode(errors="surrogateescape").decode(errors="replace"))
     console.print(table)
     for f in bad[:20]:
-        say(f"{f.name}: {f.kind}: {f.detail}")
+        say(f"{f.name}: {f.kind}: {f.detail}".encode(errors="surrogateescape").decode(errors="replace"))  # names are bytes
     if len(bad) > 20:
         say(f"and {len(bad) - 20} more, see {path}")
     use = "a training leaves them out" if out is None else f"with data.quarantine={path.resolve()} a training leaves them out"

@@ -83,8 +83,10 @@ def unreadable(listing: Listing, indices: np.ndarray, device: torch.device) -> l
             images.append(content)
         else:
             bad.append(i)
-    decoder = Decoder(device, len(indices), 1)
-    return sorted(bad + [found[j] for j in (decoder.faults(images, complaints=False) if images else ())])
+    decoder = Decoder(device, 64, 1)
+    for at in range(0, len(images), 64):
+        bad += [found[at + j] for j in decoder.faults(images[at:at + 64], complaints=False)]
+    return sorted(bad)
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def list_file(path: Path) -> Listing:
     Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0 on.  Raises UserError naming file and line."""
     root, files, names = path.parent, [], []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text file with a line "
                         "`<image> <class>` for each image, or tars") from None

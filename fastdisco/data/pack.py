@@ -49,8 +49,8 @@ def pack(src: Path, dst: Path, seed: int = 0, shard_mb: float = SHARD_MB, jpeg: 
         raise UserError(f"{src}: --jpeg encodes the images of CIFAR's python archives; files are packed as they are, leave it out")
     else:
         found = listing(src)
-        if found.places is None and found.source.is_dir() and dst.resolve().is_relative_to(found.root.resolve()):
-            raise UserError(f"{dst}: lies in {found.root}, whose images it would join; give a folder outside of it")
+        if found.source.is_dir() and dst.resolve().is_relative_to(found.root.resolve()):
+            raise UserError(f"{dst}: lies in {found.root}, whose images its own would join; give a folder outside of it")
         parts = {dst: _listed(found)}
     return {folder: _write(folder, images, seed, int(shard_mb * 2**20)) for folder, images in parts.items()}
 

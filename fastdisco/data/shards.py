@@ -25,7 +25,7 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
     """The samples of root's tars: our own in the order of their stable indices, foreign ones as they come.
 
     Raises UserError for tars that are truncated, foreign, missing, or not those that their index or manifest was written for."""
-    manifest = _manifest(root, tars if source == root else None)
+    manifest = manifest_of(root, tars if source == root else None)
     texts, kept = [], True
     for name in track(tars, f"indexing {root}", transient=True, disable=all(_index_of(root / t).exists() for t in tars)):
         text, written = _index(root / name, manifest is not None)
@@ -35,18 +35,17 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
         say(f"{root}: cannot be written, so its tars are indexed at every start")
     numbers, names, tar = [], [], []
     for k, (name, text) in enumerate(zip(tars, texts)):
-        lines = text.splitlines()[1:]
-        part = [line.split("\t", 4) for line in lines]
+        head, *lines = text.removesuffix("\n").split("\n")  # not splitlines, which splits at more than that
         try:
-            about = json.loads(text.split("\n", 1)[0])
-            numbers.append(np.array([row[:4] for row in part], np.int64).reshape(-1, 4))
-            _fits(root / name, about["bytes"], numbers[-1], part[-1:], manifest)
+            *columns, members = zip(*(line.split("\t", 4) for line in lines))
+            numbers.append(np.array([list(map(int, c)) for c in columns], np.int64))
+            _fits(root / name, json.loads(head)["bytes"], numbers[-1], members[-1], manifest)
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{_index_of(root / name)}: is not an index that fastdisco wrote, or damaged; remove it, it is written anew") from None
-        names += [row[4] for row in part]
-        tar += [k] * len(part)
-    index, label, offset, size = np.concatenate(numbers).T
-    tar = np.array(tar)
+        names += members
+        tar.append(np.full(len(members), k))
+    index, label, offset, size = np.concatenate(numbers, axis=1)
+    tar = np.concatenate(tar)
     if manifest is None:
         index = np.arange(len(names))
     at = np.argsort(index, kind="stable")
@@ -161,12 +160,12 @@ def about(tar: Path) -> dict:
 
 
 def rows_of(tar: Path) -> list[str]:
-    return _index_of(tar).read_text(errors="surrogateescape").splitlines()[1:]
+    return _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]
 
 
 def write_whole(path: Path, text: str):
     """The file has all of the text or is not there; several ranks may write the same."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
     with part.open("w", errors="surrogateescape") as f:
         f.write(text)
         f.flush()
@@ -181,8 +180,12 @@ def _index_of(tar: Path) -> Path:
 def _index(tar: Path, stored: bool) -> tuple[str, bool]:
     """Text of the tar's index, made where there is none, and whether it is on disk."""
     path = _index_of(tar)
-    if path.exists():
+    try:
         return path.read_text(errors="surrogateescape"), True
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); allow reading it") from None
     text = "\n".join([header(tar.stat().st_size, None), *scan(tar, stored)]) + "\n"
     try:
         write_whole(path, text)
@@ -191,25 +194,27 @@ def _index(tar: Path, stored: bool) -> tuple[str, bool]:
     return text, True
 
 
-def _fits(tar: Path, bytes_: int, rows: np.ndarray, last: list, manifest: dict | None):
+def _fits(tar: Path, bytes_: int, numbers: np.ndarray, last: str, manifest: dict | None):
     """Raises UserError where the size of the tar, its samples' number and places or its last image's header are not what the index says.
 
-    rows: index, label, offset and size of each sample; `data check` compares them all."""
+    numbers: index, label, offset and size of the samples [4,n]; last: the last member's name.  `data check` compares them all."""
     wrong = f"copy the tar again, or remove {_index_of(tar)} if the tar is right"
     found = tar.stat().st_size
     if found != bytes_:
         raise UserError(f"{tar}: has {found} bytes, its index was written for {bytes_}; {wrong}")
-    if not len(rows) or (rows[:, 2:] < 0).any() or (rows[:, 2] + rows[:, 3]).max() > found or (rows[:, 2] % tarfile.BLOCKSIZE).any():
+    _, _, offset, size = numbers
+    if (offset < tarfile.BLOCKSIZE).any() or (size < 0).any() or (offset + size).max() > found or (offset % tarfile.BLOCKSIZE).any():
         raise UserError(f"{_index_of(tar)}: does not fit its tar; remove it, it is written anew")
-    *_, offset, size, name = last[0]
     with tar.open("rb") as f:
-        f.seek(int(offset) - tarfile.BLOCKSIZE)
+        f.seek(offset[-1] - tarfile.BLOCKSIZE)
         head = f.read(tarfile.BLOCKSIZE)
-    if int(size) != _size(head) or not name.endswith(_name(head)) and not name.startswith(_name(head)):  # a long name is cut short there
-        raise UserError(f"{tar}: its image {name} is not where its index says; {wrong}")
+    name = head[:100].split(b"\0", 1)[0].decode(errors="ignore")  # of a long one its beginning or its end, and perhaps in ASCII
+    forms = last, last.encode("ascii", "replace").decode()
+    if size[-1] != _size(head) or not (name and any(f.startswith(name) or f.endswith(name) for f in forms)):
+        raise UserError(f"{tar}: its image {last} is not where its index says; {wrong}")
     want = manifest["tars"].get(tar.name, {}) if manifest else {}
-    if manifest and (found, len(rows)) != (want.get("bytes"), want.get("samples")):
-        raise UserError(f"{tar}: has {found} bytes and {len(rows)} samples, not those of {MANIFEST}; {wrong}")
+    if manifest and (found, len(size)) != (want.get("bytes"), want.get("samples")):
+        raise UserError(f"{tar}: has {found} bytes and {len(size)} samples, not those of {MANIFEST}; {wrong}")
 
 
 def _size(head: bytes) -> int | None:
@@ -219,12 +224,8 @@ def _size(head: bytes) -> int | None:
         return None
 
 
-def _name(head: bytes) -> str:
-    return head[:100].split(b"\0", 1)[0].decode(errors="ignore")
-
-
-def _manifest(root: Path, tars: list[str] | None) -> dict | None:
-    """The manifest of a packed folder, None of a foreign one; `tars` must be all of its tars."""
+def manifest_of(root: Path, tars: list[str] | None) -> dict | None:
+    """The manifest of a packed folder, None of a foreign one; `tars`, where given, must be all of its tars."""
     if (root / BEGUN).exists():
         raise UserError(f"{root}: packing it was not finished; give the same `fastdisco data pack` command again")
     try:
@@ -233,6 +234,8 @@ def _manifest(root: Path, tars: list[str] | None) -> dict | None:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f"{root / MANIFEST}: cannot be read ({e}); pack the data again") from None
+    if not (isinstance(manifest, dict) and manifest.keys() >= {"shard_bytes", "classes", "tars"}):
+        return None  # another tool's
     if tars is not None and set(tars) != set(manifest["tars"]):
         missing, strange = (sorted(a - b) for a, b in ((set(manifest["tars"]), set(tars)), (set(tars), set(manifest["tars"]))))
         raise UserError(f"{root}: " + (f"{some(missing)} of {MANIFEST} is missing; copy the whole folder again" if missing else

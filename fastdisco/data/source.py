@@ -39,7 +39,7 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
 def read_quarantine(path: Path) -> dict[str, str]:
     """{name: reason}"""
     try:
-        lines = path.read_text(errors="surrogateescape").splitlines()
+        lines = path.read_text(errors="surrogateescape").split("\n")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give data.quarantine an existing file") from None
     return dict((line.split("\t", 1) + [""])[:2] for line in lines if line and not line.startswith("#"))
@@ -54,7 +54,8 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
         names = [n.removeprefix(inside) for n in names if n.startswith(inside)]
     at = {name: i for i, name in enumerate(found.files)} if names else {}
     if strange := [n for n in names if n not in at]:
-        raise UserError(f"{path}: names {some(strange)}, not in {found.source}; remove the file, or write it anew by `fastdisco data check {found.source}`")
+        raise UserError(f"{path}: names {some(strange)}, not in {found.source}; remove the file, or write it anew by "
+                        f"`fastdisco data check {found.source}`")
     if len(names) == len(found.files):
         raise UserError(f"{path}: names every image of {found.source}; nothing is left to read")
     return np.sort(np.array([at[n] for n in names], np.int64))
