@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,7 +189,8 @@ def _write(one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, o
                   kinds=Counter(f.kind for f in bad), faults=[f._asdict() for f in bad])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shards.write_whole(folder / ("check.json" if out is None else f"check-{one.source.name}.json"), json.dumps(report, indent=1) + "\n")
+        name = "check.json" if out is None else "check-" + re.sub(r"[^\w.-]+", "_", one.source.name) + ".json"
+        shards.write_whole(folder / name, json.dumps(report, indent=1) + "\n")
         if names or path.exists():
             shards.write_whole(path, "".join(f"{n}\t{reason}\n" for n, reason in sorted(names.items())))
     except OSError as e:
