@@ -56,7 +56,7 @@ def measure(listing: data.Listing, size: int, images: int, threads: int, rounds:
     crops = (Crop(size=size),) * 2
     hashed = data.TrainLoader(listing, crops, BATCH, 0, 10**6, 1, threads, CPU)
     files = hashed._order(0)
-    native = _native(crops, loader._reader(listing, files, files), **loader._pipe(BATCH, threads, CPU))
+    native = _native(crops, loader._reader(listing, files, files, BATCH, ""), **loader._pipe(BATCH, threads, CPU))
     run = {"hashed": lambda: next(hashed), "native": native.run}
     for f in run.values():
         for _ in range(4):

@@ -34,8 +34,9 @@ class Run(Block):
 
 
 class Data(Block):
-    train: Path  # class folders of images
-    val: Path | None = None  # class folders; needed by the kNN evaluation
+    train: Path  # a folder of class folders, a list file, or tars: see docs/data.md
+    val: Path | None = None  # the same; needed by the kNN evaluation
+    quarantine: Path | None = Path("quarantine.txt")  # names of images to leave out; looked for in the folders of train and val.  null: none
     batch: int = Field(256, ge=1)  # images per optimizer step, over all ranks and accumulated micro batches
     accumulate: int = Field(1, ge=1)  # micro batches per step
     threads: int = Field(4, ge=1)  # DALI's CPU threads on each rank

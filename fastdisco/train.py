@@ -21,8 +21,8 @@ def train(cfg: Config, overwrite: bool = False):
     """One run, from its last checkpoint if it has one to its last step."""
     device = engine.start(cfg.engine.precision)
     micro = config.micro_batch(cfg, dist.world())
-    listing = data.listing(cfg.data.train)
-    if val := cfg.data.val and data.listing(cfg.data.val):
+    listing = data.listing(cfg.data.train, cfg.data.quarantine)
+    if val := cfg.data.val and data.listing(cfg.data.val, cfg.data.quarantine):
         knn.check(listing, val)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
 
@@ -126,6 +126,8 @@ def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, star
     say(f"{folder}: {cfg.student.arch} ({weights:.1f} M weights with its head), {f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}")
     say(f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = {dist.world()} ranks x {micro} images x "
         f"{cfg.data.accumulate} accumulated, {steps} steps, {cfg.engine.precision}, ZeRO stage {cfg.engine.stage}")
+    if left := len(listing.left_out):
+        say(f"{left} of them {'is' if left == 1 else 'are'} left out by the quarantine (data.quarantine: {cfg.data.quarantine})")
     if dist.world() * cfg.bn.groups == 1:
         say("one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups (the paper's: 32 images a group)")
     if cfg.optim.lr_scale != "none":

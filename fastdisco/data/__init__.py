@@ -1,5 +1,7 @@
 """Images into batches of views: listings, and loaders on DALI."""
-from fastdisco.data.folder import Listing, listing
+from fastdisco.data.folder import Listing
 from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
+from fastdisco.data.shards import reading_order
+from fastdisco.data.source import listing
 
-__all__ = ["Batch", "EvalLoader", "Listing", "TrainLoader", "listing"]
+__all__ = ["Batch", "EvalLoader", "Listing", "TrainLoader", "listing", "reading_order"]

@@ -1,9 +1,10 @@
-"""A folder of class folders as a list of files and labels."""
+"""The images of a data set in their fixed order, and where each one's bytes are: class folders and list files."""
 import hashlib
+import io
 import os
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -12,33 +13,88 @@ from fastdisco.config import UserError
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")  # what DALI decodes
 
 
+class Places(NamedTuple):
+    """Where the bytes of images in tars are."""
+
+    tars: list[str]  # relative to the listing's root
+    tar: np.ndarray  # [N] int64, which of them
+    offset: np.ndarray  # [N] int64, of the first byte
+    size: np.ndarray  # [N] int64, bytes
+
+
 class _Listing(NamedTuple):
+    source: Path  # what was asked for: the root, or a list file or tars in it
     root: Path
-    files: list[str]  # relative to root, `/` between the parts
+    files: list[str]  # relative to root, `/` between the parts; of an image in a tar, the tar and then its member
     labels: np.ndarray  # [N] int64
     classes: list[str]
+    places: Places | None = None  # for images in tars
+    left_out: np.ndarray = np.zeros(0, np.int64)  # indices that the quarantine names
 
 
 class Listing(_Listing):
-    """Images in their fixed order: the position of an image here is its index everywhere."""
+    """Images in their fixed order: the position of an image here is its index everywhere, whatever is left out."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names and labels, not over the root: a moved folder is the same data."""
+        """sha256 over names, labels and places in tars, not over the root: a moved folder is the same data."""
         text = "\0".join(self.files) + "\0" + " ".join(map(str, self.labels.tolist()))
-        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()  # names are bytes, not always UTF-8
+        h = hashlib.sha256(text.encode(errors="surrogateescape"))  # names are bytes, not always UTF-8
+        if self.places:
+            h.update(self.places.offset.tobytes())
+        return h.hexdigest()
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Indices of the images to use, ascending."""
+        return np.setdiff1d(np.arange(len(self.files)), self.left_out)
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's bytes as a file; raises OSError."""
+        if self.places is None:
+            return open(self.root / self.files[index], "rb")
+        p = self.places
+        return io.BufferedReader(_Slice(self.root / p.tars[p.tar[index]], int(p.offset[index]), int(p.size[index])))
+
+    def read(self, index: int) -> bytes:
+        with self.open(index) as f:
+            return f.read()
 
 
-def listing(root: Path | str) -> Listing:
+class _Slice(io.RawIOBase):
+    """`size` bytes of a file from `offset` on, as a file."""
+
+    def __init__(self, path: Path, offset: int, size: int):
+        self._file, self._offset, self._size, self._at = open(path, "rb", buffering=0), offset, size, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, to, whence=os.SEEK_SET):
+        self._at = max(0, to + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer):
+        want = min(len(buffer), max(0, self._size - self._at))
+        found = os.preadv(self._file.fileno(), [memoryview(buffer)[:want]], self._offset + self._at) if want else 0
+        if want and not found:
+            raise OSError(f"ends {self._size - self._at} bytes before the image does")
+        self._at += found
+        return found
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+
+def class_folders(root: Path) -> Listing:
     """The images of root/<class>/**, classes and the files of a class sorted by name, which are torchvision's labels.
 
     Names that begin with a dot are passed over, as are files without an image's extension; links to files are followed, links to folders
     are refused, since they can lead out of the root or round in a circle.  Raises UserError naming the path and the remedy."""
-    root = Path(root)
-    if not root.exists():
-        raise UserError(f"{root}: no such folder; give the folder that holds one folder of images per class")
-    if not root.is_dir():
-        raise UserError(f"{root}: is a file; give the folder that holds one folder of images per class")
     classes, flat = _scan(root)
     if not classes:
         found = f"{len(flat)} images lie in it directly" if flat else "it is empty of images"
@@ -54,9 +110,55 @@ def listing(root: Path | str) -> Listing:
     if not files:
         raise UserError(f"{root}: {len(classes)} class folders and not one image; add files with one of the extensions {known}")
     if empty:
-        names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        raise UserError(f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {names}; remove or fill (extensions: {known})")
-    return Listing(root, files, np.array(labels, np.int64), classes)
+        raise UserError(f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {some(empty)}; remove or fill (extensions: {known})")
+    return Listing(root, root, files, np.array(labels, np.int64), classes)
+
+
+def list_file(path: Path) -> Listing:
+    """The images that a text file names, one `<path> <class>` a line in the order of the file; empty lines and lines from `#` on are passed over.
+
+    Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0 on.  Raises UserError naming file and line."""
+    root, files, names = path.parent, [], []
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text file with a line "
+                        "`<image> <class>` for each image, or tars") from None
+    for number, line in enumerate(lines, 1):
+        if not (line := line.strip()) or line.startswith("#"):
+            continue
+        name, *rest = line.rsplit(maxsplit=1)
+        if not rest:
+            raise UserError(f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both")
+        files.append(name)
+        names += rest
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{path}: line {number} leads out of {root}: {name}; list images of that folder by relative paths without `..`")
+    if not files:
+        raise UserError(f"{path}: lists no image; write a line `<image> <class>` for each")
+    if len(set(files)) < len(files):
+        raise UserError(f"{path}: lists {next(f for f in files if files.count(f) > 1)} twice; remove one of the lines")
+    inside = os.path.realpath(root)
+    for folder in {os.path.dirname(name) for name in files}:
+        if os.path.commonpath([inside, os.path.realpath(root / folder)]) != inside:
+            raise UserError(f"{path}: {folder} is a link that leads out of {root}; list images of that folder only")
+    labels, classes = classes_of(names)
+    return Listing(path, root, files, labels, classes)
+
+
+def classes_of(names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels [N] and class names: names sorted, or numbers, which are the labels themselves."""
+    if all(n.isdecimal() and n.isascii() and len(n) < 7 for n in names):
+        labels = np.array(names, np.int64)
+        return labels, [str(i) for i in range(labels.max() + 1)]
+    classes = sorted(set(names))
+    at = {name: i for i, name in enumerate(classes)}
+    return np.array([at[n] for n in names], np.int64), classes
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first few names for a sentence."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _images(root: Path, folder: str) -> list[str]:

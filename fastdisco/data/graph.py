@@ -27,7 +27,8 @@ AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * 
 def train(crops: tuple[Crop, ...], reader: dict, seed: int, device: str, **pipe):
     """Pipeline whose outputs are the views [S,S,3] float32 of each crop, then the reader's label.
 
-    reader  arguments of fn.readers.file; a label is the word of an image in an epoch, see `words`
+    reader  arguments of fn.readers.file, whose labels are the words of the images in an epoch, see `words`; or of fn.readers.webdataset and
+            words [batches,B,1] int32
     device  cpu, or gpu: decoded by `mixed`, everything on pixels on the GPU"""
     return _train(crops, reader, seed, device, **pipe)
 
@@ -50,14 +51,14 @@ def evaluate(resize: int, size: int, mean, std, reader: dict, device: str, **pip
     return _evaluate(resize, size, mean, std, reader, device, **pipe)
 
 
-def decode(reader: dict, device: str, **pipe):
-    """Pipeline that only decodes: which files are unreadable?"""
-    return _decode(reader, device, **pipe)
+def decode(source, device: str, **pipe):
+    """Pipeline that only decodes what source() returns, encoded images as uint8 arrays: which are unreadable?"""
+    return _decode(source, device, **pipe)
 
 
 @pipeline_def(enable_conditionals=True)
 def _train(crops, reader, seed, device):
-    encoded, label = fn.readers.file(**reader)
+    encoded, label = _read(reader)
     image, hw = _decoded(encoded, device)
     draws = _draws(crops, label, seed)
     start, shape = _boxes(hw, draws, crops)
@@ -72,7 +73,7 @@ def _train(crops, reader, seed, device):
 
 @pipeline_def
 def _evaluate(resize, size, mean, std, reader, device):
-    encoded, label = fn.readers.file(**reader)
+    encoded, label = _read(reader)
     image, hw = _decoded(encoded, device)
     hw = fn.cast(hw, dtype=types.INT64)
     new = hw * resize // fn.reductions.min(hw)
@@ -85,9 +86,23 @@ def _evaluate(resize, size, mean, std, reader, device):
 
 
 @pipeline_def
-def _decode(reader, device):
-    encoded, label = fn.readers.file(**reader)
-    return _decoded(encoded, device)[0], label  # an operator that no output needs is not run
+def _decode(source, device):
+    return _decoded(fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1), device)[0]
+
+
+def _read(reader):
+    """Encoded images and their words, [1] int32, in the reader's order: of files, or of samples in tars."""
+    if "files" in reader:
+        return fn.readers.file(**reader)
+    words = reader["words"]
+
+    def batch(i):
+        return words[i % len(words)]  # the reader, too, begins anew after the last
+
+    # a shorter tar than its index says is an error of the reader with dont_use_mmap, and a segmentation fault without
+    encoded = fn.readers.webdataset(paths=reader["paths"], index_paths=reader["index_paths"], ext=["img"], dont_use_mmap=True,
+                                    missing_component_behavior="error", name="Reader")
+    return encoded, fn.external_source(source=batch, batch=True, dtype=types.INT32, ndim=1)
 
 
 def _decoded(encoded, device):

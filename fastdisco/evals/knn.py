@@ -39,12 +39,12 @@ def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Lis
 
     The images are seen through the evaluation pipeline: short side to images.eval_resize, centre crop, the normalisation of `view`."""
     check(train, val)
-    bank = np.arange(len(train.files))
+    bank = train.kept
     if cfg.bank and cfg.bank < len(bank):
         bank = np.sort(np.random.default_rng(seed).permutation(bank)[:cfg.bank])
     loaders = [data.EvalLoader(listing, images.eval_resize, images.eval_size, images.eval_batch, images.threads, device,
-                               indices=_mine(indices, images.eval_batch), mean=view.mean, std=view.std)
-               for listing, indices in ((train, bank), (val, np.arange(len(val.files))))]
+                               indices=_mine(data.reading_order(listing, indices), images.eval_batch), mean=view.mean, std=view.std)
+               for listing, indices in ((train, bank), (val, val.kept))]
     return run(encode, *loaders, len(train.classes), cfg.k, cfg.temp)
 
 
