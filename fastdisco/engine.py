@@ -47,11 +47,13 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
 
     Raises UserError for a top-level key that DeepSpeed does not know (it would ignore it silently) or that ours decides, and for what would
     keep state where our checkpoints do not look."""
-    zero = {"stage": cfg.stage}
-    if cfg.stage:
-        zero["reduce_bucket_size"] = size  # one reduction a backward; DeepSpeed allocates this buffer, and its default is 2 GB
-    if cfg.stage in (1, 2):
-        zero["compute_grad_norm"] = clip > 0  # else for nothing, and it waits for the device
+    parts = {"reduce_bucket_size": size, "reduce_scatter": False, "contiguous_gradients": False, "compute_grad_norm": clip > 0}
+    zero = {"stage": cfg.stage} | {  # measured, see docs/engine.md
+        0: {},
+        1: parts,
+        2: parts,
+        3: {"reduce_bucket_size": size, "memory_efficient_linear": False},
+    }[cfg.stage]
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
