@@ -31,10 +31,13 @@ def start(precision: str) -> torch.device:
 def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_batch: int, accumulate: int, clip: float):
     """The DeepSpeed engine: called like `net`, with `backward(loss)` and `step()` once each micro batch.
 
-    From stage 1 on the optimizer no longer holds the net's parameters, at stage 3 neither does the net: see `gathered`."""
+    From stage 1 on the optimizer no longer holds the net's parameters, at stage 3 neither does the net: see `gathered`.
+    Raises UserError for an optimizer or a net that DeepSpeed cannot take; optim.create and the config have refused the others."""
     if cfg.stage and isinstance(optimizer, torch.optim.Adagrad):
         raise UserError(f"optim.name: at ZeRO stage {cfg.stage} DeepSpeed makes a new Adagrad, without our weight decay and learning rates; "
                         "set engine.stage=0 or take another optimizer")
+    if bare := [name for name, p in net.named_parameters() if not p.dim()]:
+        raise UserError(f"student.arch: DeepSpeed cannot send a weight without dimension to the other ranks, as {bare[0]} is; take another")
     told = deepspeed_config(cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()))
     deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
@@ -115,7 +118,7 @@ def optimizer_state(engine) -> dict[str, dict]:
     else:
         for flat, pieces in _flat_groups(engine):
             for piece in pieces if flat in base.state else ():
-                parameters[piece.name] = {k: _join(v, piece) if _same_shape(v, flat) else v for k, v in base.state[flat].items()}
+                parameters[piece.name] = {k: _join(v, piece) if _same_shape(v, flat.shape) else v for k, v in base.state[flat].items()}
     return {"parameters": parameters, "groups": {i: {k: v for k, v in g.items() if k != "params"} for i, g in enumerate(base.param_groups)}}
 
 
@@ -128,10 +131,9 @@ def load_optimizer_state(engine, state: dict[str, dict]):
         base.state.update({p: {k: _like(v, p) for k, v in saved[name].items()} for name, p in engine.module.named_parameters() if name in saved})
         return
     for flat, pieces in _flat_groups(engine):
-        for key in saved.get(pieces[0].name, ()):
-            values = [saved[p.name][key] for p in pieces]
-            whole = all(torch.is_tensor(v) and v.shape == p.shape for v, p in zip(values, pieces))
-            base.state[flat][key] = _cut(values, pieces, flat) if whole else _like(values[0], flat)
+        for key, value in saved.get(pieces[0].name, {}).items():
+            per_element = _same_shape(value, pieces[0].shape)
+            base.state[flat][key] = _cut([saved[p.name][key] for p in pieces], pieces, flat) if per_element else _like(value, flat)
 
 
 def autocast(precision: str, device: torch.device):
@@ -184,8 +186,8 @@ def _flat_groups(engine) -> Iterator[tuple[Tensor, list[_Piece]]]:
                      if m else _Piece(names[id(p)], p.shape, 0, 0, 0) for p, m in zip(group, mine)]
 
 
-def _same_shape(value, flat: Tensor) -> bool:
-    return torch.is_tensor(value) and value.shape == flat.shape
+def _same_shape(value, shape: torch.Size) -> bool:
+    return torch.is_tensor(value) and value.shape == shape
 
 
 def _join(flat: Tensor, piece: _Piece) -> Tensor:
@@ -204,11 +206,11 @@ def _cut(values: list[Tensor], pieces: list[_Piece], like: Tensor) -> Tensor:
 
 
 def _like(value, p: Tensor):
-    """A copy, off the mapped file, as the optimizer keeps it beside p; counters, which have no dimension, stay on the CPU."""
+    """A copy, off the mapped file, as the optimizer keeps it beside p: in p's memory format; counters, which have no dimension, on the CPU."""
     if not torch.is_tensor(value):
         return value
-    if value.dim() and value.shape == p.shape:
-        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)  # in p's memory format
+    if _same_shape(value, p.shape):
+        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(p.device, copy=True) if value.dim() else value.clone()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from conftest import ranks, tiny
 from fastdisco import checkpoint, cli, config, dist, engine, models, optim, runs
 from fastdisco.config import Engine, Optim, UserError
-from test_train import _differences, _train
+from test_train import _differences, _train, losses
 
 STEPS, HALF, BATCH = 20, 10, 8
 CASES = {  # optimizer, how it is made in plain torch, clip, accumulate, precision, how near a loss must be
@@ -213,6 +213,30 @@ def test_the_loss_scaler_is_among_the_items(tmp_path):
     assert checkpoint.restore(tmp_path, state(second), {}) == 1
     second.scale(torch.zeros(1))  # the scaler makes its tensors at first use
     assert second.get_scale() == first.get_scale() == 2.0**15 and second.state_dict() == first.state_dict()
+
+
+# ---- refusing (optimizers and precisions: tests/test_optim.py)
+
+def test_what_deepspeed_breaks_is_refused_before_it_is_asked():
+    net = _net()
+    with pytest.raises(UserError, match="Adagrad.*engine.stage=0"):
+        engine.create(net, optim.create(net, Optim(name="adagrad"), 0.1, 1), Engine(stage=1), 4, 1, 0.0)
+    net.gain = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match="student.arch.*gain"):
+        engine.create(net, optim.create(net, Optim(), 0.1), Engine(), 4, 1, 0.0)
+
+
+# ---- what only a GPU can tell
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision, near", [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_every_stage_starts_as_stage_0_does_on_a_gpu(folder, tmp_path, stage, precision, near):
+    found = []
+    for s in (0, stage):
+        ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=2", f"run.name=s{s}", f"engine.stage={s}", f"engine.precision={precision}"))
+        found.append(losses(tmp_path / f"s{s}")[1])
+    assert found[1] == pytest.approx(found[0], rel=near)
 
 
 # ---- the whole command
