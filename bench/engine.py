@@ -36,12 +36,13 @@ def main():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = gpus or 2
+    ranks, load = gpus or 2, os.getloadavg()[0]
     os.environ["WORLD_SIZE"] = str(ranks)  # what the result says
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(measure, (ranks, port, args, Path(folder, "times")), ranks)
         times = json.loads(Path(folder, "times").read_text())
-    summary = [row("engine_ddp_step", round(statistics.median(times["ddp"]) * 1e3, 1), "ms, plain DDP", None, "lower")]
+    summary = [row("engine_ddp_step", round(statistics.median(times["ddp"]) * 1e3, 1), "ms, plain DDP", None, "lower"),
+               row("engine_load_before", round(load, 1), "processes that wanted a core in the minute before", None, "lower")]
     for stage in ARMS[1:]:
         ratios = [t / d for t, d in zip(times[str(stage)], times["ddp"])]
         low, middle, high = statistics.quantiles(ratios, n=4)

@@ -1,5 +1,6 @@
 """DeepSpeed around the student alone: its configuration made from ours, what has to be settled before it is imported, and the weights and
 optimizer state of any ZeRO stage under the parameters' names."""
+import contextlib
 import logging
 import os
 from typing import Any, Iterator, NamedTuple
@@ -86,22 +87,24 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
     return ours | raw | {"zero_optimization": zero}
 
 
-def gathered(net: nn.Module, write: bool = False):
+def gathered(engine, write: bool = False):
     """A context in which the net's weights are whole on every rank, which at stage 3 they are only inside its own forward and backward.
 
     With `write`, what rank 0 wrote into them stays.  Every rank must enter it."""
-    return _deepspeed().zero.GatheredParameters(list(net.parameters()), modifier_rank=0 if write else None)
+    if engine.zero_optimization_stage() < 3:
+        return contextlib.nullcontext()
+    return _deepspeed().zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0 if write else None)
 
 
 def weights(engine) -> dict[str, Tensor]:
     """The state dict of the net, whole at any stage; every rank must call it."""
-    with gathered(engine.module):
+    with gathered(engine):
         return {k: v.clone() for k, v in engine.module.state_dict().items()}  # ZeRO's are slices of one tensor, which a file would hold whole
 
 
 def load_weights(engine, weights: dict[str, Tensor]):
     """Sets what `weights` gave, at any stage; every rank must call it."""
-    with gathered(engine.module, write=True):
+    with gathered(engine, write=True):
         engine.module.load_state_dict(weights)
     if engine.zero_optimization():
         engine.optimizer.refresh_fp32_params()  # the copy that the optimizer moves

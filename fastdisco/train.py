@@ -64,7 +64,7 @@ def train(cfg: Config, overwrite: bool = False):
                 student.backward(loss)
                 student.step()
                 meter.add({"loss": loss, **terms})
-            with engine.gathered(net):
+            with engine.gathered(student):
                 models.ema_update(ema, net, method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
             method.after_step()
 

@@ -93,7 +93,7 @@ def _zero(case, stage, folder, resume=False):
             losses.append(_loss(student(_views(step, m)).z))
             student.backward(losses[-1])
             student.step()
-        with engine.gathered(net):
+        with engine.gathered(student):
             models.ema_update(ema, net, 0.9)
         out.append(_mean(losses))
         if step + 1 == HALF and not resume:
@@ -197,7 +197,8 @@ def test_the_loss_scaler_is_among_the_items(tmp_path):
     """On the CPU, by the scaler alone; tests/test_train.py has the real run, on a GPU."""
     def state(scaler):
         opt = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1)
-        student = types.SimpleNamespace(module=nn.Linear(1, 1), basic_optimizer=opt, zero_optimization=lambda: False, torch_autocast_z0_gradscaler=scaler)
+        student = types.SimpleNamespace(module=nn.Linear(1, 1), basic_optimizer=opt, zero_optimization=lambda: False,
+                                        zero_optimization_stage=lambda: 0, torch_autocast_z0_gradscaler=scaler)
         return checkpoint.items(student, nn.Linear(1, 1), nn.Module(), types.SimpleNamespace(position=0))
 
     def overflow(scaler):
