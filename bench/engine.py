@@ -1,11 +1,12 @@
 """What the engine costs over plain DistributedDataParallel at each ZeRO stage: the same step of a MobileNetV3-Large on ready tensors.
 
-    python bench/engine.py                2 ranks on the CPU, 64 px, 16 images and 2 views a rank; on a machine with GPUs one rank each, 224 px, 32 images
+    python bench/engine.py      on the CPU 2 ranks with 16 images of 64 px, in 2 views; on GPUs a rank each, with 32 of 224 px
 
-A round runs every arm for some steps; the rounds' order alternates.  Writes bench/results/engine-<device>.json."""
+A round runs every arm for some steps, in an order drawn anew.  Writes bench/results/engine-<device>.json."""
 import argparse
 import json
 import os
+import random
 import socket
 import statistics
 import sys
@@ -68,7 +69,7 @@ def measure(rank: int, ranks: int, port: int, args, out: Path):
     assert max(first.values()) - min(first.values()) < 1e-3, f"the arms differ: {first}"
     times = {name: [] for name in step}
     for r in range(args.rounds):
-        for name in sorted(step, reverse=r % 2 == 1):
+        for name in random.Random(r).sample(sorted(step), len(step)):  # the same on every rank
             begin = now(device)
             for _ in range(args.steps):
                 step[name]()

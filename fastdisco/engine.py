@@ -80,7 +80,8 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
     raw = dict(cfg.deepspeed)
     over = raw.pop("zero_optimization", {})
     if elsewhere := sorted(set(over) & _ELSEWHERE):
-        raise UserError(f"engine.deepspeed.zero_optimization.{elsewhere[0]}: keeps weights or optimizer state where the checkpoint does not look; remove it")
+        raise UserError(f"engine.deepspeed.zero_optimization.{elsewhere[0]}: keeps weights or optimizer state where the checkpoint does not look; "
+                        "remove it")
     zero = zero | over
     if zero["stage"] != cfg.stage:
         raise UserError(f"engine.deepspeed.zero_optimization.stage: {zero['stage']} disagrees with engine.stage {cfg.stage}; set engine.stage")

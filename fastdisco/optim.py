@@ -13,8 +13,8 @@ def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim
 
     stage  of ZeRO.  Raises UserError where the optimizer would go wrong with it, which nothing else would say"""
     if stage and not _elementwise(cfg, next(net.parameters()).device):
-        raise UserError(f"optim.name: {cfg.name} moves an element of a tensor by more than its own gradient, by the tensor's norm for example, and "
-                        f"ZeRO stage {stage} would give it flat pieces of many tensors; set engine.stage=0 or take another optimizer, as sgd or adamw")
+        raise UserError(f"optim.name: {cfg.name} moves an element of a tensor by more than its own gradient, by the tensor's norm for example, "
+                        f"and ZeRO stage {stage} would give it flat pieces of many tensors; set engine.stage=0 or take another, as sgd or adamw")
     return _make(net, cfg, lr)
 
 

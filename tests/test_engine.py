@@ -17,7 +17,8 @@ from test_train import _differences, _train, losses
 STEPS, HALF, BATCH = 20, 10, 8
 CASES = {  # optimizer, how it is made in plain torch, clip, accumulate, precision, how near a loss must be
     "adamw": (Optim(name="adamw", decay_norm_and_bias=False, weight_decay=0.05), 0.0, 1, "fp32", 1e-6),
-    "clipped": (Optim(name="sgd", weight_decay=1e-2, clip=0.05), 0.05, 2, "fp32", 1e-5),
+    "clipped": (Optim(name="sgd", weight_decay=1e-2), 0.05, 2, "fp32", 1e-5),
+    "unclipped": (Optim(name="sgd", weight_decay=1e-2), 0.0, 2, "fp32", 1e-5),
     "bf16": (Optim(name="sgd"), 0.0, 1, "bf16", 1e-5),
 }
 STAGES = (0, 1, 2, 3)
@@ -51,9 +52,10 @@ def _ddp(case):
     net, ema = _net(), _net()
     ddp = nn.parallel.DistributedDataParallel(net)
     decayed, spared = [p for p in net.parameters() if p.dim() > 1], [p for p in net.parameters() if p.dim() < 2]
-    opt = {"adamw": torch.optim.AdamW([{"params": spared, "weight_decay": 0.0}, {"params": decayed}], lr=0.03, weight_decay=0.05),
-           "clipped": torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-2),
-           "bf16": torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)}[case]
+    if cfg.name == "adamw":
+        opt = torch.optim.AdamW([{"params": spared, "weight_decay": 0.0}, {"params": decayed}], lr=0.03, weight_decay=cfg.weight_decay)
+    else:
+        opt = torch.optim.SGD(net.parameters(), lr=0.03, momentum=0.9, weight_decay=cfg.weight_decay)
     out = []
     for step in range(STEPS):
         losses = []
@@ -135,15 +137,9 @@ def test_every_stage_gives_the_losses_and_the_mean_student_of_ddp(plain, ours, c
 
 def test_the_cases_do_what_they_say(plain):
     assert plain["adamw"][0][-1] < 0.8 * plain["adamw"][0][0]  # something is learnt
-    with pytest.MonkeyPatch.context() as m:
-        m.setitem(CASES, "clipped", (CASES["clipped"][0], 0.0, *CASES["clipped"][2:]))
-        free = ranks(2, _without_clip, CASES["clipped"])[0]
-    assert free[0][0] == plain["clipped"][0][0] and free[0][-1] != pytest.approx(plain["clipped"][0][-1], rel=1e-2)
-
-
-def _without_clip(case):
-    CASES["clipped"] = case
-    return _ddp("clipped")
+    assert plain["clipped"][0][0] == plain["unclipped"][0][0]
+    assert plain["clipped"][0][-1] != pytest.approx(plain["unclipped"][0][-1], rel=1e-2)
+    assert plain["bf16"][0] != plain["unclipped"][0]
 
 
 # ---- resuming
@@ -164,7 +160,7 @@ def test_another_number_of_ranks_continues_as_well(ours, stage):
 
 def test_a_checkpoint_is_the_same_at_every_stage(ours):
     a, *rest = (config.flatten(models.read(checkpoint.last(ours("adamw", s)[2]) / "state.pt")) for s in STAGES)
-    assert {"optimizer.parameters.head.0.weight.exp_avg", "optimizer.parameters.head.0.bias.step", "student.head.0.weight", "optimizer.groups.0.betas"} <= set(a)
+    assert {"student.head.0.weight", "optimizer.parameters.head.0.weight.exp_avg", "optimizer.parameters.head.0.bias.step"} <= set(a)
     for b in rest:
         assert a.keys() == b.keys()
         assert [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])] == []

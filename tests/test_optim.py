@@ -85,7 +85,8 @@ def test_optimizers_that_move_each_element_by_its_own_gradient_may_be_cut(name):
     assert optim.create(net(), Optim(name=name), 0.1, stage=1).param_groups
 
 
-@pytest.mark.parametrize("name", ["lars", "larc", "nlars", "nlarc", "lamb", "lambc", "lambw", "adafactor", "adamp", "sgdp", "novograd", "muon", "cadamw"])
+@pytest.mark.parametrize("name", ["lars", "larc", "nlars", "nlarc", "lamb", "lambc", "lambw", "adafactor", "adamp", "sgdp", "novograd", "muon",
+                                  "cadamw"])
 def test_optimizers_that_need_whole_tensors_are_refused_from_stage_1(name):
     assert optim.create(net(), Optim(name=name), 0.1, stage=0).param_groups
     for stage in (1, 2, 3):
