@@ -12,7 +12,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import nn
 
-from fastdisco import dist
+from fastdisco import dist, engine
 from fastdisco.config import UserError
 from fastdisco.models import last, mean_buffers, read
 
@@ -25,14 +25,15 @@ class Item(NamedTuple):
     own: bool = False  # each rank keeps its own
 
 
-def items(net: nn.Module, ema: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, scaler, loader) -> dict[str, Item]:
-    """The one list of a training's state.  `scaler` is None but for fp16; `loader` has a settable `position`."""
+def items(student, ema: nn.Module, method: nn.Module, loader) -> dict[str, Item]:
+    """The one list of a training's state.  `student` is the engine; `loader` has a settable `position`."""
+    net, scaler = student.module, engine.scaler(student)
     return {
-        "student": Item(lambda: _shared(net), net.load_state_dict),
-        "ema": Item(lambda: _shared(ema), ema.load_state_dict),
+        "student": Item(lambda: engine.weights(student) | mean_buffers(net), lambda weights: engine.load_weights(student, weights)),
+        "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
         "method": Item(method.state_dict, method.load_state_dict),
-        "optimizer": Item(lambda: _named_state(net, optimizer), lambda state: _set_named_state(net, optimizer, state)),
-        "scaler": Item(lambda: scaler and scaler.state_dict(), lambda state: scaler and scaler.load_state_dict(state)),
+        "optimizer": Item(lambda: engine.optimizer_state(student), lambda state: engine.load_optimizer_state(student, state)),
+        "scaler": Item(lambda: scaler and scaler.state_dict(), lambda state: scaler and scaler.load_state_dict(state)),  # None but for fp16
         "data": Item(lambda: loader.position, lambda position: setattr(loader, "position", position)),
         # statistics differ from rank to rank, and with them the mean over ranks in "student" and "ema"
         "student_buffers": Item(lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True),
@@ -92,28 +93,6 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
             if item.own:
                 item.set(own[name])
     return shared["step"]
-
-
-def _shared(net: nn.Module) -> dict[str, torch.Tensor]:
-    return net.state_dict() | mean_buffers(net)
-
-
-def _named_state(net, optimizer) -> dict[str, dict[str, Any]]:
-    """{parameter name: {state name: tensor}}: independent of parameter groups and their order."""
-    return {name: dict(optimizer.state[p]) for name, p in net.named_parameters() if p in optimizer.state}
-
-
-def _set_named_state(net, optimizer, state):
-    for name, p in net.named_parameters():
-        if name in state:
-            optimizer.state[p] = {k: _own_copy(v, p.device) for k, v in state[name].items()}
-
-
-def _own_copy(value, device: torch.device):
-    """Off the mapped file; counters, which have no dimension, stay on the CPU, where torch's optimizers keep them."""
-    if not torch.is_tensor(value):
-        return value
-    return value.to(device, copy=True) if value.dim() else value.clone()
 
 
 def _copy_buffers(net, buffers):

@@ -89,8 +89,15 @@ class Optim(Block):
 
 class Engine(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward passes; weights and statistics stay fp32
-    stage: Literal[0] = 0  # ZeRO
+    stage: Literal[0, 1, 2, 3] = 0  # ZeRO, see docs/engine.md; 0: only gradients are exchanged, the fastest for students that fit (all do)
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, laid over the generated ones
+
+    @model_validator(mode="after")
+    def _scaled(self):
+        if self.precision == "fp16" and self.stage:
+            raise ValueError(f"precision: fp16 works at stage 0 only, found {self.stage} (from stage 1 on DeepSpeed never lowers the loss scale "
+                             "after an overflow, and clips scaled gradients); take bf16")
+        return self
 
 
 class Eval(Block):

@@ -3,19 +3,19 @@ import math
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdisco.config import Optim, UserError
 
 
-def create(net: nn.Module, cfg: Optim, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of that name from timm.optim (which knows torch's, and NVIDIA apex's where that is installed)."""
-    name = {"sgd": "momentum", "nesterov": "sgd"}.get(cfg.name, cfg.name)  # timm's "sgd" is Nesterov's; MoCo's and DisCo's is plain
-    try:
-        return timm.optim.create_optimizer_v2(net, name, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
-                                              filter_bias_and_bn=not cfg.decay_norm_and_bias)
-    except (ValueError, AssertionError, TypeError, ImportError) as e:
-        raise UserError(f"optim.name: timm.optim cannot make {cfg.name!r} ({e}); take one of timm.optim.list_optimizers()") from None
+def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim.Optimizer:
+    """The optimizer of that name from timm.optim (which knows torch's, and NVIDIA apex's where that is installed).
+
+    stage  of ZeRO.  Raises UserError where the optimizer would go wrong with it, which nothing else would say"""
+    if stage and not _elementwise(cfg, next(net.parameters()).device):
+        raise UserError(f"optim.name: {cfg.name} moves an element of a tensor by more than its own gradient, by the tensor's norm for example, "
+                        f"and ZeRO stage {stage} would give it flat pieces of many tensors; set engine.stage=0 or take another, as sgd or adamw")
+    return _make(net, cfg, lr)
 
 
 def base_lr(cfg: Optim, batch: int) -> float:
@@ -39,3 +39,33 @@ def lr_factor(cfg: Optim, epoch: float, epochs: int) -> float:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float):
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def _make(params: nn.Module | list[Tensor], cfg: Optim, lr: float) -> torch.optim.Optimizer:
+    name = {"sgd": "momentum", "nesterov": "sgd"}.get(cfg.name, cfg.name)  # timm's "sgd" is Nesterov's; MoCo's and DisCo's is plain
+    try:
+        return timm.optim.create_optimizer_v2(params, name, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+                                              filter_bias_and_bn=not cfg.decay_norm_and_bias)
+    except (ValueError, AssertionError, TypeError, ImportError) as e:
+        raise UserError(f"optim.name: timm.optim cannot make {cfg.name!r} ({e}); take one of timm.optim.list_optimizers()") from None
+
+
+def _elementwise(cfg: Optim, device: torch.device) -> bool:
+    """Whether three steps on two matrices end where they do on the same elements cut elsewhere, as ZeRO cuts them."""
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 32, 32, generator=g) * torch.tensor([0.1, 0.8]).view(2, 1, 1)  # Adafactor and Muon take much smaller ones for vectors
+    grads = torch.randn(3, 2, 32, 32, generator=g)
+    grads -= (grads * start).sum((2, 3), keepdim=True) / start.square().sum((1, 2), keepdim=True) * start  # as before a batch norm: AdamP looks
+    ends = []
+    for cuts, shape in (((1024, 1024), (32, 32)), ((1100, 948), (-1,))):
+        parts = [x.to(device).view(shape).clone().requires_grad_() for x in start.flatten().split(cuts)]
+        opt = _make(parts, cfg.model_copy(update={"weight_decay": 0.1}), 0.1)  # without decay LARS does not adapt
+        for grad in grads:
+            for x, d in zip(parts, grad.flatten().split(cuts)):
+                x.grad = d.to(device).view(shape)
+            try:
+                opt.step()
+            except RuntimeError:  # AdaHessian asks for second derivatives
+                return False
+        ends.append(torch.cat([x.detach().flatten() for x in parts]))
+    return torch.allclose(*ends, rtol=1e-4, atol=1e-6)

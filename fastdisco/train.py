@@ -6,6 +6,7 @@ if __name__ == "__main__" and not __package__:  # started as a script: sys.path 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import copy
 import math
 
 import torch
@@ -31,20 +32,22 @@ def train(cfg: Config, overwrite: bool = False):
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
     net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
     teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
-    optimizer = optim.create(net, cfg.optim, lr)
+    ema = models.ema_copy(net)  # before the engine hooks into the net's forward
+    optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
     loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device)
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, cfg.optim.clip)
-    net.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
-    ema = models.ema_copy(net)
+    if cfg.engine.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
+        for n in (net, ema):
+            n.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
     folder = runs.claim(cfg, overwrite)
-    state = checkpoint.items(net, ema, method, optimizer, engine.scaler(student), loader)
+    state = checkpoint.items(student, ema, method, loader)
     meta = {"data": listing.fingerprint, "teacher": teacher_net.fingerprint if teacher_net else "none"}
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
-    _announce(cfg, listing, net, micro, lr, steps, start, folder)
+    _announce(cfg, listing, ema, micro, lr, steps, start, folder)
 
     nets = Nets(student, _frozen(ema, cfg, device), teacher_net and _frozen(teacher_net, cfg, device))
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
@@ -61,7 +64,8 @@ def train(cfg: Config, overwrite: bool = False):
                 student.backward(loss)
                 student.step()
                 meter.add({"loss": loss, **terms})
-            models.ema_update(ema, net, method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
+            with engine.gathered(student):
+                models.ema_update(ema, net, method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
             method.after_step()
 
             done, last = step + 1, step + 1 == steps
@@ -71,7 +75,7 @@ def train(cfg: Config, overwrite: bool = False):
                 save |= (asked := dist.any_rank(stop.asked))
             if val and (last or cfg.eval.every and done % cfg.eval.every == 0):
                 with meter.paused():
-                    log.write(done, {f"eval/{k}": v for k, v in evaluate(net, listing, val, cfg, device).items()})
+                    log.write(done, {f"eval/{k}": v for k, v in evaluate(ema, state["student"].get(), listing, val, cfg, device).items()})
             if save:
                 with meter.paused():
                     checkpoint.save(folder, done, state, meta, cfg.checkpoint.keep)
@@ -83,17 +87,13 @@ def train(cfg: Config, overwrite: bool = False):
     engine.stop()
 
 
-def evaluate(net: models.Net, listing: data.Listing, val: data.Listing, cfg: Config, device: torch.device) -> dict[str, float]:
-    """kNN of the backbone's features, by the batch-norm statistics that a checkpoint holds: the mean over ranks."""
-    own = {name: b.clone() for name, b in net.named_buffers()}
-    net.load_state_dict(models.mean_buffers(net), strict=False)
-    net.eval()
-    encode = engine.autocast(cfg.engine.precision, device)(net.features)
-    scores = knn.score(encode, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
-    net.train()
-    for name, b in net.named_buffers():
-        b.copy_(own[name])
-    return scores
+def evaluate(like: models.Net, weights: dict[str, torch.Tensor], listing: data.Listing, val: data.Listing, cfg: Config,
+             device: torch.device) -> dict[str, float]:
+    """kNN of the features of a network of that form, with the weights and batch-norm statistics that a checkpoint holds: the mean over ranks."""
+    net = copy.deepcopy(like)
+    net.load_state_dict(weights)
+    encode = engine.autocast(cfg.engine.precision, device)(net.eval().features)
+    return knn.score(encode, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real images that a clone does not have
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["fastdisco.train"])  # each rank is a fresh process that has its imports already
+_FORK.set_forkserver_preload(["fastdisco.train", "deepspeed.runtime.zero.muon.original_muon"])  # each rank is a fresh process that has its imports
 
 
 def pytest_collection_modifyitems(items):

@@ -9,8 +9,8 @@ from conftest import ROOT
 LEVELS = [
     {"kernels", "config", "dist", "log", "views"},
     {"data", "models", "memory"},
-    {"teacher", "methods", "optim", "evals"},
-    {"engine", "checkpoint", "runs", "export"},
+    {"teacher", "methods", "optim", "evals", "engine"},
+    {"checkpoint", "runs", "export"},
     {"cli", "train"},
 ]
 OWNERS = {"nvidia": {"data"}, "deepspeed": {"engine"}, "timm.optim": {"optim"}, "timm": {"models", "optim"}, "triton": {"kernels"}}

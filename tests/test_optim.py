@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from fastdisco import engine, optim
 from fastdisco.config import Engine, Optim, UserError
@@ -59,11 +60,41 @@ def test_norms_and_biases_can_be_spared_from_decay():
 
 
 def test_deepspeed_is_told_to_clip_at_what_we_say():
-    told = engine.deepspeed_config(Engine(precision="bf16"), 32, 2, 0.0)
+    told = engine.deepspeed_config(Engine(precision="bf16"), 32, 2, 0.0, 10)
     assert told["gradient_clipping"] == 0.0 and told["train_micro_batch_size_per_gpu"] == 32 and told["gradient_accumulation_steps"] == 2
-    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and not {"bf16", "fp16"} & told.keys()
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []} and not {"bf16", "fp16"} & told.keys()
     assert not told["timers"]["throughput"]["enabled"]
-    raw = engine.deepspeed_config(Engine(deepspeed={"zero_optimization": {"reduce_bucket_size": 7}}), 1, 1, 0.0)
+    raw = engine.deepspeed_config(Engine(deepspeed={"zero_optimization": {"reduce_bucket_size": 7}}), 1, 1, 0.0, 10)
     assert raw["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 7}
     with pytest.raises(UserError, match="engine.stage"):
-        engine.deepspeed_config(Engine(deepspeed={"zero_optimization": {"stage": 2}}), 1, 1, 0.0)
+        engine.deepspeed_config(Engine(deepspeed={"zero_optimization": {"stage": 2}}), 1, 1, 0.0, 10)
+
+
+def test_zero_gets_one_bucket_and_a_norm_only_to_clip_by():
+    zero = lambda stage, clip, **raw: engine.deepspeed_config(Engine(stage=stage, deepspeed=raw), 1, 1, clip, 10)["zero_optimization"]  # noqa: E731
+    assert zero(1, 0.0)["reduce_bucket_size"] == zero(2, 0.0)["reduce_bucket_size"] == zero(3, 0.0)["reduce_bucket_size"] == 10
+    assert not zero(1, 0.0)["compute_grad_norm"] and zero(1, 0.5)["compute_grad_norm"] and zero(2, 0.5)["compute_grad_norm"]
+    assert "compute_grad_norm" not in zero(3, 0.5)  # always there, and DeepSpeed refuses the key
+    assert zero(2, 0.0, zero_optimization={"reduce_bucket_size": 5})["reduce_bucket_size"] == 5
+    with pytest.raises(UserError, match="offload_optimizer.*checkpoint"):
+        zero(2, 0.0, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw", "lion", "rmsprop", "nadam", "adan"])
+def test_optimizers_that_move_each_element_by_its_own_gradient_may_be_cut(name):
+    assert optim.create(net(), Optim(name=name), 0.1, stage=1).param_groups
+
+
+@pytest.mark.parametrize("name", ["lars", "larc", "nlars", "nlarc", "lamb", "lambc", "lambw", "adafactor", "adamp", "sgdp", "novograd", "muon",
+                                  "cadamw"])
+def test_optimizers_that_need_whole_tensors_are_refused_from_stage_1(name):
+    assert optim.create(net(), Optim(name=name), 0.1, stage=0).param_groups
+    for stage in (1, 2, 3):
+        with pytest.raises(UserError, match=f"optim.name: {name} .*engine.stage=0"):
+            optim.create(net(), Optim(name=name, weight_decay=0), 0.1, stage)
+
+
+def test_fp16_is_refused_from_stage_1():
+    with pytest.raises(ValidationError, match="loss scale"):
+        Engine(precision="fp16", stage=1)
+    assert Engine(precision="fp16").stage == 0
