@@ -19,7 +19,7 @@ from common import row, write
 
 import torch
 
-from fastdisco import config, dist, engine, kernels, models, optim
+from fastdisco import config, dist, engine, heads, kernels, models, optim
 
 ARMS = ("ddp", 0, 1, 2, 3)  # or a ZeRO stage
 AIM = {config.Engine().stage: 1.05}
@@ -82,7 +82,7 @@ def measure(rank: int, ranks: int, port: int, args, out: Path):
 def arm(name: str | int, views, target, precision: str, device: torch.device):
     """One training step, as a function; distillation towards fixed targets, SGD with momentum."""
     torch.manual_seed(0)
-    net = models.create("mobilenetv3_large_100", lambda dim: models.mlp(dim, 2048, 128)).to(device)
+    net = models.create("mobilenetv3_large_100", lambda dim: heads.mlp(dim, 2048, 128)).to(device)
     opt = optim.create(net, config.Optim(), 1e-3)
     if name == "ddp":
         net.to(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdisco import config, dist
+from fastdisco import config, dist, heads
 from fastdisco.config import UserError
 
 
@@ -61,11 +61,6 @@ def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] =
     net = Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
     split_bn(net, bn_groups)
     return net
-
-
-def mlp(dim: int, hidden: int, out: int) -> nn.Module:
-    """The head of MoCo-v2, Linear-ReLU-Linear (arXiv:2003.04297); hidden 0: MoCo-v1's single Linear."""
-    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)) if hidden else nn.Linear(dim, out)
 
 
 def split_bn(net: nn.Module, groups: int):
@@ -115,7 +110,7 @@ def from_run(folder: Path, which: str = "student", overrides: list[str] = ()) ->
     if not isinstance(weights, dict):
         raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; give a checkpoint written by fastdisco train")
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
-        net = create(cfg.student.arch, lambda dim: mlp(dim, cfg.student.hidden, cfg.student.dim), cfg.student.kwargs)
+        net = create(cfg.student.arch, lambda dim: heads.mlp(dim, cfg.student.hidden, cfg.student.dim), cfg.student.kwargs)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
     return net.eval().to(memory_format=torch.channels_last), cfg
 

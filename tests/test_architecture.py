@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"kernels", "config", "dist", "log", "views"},
+    {"kernels", "config", "dist", "log", "views", "heads"},
     {"data", "models", "memory"},
     {"teacher", "methods", "optim", "evals", "engine"},
     {"checkpoint", "runs", "export"},

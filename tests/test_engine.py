@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from conftest import ranks, tiny
-from fastdisco import checkpoint, cli, config, dist, engine, models, optim, runs
+from fastdisco import checkpoint, cli, config, dist, engine, heads, models, optim, runs
 from fastdisco.config import Engine, Optim, UserError
 from test_train import _differences, _train, losses
 
@@ -27,7 +27,7 @@ STAGES = (0, 1, 2, 3)
 def _net():
     """No size divides by 2, so that every piece of ZeRO is cut and padded; nothing in it depends on the number of ranks."""
     torch.manual_seed(0)
-    return models.Net(nn.Sequential(nn.Flatten(), nn.Linear(15, 7), nn.Tanh(), nn.LayerNorm(7)), models.mlp(7, 5, 3))
+    return models.Net(nn.Sequential(nn.Flatten(), nn.Linear(15, 7), nn.Tanh(), nn.LayerNorm(7)), heads.mlp(7, 5, 3))
 
 
 def _views(step, micro):

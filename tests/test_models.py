@@ -6,7 +6,7 @@ import torch
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
-from fastdisco import models
+from fastdisco import heads, models
 from fastdisco.config import UserError
 
 WIDTHS = {"mobilenetv3_large_100": 1280, "mobilenetv3_small_050": 1024, "efficientnet_b0": 1280, "resnet18": 512, "resnet50": 2048,
@@ -15,7 +15,7 @@ WIDTHS = {"mobilenetv3_large_100": 1280, "mobilenetv3_small_050": 1024, "efficie
 
 def small(groups=1, seed=0, arch="resnet10t"):
     torch.manual_seed(seed)
-    return models.create(arch, lambda dim: models.mlp(dim, 32, 8), {}, groups)
+    return models.create(arch, lambda dim: heads.mlp(dim, 32, 8), {}, groups)
 
 
 def images(b, seed=1, size=32):
@@ -26,7 +26,7 @@ def images(b, seed=1, size=32):
 @pytest.mark.parametrize("arch", WIDTHS)
 def test_feature_width(arch):
     asked = []
-    net = models.create(arch, lambda dim: asked.append(dim) or models.mlp(dim, 4, 8)).eval()
+    net = models.create(arch, lambda dim: asked.append(dim) or heads.mlp(dim, 4, 8)).eval()
     x, w = images(1, size=224 if "vit" in arch else 64), net.head.state_dict()
     with torch.no_grad():
         found, z = net.features(x), net([x]).z
@@ -37,12 +37,12 @@ def test_feature_width(arch):
 
 def test_the_head_is_linear_relu_linear_and_hidden_0_is_one_linear():
     torch.manual_seed(0)
-    head, x = models.mlp(5, 7, 3), torch.randn(4, 5)
+    head, x = heads.mlp(5, 7, 3), torch.randn(4, 5)
     w = head.state_dict()
     assert list(w) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     want = (x @ w["0.weight"].T + w["0.bias"]).clamp(min=0) @ w["2.weight"].T + w["2.bias"]
     torch.testing.assert_close(head(x.clone()), want)
-    assert {k: tuple(v.shape) for k, v in models.mlp(5, 0, 3).state_dict().items()} == {"weight": (3, 5), "bias": (3,)}
+    assert {k: tuple(v.shape) for k, v in heads.mlp(5, 0, 3).state_dict().items()} == {"weight": (3, 5), "bias": (3,)}
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():

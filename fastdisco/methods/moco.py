@@ -3,10 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdisco import config, dist, kernels
+from fastdisco import config, dist, heads, kernels
 from fastdisco.memory import Queue
 from fastdisco.methods import Method, Nets, Progress
-from fastdisco.models import mlp
 from fastdisco.views import Crop
 
 QUEUE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +23,7 @@ class Moco(Method):
         self.keys = []  # of this optimizer step's micro batches; empty between steps, so no part of the resume state
 
     def head(self, dim: int) -> nn.Module:
-        return mlp(dim, self.hidden, self.dim)
+        return heads.mlp(dim, self.hidden, self.dim)
 
     def momentum(self, progress: Progress) -> float:
         return self.cfg.momentum

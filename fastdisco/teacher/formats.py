@@ -1,53 +1,12 @@
-"""The teacher: a frozen network from a checkpoint, loaded strictly or not at all."""
-import hashlib
+"""What a teacher can be read from: checkpoint formats by their keys, and the folders of our own runs."""
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdisco import models
+from fastdisco import heads, models
 from fastdisco.config import UserError
-from fastdisco.models import Out
-
-
-class Teacher:
-    """Eval mode, no gradient, all views of a resolution in one forward.  Not a module: nothing that is checkpointed may hold it.
-
-    The official DisCo code leaves its teacher in train mode, so that its targets depend on the other 31 images of a GPU and its running
-    statistics drift away from the checkpoint; SEED's and SwAV+DisCo's teachers are in eval mode, as here."""
-
-    def __init__(self, net: models.Net):
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.fingerprint = fingerprint(net)
-
-    @torch.no_grad()  # not inference_mode: the loss saves the targets for its backward
-    def __call__(self, views: list[Tensor]) -> Out:
-        return self.net(views)
-
-
-def load(file: Path, arch: str, kwargs: dict[str, Any], dim: int, device: torch.device | str) -> Teacher:
-    """The teacher of a checkpoint of the kinds in FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
-
-    arch, kwargs  the timm model that its backbone belongs to
-    dim           width of the student's embedding, which the teacher's must have
-    Raises UserError naming every weight that is missing, unexpected or of another shape: there is no such thing as a random teacher."""
-    file = Path(file)
-    try:
-        net = _from_run(file, arch, kwargs, dim) if file.is_dir() else _from_file(file, arch, kwargs, dim)
-    except UserError as e:
-        raise UserError(f"teacher: {e}; training stops here, for a teacher with random weights is never used") from None
-    return Teacher(net.to(device))
-
-
-def fingerprint(net: nn.Module) -> str:
-    """sha256, hex, over names, shapes and values of the weights and running statistics, the same for every wrapping and file format."""
-    digest = hashlib.sha256()
-    for name, x in sorted(net.state_dict().items()):
-        if x.is_floating_point():  # not the batch counters of batch norm, which old files lack and eval mode ignores
-            digest.update(f"{name} {tuple(x.shape)} ".encode())
-            digest.update(x.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Format(NamedTuple):
@@ -80,7 +39,7 @@ FORMATS = (
 )
 
 
-def _from_file(file: Path, arch: str, kwargs: dict[str, Any], dim: int) -> models.Net:
+def from_file(file: Path, arch: str, kwargs: dict[str, Any], dim: int) -> models.Net:
     found = models.read(file)
     row = next((f for f in FORMATS if f.detect(found)), None)
     if row is None:
@@ -94,12 +53,12 @@ def _from_file(file: Path, arch: str, kwargs: dict[str, Any], dim: int) -> model
     hidden = _rows(weights.get("head.0.weight"), 0)
     _same_dim(file, _rows(weights.get("head.2.weight" if hidden else "head.weight"), dim), dim)
     with torch.random.fork_rng(devices=[]):  # drawn and overwritten: with and without a teacher, a seed gives the same student
-        net = models.create(arch, lambda features: models.mlp(features, hidden, dim), kwargs)
+        net = models.create(arch, lambda features: heads.mlp(features, hidden, dim), kwargs)
     models.load_weights(net, weights, file, f"teacher.arch is {arch} with {kwargs}: set it to the model that this file was trained with")
     return net
 
 
-def _from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int) -> models.Net:
+def from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int) -> models.Net:
     net, cfg = models.from_run(folder)
     if (cfg.student.arch, cfg.student.kwargs) != (arch, kwargs):
         raise UserError(f"{folder}: trained {cfg.student.arch} with {cfg.student.kwargs}, not teacher.arch {arch} with {kwargs}; "
