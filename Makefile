@@ -13,10 +13,19 @@ test: .venv/done
 test-slow: .venv/done
 	$(BIN)/python -m pytest tests -m slow -rs
 
-PARTS := data train engine
-gpu: .venv/done  # make gpu PART=data: the tests of a part that need a GPU
-	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit 2; }
-	$(BIN)/python -m pytest tests/test_$(PART).py -m gpu -rs
+# make gpu PART=kernels: the tests and benches of a part that need a GPU, each part under 9 minutes; RUN=python3 takes that Python as it is.
+RUN ?= $(BIN)/python
+PARTS := kernels loader step engine testbeds
+kernels := tests/test_kernels.py tests/test_triton.py
+loader := tests/test_data.py tests/test_shards.py tests/test_check.py
+step := tests/test_step.py tests/test_train.py
+engine := tests/test_engine.py
+testbeds := tests/test_testbeds.py
+bench-step := throughput
+gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/done)
+	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit $(if $(PART),2,0); }
+	$(if $(PART),$(RUN) -m pytest $($(PART)) -m gpu -rs)
+	$(if $(PART),$(RUN) bench/$(or $(bench-$(PART)),$(PART)).py)
 
 results: .venv/done  # the tables of README and docs from bench/results
 	$(BIN)/python bench/report.py
