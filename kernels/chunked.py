@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastdisco.kernels.reference import EPS, unit, wide
 
+COLD = 0.025  # the temperature below which exp((s-1) / temp) of some cosine is no normal float32
 LOGITS = 1 << 21  # held at a time: 8 MiB in float32, which caches like; smaller loses to start-up, larger to memory
 
 
@@ -25,7 +26,7 @@ def moco(z: Tensor, k: Tensor, t: Tensor | None, queue: Tensor, temp: float, dif
     z = z.to(wide(z))
     x, k = unit(z), unit(k).to(z.dtype)
     q = x[0]
-    total, top, mean = _moments(q, _column(q, temp), queue, differentiate, fixed_maximum(temp, own=False))
+    total, top, mean = _moments(q, _column(q, temp), queue, differentiate, fixed_maximum(temp, own=False), temp < COLD)
     margin = ((q * k).sum(1) - top) / temp - total.log()  # [B] s - E
     terms = torch.stack([-F.logsigmoid(margin).mean(), margin.new_zeros(())])
     contrast, distill = z.new_empty(0), z.new_empty(0)
@@ -49,13 +50,14 @@ def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float, di
     x, t = unit(zs), unit(zt).to(zs.dtype)
     n = len(x)
     fixed = fixed_maximum(temp_s, own=False) and fixed_maximum(temp_t, own=True)
+    cold = min(temp_s, temp_t) < COLD
     ts, tt = _column(x, temp_s), _column(t, temp_t)
     if differentiate:
-        both = _moments(torch.cat([x, t]), torch.cat([ts, tt]), queue, True, fixed)
+        both = _moments(torch.cat([x, t]), torch.cat([ts, tt]), queue, True, fixed, cold)
         (total_s, total_t), (top_s, top_t), (mean_s, mean_t) = [v.split(n) for v in both]
     else:
-        total_s, top_s, _ = _moments(x, ts, queue, False, fixed)
-        total_t, top_t, mean_t = _moments(t, tt, queue, True, fixed)
+        total_s, top_s, _ = _moments(x, ts, queue, False, fixed, cold)
+        total_t, top_t, mean_t = _moments(t, tt, queue, True, fixed, cold)
     own = (x * t).sum(1)  # [B] the student's cosine to the teacher's own feature
     margin = (own - top_s) / temp_s - total_s.log()
     b = torch.sigmoid(total_t.log() - (1 - top_t) / temp_t)  # [B]; t.t = 1
@@ -76,7 +78,7 @@ def _column(x: Tensor, value: float) -> Tensor:
     return x.new_full((len(x), 1), value)
 
 
-def _moments(x: Tensor, temp: Tensor, queue: Tensor, want_mean: bool, fixed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _moments(x: Tensor, temp: Tensor, queue: Tensor, want_mean: bool, fixed: bool, cold: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of unit rows x [N,d] with temp [N,1] each: sum_j exp((s_j - top) / temp) [N], the cosine top [N] that was taken off, and the softmax mean
     of the queue's rows [N,d] (0 where the sum is)."""
     step = max(1, LOGITS // len(x))
@@ -97,6 +99,8 @@ def _moments(x: Tensor, temp: Tensor, queue: Tensor, want_mean: bool, fixed: boo
                 mean *= shrink[:, None]
             p -= new[:, None] / temp
             top = new
+        if cold:
+            p.clamp_min_(-80 if p.dtype == torch.float32 else -700)  # what underflows is slow, in the exponential and in the product
         p.exp_()
         total += p.sum(1)
         if want_mean:

@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +12,14 @@ import torch
 from conftest import ROOT
 
 triton = pytest.importorskip("triton", reason="gpu: Triton is not installed, which comes with torch for CUDA")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+sys.path.insert(0, str(ROOT / "bench"))
+import tune  # noqa: E402
+from tune import SHARED_MEMORY, compiled, faults  # noqa: E402
 
 from fastdisco.kernels import launch  # noqa: E402
 from fastdisco.kernels import queue as triton_queue  # noqa: E402
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have
-SMALLEST = 101_376  # of the chips that borrow sm_80's rows: sm_86, sm_89, sm_120
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,39 +33,7 @@ def interpreted(tmp_path_factory):
         process.kill()
 
 
-def compiled(kernel, arch, types, constants, options):
-    """What came out: registers, bytes of stack (spills) and shared memory, and the PTX.  Pointers are aligned to 16 bytes, as torch's are."""
-    names = kernel.arg_names
-    source = ASTSource(fn=kernel, signature={n: types.get(n, "constexpr") for n in names},
-                       constexprs={(names.index(n),): v for n, v in constants.items()},
-                       attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t.startswith("*")})
-    out = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(out.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], text=True, capture_output=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return dict(registers=registers, stack=stack, shared=out.metadata.shared, ptx=out.asm["ptx"], threads=32 * out.metadata.num_warps)
-
-
-@functools.cache  # many rows of the table are alike
-def sweep(how, arch, dtype, d, k, running):
-    constants = triton_queue.sweep(how, d, k, running, True)
-    options = {n: constants.pop(n) for n in list(constants) if n not in triton_queue._moments.arg_names}
-    rows = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    types = dict(units=rows, queue=rows, total="*fp32", top="*fp32", mean="*fp32", n="i32", rows="i32", k="i32", span="i32", c_first="fp32", c_second="fp32")
-    return compiled(triton_queue._moments, arch, types, constants, options)
-
-
-def faults(found, arch, how, even):
-    """Why a launch configuration must not be shipped."""
-    limit = SMALLEST if arch == 80 else SHARED_MEMORY[arch]
-    if found["stack"]:
-        yield f"{found['stack']} bytes of stack: registers are spilled"
-    if found["shared"] > limit:
-        yield f"{found['shared']} bytes of shared memory of {limit}"
-    if even and how.registers and found["threads"] * found["registers"] * how.ctas > 65_536:
-        yield f"{found['registers']} registers: {how.ctas} blocks do not fit"
+sweep = functools.cache(tune.sweep)  # many rows of the table are alike
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +43,12 @@ def fresh_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(launch.table()))
 def test_a_shipped_launch_compiles_without_spills(name):
-    arch, bits, d, _, kind = re.fullmatch(r"sm_(\d+) (\d+)-bit d(\d+) (few|many) (fixed|running)", name).groups()
-    arch, d, how, running = int(arch), int(d), launch.table()[name], kind == "running"
-    dtype = torch.float32 if bits == "32" else torch.float16 if running else torch.bfloat16
+    arch, bits, d, _, running = tune.parse(name)
+    how, dtype = launch.table()[name], torch.float32 if bits == 32 else torch.float16 if running else torch.bfloat16
     for k in (1 << 16, 1001)[: 1 + running]:  # without and with a look for the queue's end, which takes most beside the running maximum
         found = sweep(how, arch, dtype, d, k, running)
         assert not [*faults(found, arch, how, k == 1 << 16)], (name, k)
-        if bits == "16":
+        if bits == 16:
             assert TENSOR_CORES[arch] in found["ptx"]
             assert ("cp.async.bulk.tensor" if how.tma else "cp.async.c") in found["ptx"]  # tiles arrive beside the work
 
