@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -21,7 +21,7 @@ from fastdisco.data import graph, loader
 from fastdisco.views import Crop
 
 CPU = torch.device("cpu")
-PLAIN = dict(flip_p=0, jitter_p=0, gray_p=0, blur_p=0)
+PLAIN = dict(flip_p=0, jitter_p=0, gray_p=0, blur_p=0, solarize_p=0)
 SMALL = (Crop(size=24), Crop(size=16))
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # lie in scikit-image's package
 
@@ -197,11 +197,11 @@ def twin(seed, epoch, index, view, crop, height, width):
     b, c, s, hue = crop.jitter
     return dict(box=box, brightness=within(1 - b, 1 + b, 21, 0), contrast=within(1 - c, 1 + c, 21, 1), saturation=within(1 - s, 1 + s, 22, 0),
                 hue=within(-360 * hue, 360 * hue, 22, 1), sigma=within(*crop.blur_sigma, 23, 0), light_first=u(23, 1) < 0.5,
-                jitter=u(24, 0) < crop.jitter_p, gray=u(24, 1) < crop.gray_p, blur=u(25, 0) < crop.blur_p, flip=u(25, 1) < crop.flip_p)
+                jitter=u(24, 0) < crop.jitter_p, gray=u(24, 1) < crop.gray_p, blur=u(25, 0) < crop.blur_p, flip=u(25, 1) < crop.flip_p, solarize=u(26, 0) < crop.solarize_p)
 
 
 def draw(path, crops, seed, index, epoch):
-    """Boxes [n,V,4] (top, left, height, width), draws [n,V,ROWS,2] and coins [n,V,3,2] of the graph for one image of many indices."""
+    """Boxes [n,V,4] (top, left, height, width), draws [n,V,ROWS,2] and coins [n,V,4,2] of the graph for one image of many indices."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def
@@ -225,7 +225,8 @@ def blank(tmp_path_factory):
 
 
 def test_draws_equal_their_twin(blank):
-    crops = (Crop(), Crop(size=96, scale=(0.05, 0.3), ratio=(0.5, 3.0), jitter=(0.8, 0.7, 0.2, 0.3), blur_sigma=(0.5, 1.0), flip_p=0.2, gray_p=0.7))
+    crops = (Crop(), Crop(size=96, scale=(0.05, 0.3), ratio=(0.5, 3.0), jitter=(0.8, 0.7, 0.2, 0.3), blur_sigma=(0.5, 1.0), flip_p=0.2, gray_p=0.7,
+                           solarize_p=0.2))
     boxes, seen = [], 0
     for (width, height), epoch, seed in (((301, 200), 0, 0), ((64, 400), 199, 2**32 - 1), ((3000, 2999), 5, 7)):
         index = np.arange(0, 2_000_000_000, 25_000_003)
@@ -236,8 +237,8 @@ def test_draws_equal_their_twin(blank):
                 got = draws[i, v]
                 floats = [want[k] for k in ("brightness", "contrast", "saturation", "hue", "sigma")]
                 np.testing.assert_allclose([*got[21], *got[22], got[23, 0]], floats, rtol=1e-5, atol=1e-5)
-                flags = [want[k] for k in ("light_first", "jitter", "gray", "blur", "flip")]
-                assert coins[i, v].ravel()[1:].tolist() == flags
+                flags = [want[k] for k in ("light_first", "jitter", "gray", "blur", "flip", "solarize")]
+                assert coins[i, v].ravel()[1:-1].tolist() == flags
                 boxes.append(abs(box[i, v] - want["box"]).max())
                 seen += 1
     assert max(boxes) <= 1 and np.mean(np.array(boxes) > 0) < 0.01  # float32 rounds a half to the other side
@@ -299,7 +300,8 @@ def pixels(view, crop):
 def reference(picture, crop, p):
     """The view by PIL and torchvision from the twin's draws."""
     top, left, h, w = p["box"]
-    x = F.resized_crop(picture, top, left, h, w, [crop.size, crop.size])
+    how = dict(linear=F.InterpolationMode.BILINEAR, cubic=F.InterpolationMode.BICUBIC)[crop.interpolation]
+    x = F.resized_crop(picture, top, left, h, w, [crop.size, crop.size], how)
     if p["jitter"]:
         light = [lambda x: F.adjust_brightness(x, p["brightness"]), lambda x: F.adjust_contrast(x, p["contrast"])]
         colour = [lambda x: F.adjust_saturation(x, p["saturation"]), lambda x: F.adjust_hue(x, p["hue"] / 360)]
@@ -309,18 +311,20 @@ def reference(picture, crop, p):
         x = F.rgb_to_grayscale(x, 3)
     if p["blur"]:
         x = F.gaussian_blur(x, 2 * math.ceil(3 * p["sigma"]) + 1, p["sigma"])
+    if p["solarize"]:
+        x = ImageOps.solarize(x, 128)
     return np.asarray(F.hflip(x) if p["flip"] else x, float)
 
 
-def distances(photos, crop, epochs=4):
-    """Mean absolute difference of each view to its reference, in 0..255, and the twin's draws."""
+def distances(photos, *crops, epochs=4):
+    """(view's number, mean absolute difference of a view to its reference in 0..255, the twin's draws) of every view."""
     out = []
-    train = make(photos, (crop,), batch=4, epochs=epochs)
-    for epoch, batch in enumerate(train):
-        for view, index in zip(batch.views[0], batch.index.tolist()):
-            picture = Image.open(photos.root / photos.files[index])
-            p = twin(0, epoch, index, 0, crop, picture.height, picture.width)
-            out.append((abs(pixels(view, crop) - reference(picture, crop, p)).mean(), p))
+    for epoch, batch in enumerate(make(photos, crops, batch=4, epochs=epochs)):
+        for v, crop in enumerate(crops):
+            for view, index in zip(batch.views[v], batch.index.tolist()):
+                picture = Image.open(photos.root / photos.files[index])
+                p = twin(0, epoch, index, v, crop, picture.height, picture.width)
+                out.append((v, abs(pixels(view, crop) - reference(picture, crop, p)).mean(), p))
     return out
 
 
@@ -329,11 +333,28 @@ def distances(photos, crop, epochs=4):
     ("blur", dict(blur_p=1.0), 0.6), ("strong blur", dict(blur_p=1.0, blur_sigma=(3.0, 6.0)), 0.6),
     ("brightness", dict(jitter_p=1.0, jitter=(0.4, 0, 0, 0)), 1.5), ("contrast", dict(jitter_p=1.0, jitter=(0, 0.4, 0, 0)), 1.5),
     ("saturation", dict(jitter_p=1.0, jitter=(0, 0, 0.4, 0)), 1.5), ("light and saturation", dict(jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0)), 6.0),
+    ("solarise", dict(solarize_p=1.0), 0.6), ("cubic", dict(interpolation="cubic"), 0.5),
+    ("enlarged by cubic", dict(interpolation="cubic", scale=(0.01, 0.02)), 0.5),
     ("small hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.01)), 4.0), ("hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.1)), 30.0),
 ])
 def test_a_view_is_as_torchvision_makes_it(name, change, bound, photos):
-    far = [d for d, _ in distances(photos, Crop(size=96, **(PLAIN | change)))]
+    far = [d for _, d, _ in distances(photos, Crop(size=96, **(PLAIN | change)))]
     assert max(far) < bound, far
+
+
+def test_multi_crop_views_each_have_their_own_size_and_augmentation(photos):
+    """SwAV's 2 + 6 crops and DINO's 2 + 8, whose two large views differ in blur and solarisation; a hue of 0, the one step that is not torchvision's."""
+    jitter = dict(jitter=(0.4, 0.4, 0.2, 0))
+    swav = [Crop(size=56, scale=(0.14, 1.0), **jitter)] * 2 + [Crop(size=24, scale=(0.05, 0.14), **jitter)] * 6
+    local = Crop(size=24, scale=(0.05, 0.4), interpolation="cubic", **jitter)
+    dino = [Crop(size=56, scale=(0.4, 1.0), interpolation="cubic", blur_p=b, solarize_p=s, **jitter) for b, s in ((1.0, 0.0), (0.1, 0.2))] + [local] * 8
+    for crops in (swav, dino):
+        found = distances(photos, *crops, epochs=8)
+        assert np.median([d for _, d, _ in found]) < 1.5 and max(d for _, d, _ in found) < 12
+        assert len({p["box"] for _, _, p in found}) > 0.95 * len(found)
+    turned = [p["solarize"] for v, _, p in found if v == 1]
+    assert any(turned) and not all(turned) and not any(p["solarize"] for v, _, p in found if v != 1)
+    assert all(p["blur"] for v, _, p in found if v == 0)
 
 
 def test_hue_is_in_turns_and_turns_as_far_and_as_torchvisions(photos):
@@ -595,7 +616,7 @@ def test_exif_orientation_is_ignored(tmp_path):
 
 # --- GPU
 
-@pytest.mark.parametrize("crop", [Crop(), Crop(**PLAIN), Crop(flip_p=1, jitter_p=1, gray_p=1, blur_p=1)])
+@pytest.mark.parametrize("crop", [Crop(), Crop(**PLAIN), Crop(flip_p=1, jitter_p=1, gray_p=1, blur_p=1, solarize_p=1, interpolation="cubic")])
 def test_the_gpu_graphs_serialise_and_every_operator_exists_for_its_device(crop, few):
     from nvidia.dali import backend
     indices = np.arange(len(few.files))

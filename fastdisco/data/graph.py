@@ -21,7 +21,9 @@ from fastdisco.views import Crop
 TRIES = 10  # of a random crop before the centre crop
 
 # One view's draws, [ROWS,2].  The two columns of a try hold the same draw, once for the height and once for the width.
-AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 4, 2 * TRIES + 6
+# A row's number enters its hash: new ones come last.
+AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 4, 2 * TRIES + 7
+INTERPOLATION = dict(linear=types.INTERP_LINEAR, cubic=types.INTERP_CUBIC)
 
 
 def train(crops: tuple[Crop, ...], reader: dict, seed: int, device: str, **pipe):
@@ -66,7 +68,7 @@ def _train(crops, reader, seed, device):
     views = []
     for v, crop in enumerate(crops):
         x = fn.slice(image, start=start[v, 0], shape=shape[v, 0], axes=[0, 1])
-        x = fn.resize(x, size=[crop.size, crop.size])
+        x = fn.resize(x, size=[crop.size, crop.size], interp_type=INTERPOLATION[crop.interpolation])
         views.append(_augment(x, crop, draws, heads, v, device))
     return *views, label
 
@@ -172,8 +174,8 @@ def _boxes(hw, draws, crops):
 
 
 def _coins(draws, crops):
-    """[V,3,2] int32, 1 for heads: ((-, brightness and contrast first), (jitter, gray), (blur, flip))."""
-    chance = np.array([[[0, 0.5], [c.jitter_p, c.gray_p], [c.blur_p, c.flip_p]] for c in crops], np.float32)
+    """[V,4,2] int32, 1 for heads: ((-, brightness and contrast first), (jitter, gray), (blur, flip), (solarize, -))."""
+    chance = np.array([[[0, 0.5], [c.jitter_p, c.gray_p], [c.blur_p, c.flip_p], [c.solarize_p, 0]] for c in crops], np.float32)
     return draws[:, BLUR:ROWS] < types.Constant(chance)
 
 
@@ -194,6 +196,11 @@ def _augment(x, crop, draws, heads, v, device):
     elif crop.blur_p > 0:
         if heads[v, 2, 0]:
             x = fn.gaussian_blur(x, sigma=draws[v, BLUR, 0])
+    if crop.solarize_p == 1:
+        x = _solarize(x)
+    elif crop.solarize_p > 0:
+        if heads[v, 3, 0]:
+            x = _solarize(x)
     return _normalise(x, crop.mean, crop.std, mirror=fn.cast(heads[v, 2, 1], dtype=types.INT32))
 
 
@@ -223,6 +230,10 @@ def _light_of_mean(x, b, c, mean):
 def _gray(x):
     x = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
     return fn.color_space_conversion(x, image_type=types.GRAY, output_type=types.RGB)
+
+
+def _solarize(x):
+    return fn.lookup_table(x, keys=list(range(256)), values=[min(i, 255 - i) for i in range(256)], dtype=types.UINT8)
 
 
 def _normalise(x, mean, std, mirror=0):
