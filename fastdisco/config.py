@@ -40,9 +40,19 @@ class Data(Block):
     batch: int = Field(256, ge=1)  # images per optimizer step, over all ranks and accumulated micro batches
     accumulate: int = Field(1, ge=1)  # micro batches per step
     threads: int = Field(4, ge=1)  # DALI's CPU threads on each rank
+    decode: Literal["auto", "gpu", "cpu"] = "auto"  # auto: where data.augment is
+    augment: Literal["auto", "gpu", "cpu"] = "auto"  # crop, colours, blur; auto: on the GPU where there is one
+    hw_decoder_load: float = Field(0.65, ge=0, le=1)  # share of the JPEGs for the GPU's decoding engine (A100, H100 ...), the rest to its cores
+    prefetch: int = Field(2, ge=1)  # batches made ahead
     eval_resize: int = Field(256, ge=8)  # short side before the centre crop
     eval_size: int = Field(224, ge=8)  # side of the centre crop
     eval_batch: int = Field(128, ge=1)  # images per rank
+
+    @model_validator(mode="after")
+    def _forward(self):
+        if self.decode == "gpu" and self.augment == "cpu":
+            raise ValueError("decode: gpu with data.augment: cpu would copy every image back; take cpu for both, or gpu for data.augment")
+        return self
 
 
 class Student(Block):

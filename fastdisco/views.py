@@ -1,4 +1,6 @@
 """What a view is: one random crop of an image with its augmentation, as data."""
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 Range = tuple[float, float]
@@ -16,5 +18,7 @@ class Crop(BaseModel, extra="forbid", frozen=True):
     gray_p: float = Field(0.2, ge=0, le=1)
     blur_p: float = Field(0.5, ge=0, le=1)
     blur_sigma: Range = (0.1, 2.0)  # pixels
+    solarize_p: float = Field(0.0, ge=0, le=1)  # values from 128 on become 255 - value, the last step
+    interpolation: Literal["linear", "cubic"] = "linear"  # of the resize, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

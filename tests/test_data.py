@@ -2,6 +2,7 @@
 import collections
 import gc
 import hashlib
+import itertools
 import math
 import shutil
 import sys
@@ -11,17 +12,19 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from fastdisco import data
+from fastdisco import config, data
 from fastdisco.config import UserError
-from fastdisco.data import graph, loader
+from fastdisco.data import draws, graph, loader
+from fastdisco.data.way import Way
+from fastdisco.data.way import usual as usual_way
 from fastdisco.views import Crop
 
 CPU = torch.device("cpu")
-PLAIN = dict(flip_p=0, jitter_p=0, gray_p=0, blur_p=0)
+PLAIN = dict(flip_p=0, jitter_p=0, gray_p=0, blur_p=0, solarize_p=0)
 SMALL = (Crop(size=24), Crop(size=16))
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # lie in scikit-image's package
 
@@ -158,7 +161,7 @@ def test_position_steps_labels_and_the_end(few):
 # --- draws
 
 def twin(seed, epoch, index, view, crop, height, width):
-    """The draws of one view by Python's integers and float64: an independent form of graph.py."""
+    """The draws of one view by Python's integers and float64: an independent form of draws.py and the boxes of graph.py."""
     mask = 2**32 - 1
 
     def salt(row, column):
@@ -197,22 +200,24 @@ def twin(seed, epoch, index, view, crop, height, width):
     b, c, s, hue = crop.jitter
     return dict(box=box, brightness=within(1 - b, 1 + b, 21, 0), contrast=within(1 - c, 1 + c, 21, 1), saturation=within(1 - s, 1 + s, 22, 0),
                 hue=within(-360 * hue, 360 * hue, 22, 1), sigma=within(*crop.blur_sigma, 23, 0), light_first=u(23, 1) < 0.5,
-                jitter=u(24, 0) < crop.jitter_p, gray=u(24, 1) < crop.gray_p, blur=u(25, 0) < crop.blur_p, flip=u(25, 1) < crop.flip_p)
+                jitter=u(24, 0) < crop.jitter_p, gray=u(24, 1) < crop.gray_p, blur=u(25, 0) < crop.blur_p, flip=u(25, 1) < crop.flip_p,
+                solarize=u(26, 0) < crop.solarize_p)
 
 
-def draw(path, crops, seed, index, epoch):
-    """Boxes [n,V,4] (top, left, height, width), draws [n,V,ROWS,2] and coins [n,V,3,2] of the graph for one image of many indices."""
+def boxes(path, crops, seed, index, epoch):
+    """Boxes [n,V,4] (top, left, height, width) of the graph for one image of many indices."""
     from nvidia.dali import fn, pipeline_def, types
+    tries, place = draws.feed(crops, seed, draws.words(np.asarray(index), epoch), "cpu")[:2]
 
     @pipeline_def
     def pipe():
-        encoded, word = fn.readers.file(files=[str(path)] * len(index), labels=graph.words(np.asarray(index), epoch).tolist())
-        draws = graph._draws(crops, word, seed)
-        start, shape = graph._boxes(fn.peek_image_shape(encoded, dtype=types.FLOAT)[0:2], draws, crops)
-        return fn.cat(start, shape, axis=2), draws, graph._coins(draws, crops)
+        encoded = fn.readers.file(files=[str(path)] * len(index))[0]
+        fed = [fn.external_source(source=itertools.repeat(x), batch=True, dtype=types.FLOAT, ndim=3) for x in (tries, place)]
+        start, end = graph._boxes(fn.peek_image_shape(encoded, dtype=types.FLOAT)[0:2], *fed, crops)
+        return fn.cat(start, end - start, axis=2)
 
-    box, draws, coins = pipe(batch_size=len(index), num_threads=1, device_id=None, prefetch_queue_depth=1).run()
-    return np.array(box.as_tensor())[:, :, 0], np.array(draws.as_tensor()), np.array(coins.as_tensor())
+    box, = pipe(batch_size=len(index), num_threads=1, device_id=None, prefetch_queue_depth=1).run()
+    return np.array(box.as_tensor())[:, :, 0]
 
 
 @pytest.fixture(scope="module")
@@ -225,31 +230,34 @@ def blank(tmp_path_factory):
 
 
 def test_draws_equal_their_twin(blank):
-    crops = (Crop(), Crop(size=96, scale=(0.05, 0.3), ratio=(0.5, 3.0), jitter=(0.8, 0.7, 0.2, 0.3), blur_sigma=(0.5, 1.0), flip_p=0.2, gray_p=0.7))
-    boxes, seen = [], 0
+    crops = (Crop(), Crop(size=96, scale=(0.05, 0.3), ratio=(0.5, 3.0), jitter=(0.8, 0.7, 0.2, 0.3), blur_sigma=(0.5, 1.0), flip_p=0.2, gray_p=0.7,
+                          solarize_p=0.2))
+    off, numbers, coins = [], ("brightness", "contrast", "hue", "sigma"), ("light_first", "jitter", "gray", "blur", "flip", "solarize")
     for (width, height), epoch, seed in (((301, 200), 0, 0), ((64, 400), 199, 2**32 - 1), ((3000, 2999), 5, 7)):
         index = np.arange(0, 2_000_000_000, 25_000_003)
-        box, draws, coins = draw(blank(width, height), crops, seed, index, epoch)
-        for i in range(len(index)):
-            for v, crop in enumerate(crops):
+        box = boxes(blank(width, height), crops, seed, index, epoch)
+        for v, crop in enumerate(crops):
+            got = draws.of_view(crop, draws.draws(crops, seed, draws.words(index, epoch))[:, v])
+            for i in range(len(index)):
                 want = twin(seed, epoch, int(index[i]), v, crop, height, width)
-                got = draws[i, v]
-                floats = [want[k] for k in ("brightness", "contrast", "saturation", "hue", "sigma")]
-                np.testing.assert_allclose([*got[21], *got[22], got[23, 0]], floats, rtol=1e-5, atol=1e-5)
-                flags = [want[k] for k in ("light_first", "jitter", "gray", "blur", "flip")]
-                assert coins[i, v].ravel()[1:].tolist() == flags
-                boxes.append(abs(box[i, v] - want["box"]).max())
-                seen += 1
-    assert max(boxes) <= 1 and np.mean(np.array(boxes) > 0) < 0.01  # float32 rounds a half to the other side
+                np.testing.assert_allclose([got[k][i] for k in numbers], [want[k] for k in numbers], rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(got["saturation"][i], 0 if want["gray"] else want["saturation"], rtol=1e-5, atol=1e-5)
+                assert [got[k][i] for k in coins] == [want[k] for k in coins]
+                reach = math.ceil(3 * want["sigma"])
+                taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / want["sigma"]) ** 2)
+                found = got["across"][i, 0]
+                np.testing.assert_allclose(found[found > 0], (taps / taps.sum())[np.float32(taps / taps.sum()) > 0], rtol=1e-4, atol=1e-7)
+                assert (got["down"][i, :, 0] == found).all() and (found == found[::-1]).all()
+                off.append(abs(box[i, v] - want["box"]).max())
+    assert max(off) <= 1 and np.mean(np.array(off) > 0) < 0.01  # float32 rounds a half to the other side
 
 
-def test_draws_are_uniform_and_independent(blank):
+def test_draws_are_uniform_and_independent():
     crops = (Crop(),) * 2
-    _, draws, _ = draw(blank(100, 100), crops, 5, np.arange(4000), 3)
-    _, later, _ = draw(blank(100, 100), crops, 5, np.arange(4000), 4)
-    low, high = graph.ranges(crops)
+    now, later = (draws.draws(crops, 5, draws.words(np.arange(4000), epoch)) for epoch in (3, 4))
+    low, high = draws.ranges(crops)
     scale = lambda d: ((d - low) / (high - low)).reshape(4000, -1)
-    u = scale(draws)
+    u = scale(now)
     u = np.concatenate([u[:, np.sort(np.unique(u[0].round(7), return_index=True)[1])], scale(later)[:, -10:]], 1)  # a try's two columns are one draw
     assert u.shape[1] >= 2 * 32
     grid = (np.arange(4000) + 0.5) / 4000
@@ -267,7 +275,7 @@ def test_draws_are_uniform_and_independent(blank):
 def test_crops_are_distributed_as_torchvisions(width, height, scale, ratio, blank):
     n = 6000
     crop = Crop(scale=scale, ratio=ratio)
-    found = draw(blank(width, height), (crop,), 0, np.arange(n), 0)[0][:, 0].astype(float)
+    found = boxes(blank(width, height), (crop,), 0, np.arange(n), 0)[:, 0].astype(float)
     torch.manual_seed(0)
     picture = Image.new("RGB", (width, height))
     want = np.array([RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(n)], float)
@@ -299,7 +307,8 @@ def pixels(view, crop):
 def reference(picture, crop, p):
     """The view by PIL and torchvision from the twin's draws."""
     top, left, h, w = p["box"]
-    x = F.resized_crop(picture, top, left, h, w, [crop.size, crop.size])
+    how = dict(linear=F.InterpolationMode.BILINEAR, cubic=F.InterpolationMode.BICUBIC)[crop.interpolation]
+    x = F.resized_crop(picture, top, left, h, w, [crop.size, crop.size], how)
     if p["jitter"]:
         light = [lambda x: F.adjust_brightness(x, p["brightness"]), lambda x: F.adjust_contrast(x, p["contrast"])]
         colour = [lambda x: F.adjust_saturation(x, p["saturation"]), lambda x: F.adjust_hue(x, p["hue"] / 360)]
@@ -309,18 +318,20 @@ def reference(picture, crop, p):
         x = F.rgb_to_grayscale(x, 3)
     if p["blur"]:
         x = F.gaussian_blur(x, 2 * math.ceil(3 * p["sigma"]) + 1, p["sigma"])
+    if p["solarize"]:
+        x = ImageOps.solarize(x, 128)
     return np.asarray(F.hflip(x) if p["flip"] else x, float)
 
 
-def distances(photos, crop, epochs=4):
-    """Mean absolute difference of each view to its reference, in 0..255, and the twin's draws."""
+def distances(photos, *crops, epochs=4):
+    """(view's number, mean absolute difference of a view to its reference in 0..255, the twin's draws) of every view."""
     out = []
-    train = make(photos, (crop,), batch=4, epochs=epochs)
-    for epoch, batch in enumerate(train):
-        for view, index in zip(batch.views[0], batch.index.tolist()):
-            picture = Image.open(photos.root / photos.files[index])
-            p = twin(0, epoch, index, 0, crop, picture.height, picture.width)
-            out.append((abs(pixels(view, crop) - reference(picture, crop, p)).mean(), p))
+    for epoch, batch in enumerate(make(photos, crops, batch=4, epochs=epochs)):
+        for v, crop in enumerate(crops):
+            for view, index in zip(batch.views[v], batch.index.tolist()):
+                picture = Image.open(photos.root / photos.files[index])
+                p = twin(0, epoch, index, v, crop, picture.height, picture.width)
+                out.append((v, abs(pixels(view, crop) - reference(picture, crop, p)).mean(), p))
     return out
 
 
@@ -329,11 +340,28 @@ def distances(photos, crop, epochs=4):
     ("blur", dict(blur_p=1.0), 0.6), ("strong blur", dict(blur_p=1.0, blur_sigma=(3.0, 6.0)), 0.6),
     ("brightness", dict(jitter_p=1.0, jitter=(0.4, 0, 0, 0)), 1.5), ("contrast", dict(jitter_p=1.0, jitter=(0, 0.4, 0, 0)), 1.5),
     ("saturation", dict(jitter_p=1.0, jitter=(0, 0, 0.4, 0)), 1.5), ("light and saturation", dict(jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0)), 6.0),
+    ("solarise", dict(solarize_p=1.0), 0.6), ("cubic", dict(interpolation="cubic"), 0.5),
+    ("enlarged by cubic", dict(interpolation="cubic", scale=(0.01, 0.02)), 0.5),
     ("small hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.01)), 4.0), ("hue", dict(jitter_p=1.0, jitter=(0, 0, 0, 0.1)), 30.0),
 ])
 def test_a_view_is_as_torchvision_makes_it(name, change, bound, photos):
-    far = [d for d, _ in distances(photos, Crop(size=96, **(PLAIN | change)))]
+    far = [d for _, d, _ in distances(photos, Crop(size=96, **(PLAIN | change)))]
     assert max(far) < bound, far
+
+
+def test_multi_crop_views_each_have_their_own_size_and_augmentation(photos):
+    """SwAV's 2 + 6 crops and DINO's 2 + 8, whose two large views differ in blur and solarisation; without hue, which is not torchvision's."""
+    jitter = dict(jitter=(0.4, 0.4, 0.2, 0))
+    swav = [Crop(size=56, scale=(0.14, 1.0), **jitter)] * 2 + [Crop(size=24, scale=(0.05, 0.14), **jitter)] * 6
+    local = Crop(size=24, scale=(0.05, 0.4), interpolation="cubic", **jitter)
+    dino = [Crop(size=56, scale=(0.4, 1.0), interpolation="cubic", blur_p=b, solarize_p=s, **jitter) for b, s in ((1, 0), (0.1, 0.2))] + [local] * 8
+    for crops in (swav, dino):
+        found = distances(photos, *crops, epochs=8)
+        assert np.median([d for _, d, _ in found]) < 1.5 and max(d for _, d, _ in found) < 12
+        assert len({p["box"] for _, _, p in found}) > 0.95 * len(found)
+    turned = [p["solarize"] for v, _, p in found if v == 1]
+    assert any(turned) and not all(turned) and not any(p["solarize"] for v, _, p in found if v != 1)
+    assert all(p["blur"] for v, _, p in found if v == 0)
 
 
 def test_hue_is_in_turns_and_turns_as_far_and_as_torchvisions(photos):
@@ -363,12 +391,14 @@ def test_contrast_about_the_grey_mean_has_one_meaning_on_both_devices(photos):
         x = fn.decoders.image(fn.readers.file(file_root=str(photos.root), files=photos.files)[0], output_type=types.RGB)
         mean = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
         b, c = types.Constant(b, device="cpu"), types.Constant(c, device="cpu")
-        return graph._light(x, b, c, "cpu"), graph._light_of_mean(x, b, c, mean)
+        d = dict(brightness=b, contrast=c)
+        return tuple(y for t in (types.UINT8, types.FLOAT) for y in (graph._light(x, mean, d, "cpu", t), graph._light_of_mean(x, b, c, mean, t)))
 
     for b, c in ((1.4, 1.4), (0.6, 1.4), (1.4, 0.6), (0.6, 0.6), (1.0, 0.0)):
-        cpu, gpu = both(b, c, batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1).run()
-        for x, y in zip(cpu, gpu):
+        whole_cpu, whole_gpu, cpu, gpu = both(b, c, batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1).run()
+        for x, y, u, v in zip(whole_cpu, whole_gpu, cpu, gpu):
             assert abs(np.array(x).astype(int) - np.array(y)).max() <= 1
+            assert abs(np.array(u) - np.array(v)).max() < 1e-3 and abs(np.array(u) - np.array(x)).max() <= 1
 
 
 # --- hand-over
@@ -400,7 +430,7 @@ class Spy:
 
     def run(self, stream):
         out = self.pipe.run(stream)
-        self.pointers = [v.as_tensor().data_ptr() for v in out[:-1]]
+        self.pointers = [v.as_tensor().data_ptr() for v in out]
         return out
 
 
@@ -595,30 +625,122 @@ def test_exif_orientation_is_ignored(tmp_path):
 
 # --- GPU
 
-@pytest.mark.parametrize("crop", [Crop(), Crop(**PLAIN), Crop(flip_p=1, jitter_p=1, gray_p=1, blur_p=1)])
-def test_the_gpu_graphs_serialise_and_every_operator_exists_for_its_device(crop, few):
+GPU = Way("gpu", "gpu", "gpu", True, 0.65, 2)
+WAYS = {"gpu": GPU, "cpu decode": GPU._replace(decode="cpu"), "cpu": GPU._replace(decode="cpu", augment="cpu"), "fp32": GPU._replace(half=False),
+        "no engine": GPU._replace(hw_load=0.0)}
+RICH = dict(flip_p=1, jitter_p=1, gray_p=1, blur_p=1, solarize_p=1, interpolation="cubic")
+MULTI = (Crop(), Crop(size=96, solarize_p=0.2, blur_p=0.1, scale=(0.05, 0.4)), Crop(size=96, **PLAIN), Crop(size=96, **RICH), Crop(jitter_p=0))
+
+
+def serialised(listing, folder, way):
+    """Operators (name, device) of the graphs of training, evaluation and the check; each is registered for its device and the graphs serialise."""
     from nvidia.dali import backend
-    indices = np.arange(len(few.files))
-    reader = loader._reader(few, indices, indices, 4, "")
+    reader = loader._reader(listing, np.arange(40), folder)
     pipe = dict(batch_size=4, num_threads=1, device_id=None)
     known = dict(cpu=set(backend.RegisteredCPUOps()), gpu=set(backend.RegisteredGPUOps()), mixed=set(backend.RegisteredMixedOps()))
-    for p in (graph.train((crop,) * 2, reader, 0, "gpu", **pipe), graph.evaluate(256, 224, crop.mean, crop.std, reader, "gpu", **pipe),
-              graph.decode(lambda: [], "gpu", **pipe)):
+    used = []
+    for p in (graph.train(MULTI, reader, lambda i: [], way, **pipe), graph.evaluate(256, 224, Crop().mean, Crop().std, reader, way, **pipe),
+              graph.decode(lambda: [], way, **pipe)):
         assert p.serialize()
-        used = [(getattr(o._op, "schema_name", type(o._op).__name__), o._op.device) for o in p._ops]
-        assert [u for u in used if u[0] not in known[u[1]]] == []
-        assert {"cpu", "mixed"} <= {device for _, device in used}
+        used += [(getattr(o._op, "schema_name", type(o._op).__name__), o._op.device) for o in p._ops]
+    assert [u for u in used if u[0] not in known[u[1]]] == []
+    return set(used)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_gpu_graphs_serialise_and_every_operator_exists_for_its_device(name, few):
+    way = WAYS[name]
+    used = serialised(few, "", way)
+    assert (("decoders__Image", "mixed") in used) == (way.decode == "gpu") != (("decoders__Image", "cpu") in used)
+    assert (("Hsv", "gpu") in used) == (way.augment == "gpu") != (("Hsv", "cpu") in used)
+    assert ("CropMirrorNormalize", "gpu") in used and ("CropMirrorNormalize", "cpu") not in used
+
+
+def test_the_way_follows_configuration_and_device():
+    gpu, base = torch.device("cuda", 0), dict(train="x")
+    way = lambda device, precision="fp32", **keys: data.way(config.Data(**base, **keys), device, precision)
+    assert way(CPU) == usual_way(CPU) == ("cpu", "cpu", "cpu", False, 0.65, 2)
+    assert way(CPU, "bf16").half is False  # on the CPU halves are slower
+    assert way(gpu) == usual_way(gpu) == ("gpu", "gpu", "gpu", False, 0.65, 2) and way(gpu, "fp16").half and way(gpu, "bf16").half
+    assert way(gpu, decode="cpu")[:3] == ("cpu", "gpu", "gpu") and way(gpu, augment="cpu")[:3] == ("cpu", "cpu", "gpu")
+    assert way(gpu, decode="gpu", hw_decoder_load=0.2, prefetch=5)[3:] == (False, 0.2, 5)
+    for key in ("decode", "augment"):
+        with pytest.raises(UserError) as e:
+            way(CPU, **{key: "gpu"})
+        one_sentence(e, f"data.{key}", "no", "GPU", "auto or cpu")
+    with pytest.raises(UserError) as e:
+        config.validate(dict(run=dict(name="x"), data=base | dict(decode="gpu", augment="cpu")), "here")
+    one_sentence(e, "here", "decode: gpu", "data.augment: cpu")
 
 
 @pytest.mark.gpu
-def test_gpu_views_are_the_cpus(photos):
-    crops = (Crop(size=96), Crop(size=64))
+@pytest.mark.parametrize("name", WAYS)
+def test_gpu_views_are_the_cpus(name, photos, few):
+    gpu, way = torch.device("cuda", 0), WAYS[name]
+    crops = (Crop(size=96), Crop(size=64, solarize_p=0.5, interpolation="cubic"), Crop(size=48, jitter_p=0), Crop(size=48, **PLAIN))
+    for listing in (photos, few):  # PNG, which nvJPEG does not read, and JPEG
+        there = data.TrainLoader(listing, crops, 4, 0, 5, 1, 1, gpu, way=way)
+        for a, b in zip(make(listing, crops, batch=4, epochs=5), there):
+            assert torch.equal(a.index, b.index)
+            for crop, x, y in zip(crops, a.views, b.views):
+                assert y.device == gpu and y.dtype == (torch.float16 if way.half else torch.float32)
+                assert y.is_contiguous(memory_format=torch.channels_last)
+                if way.augment == "cpu":
+                    assert abs(x - y.cpu().float()).max() < 2e-3  # float16's rounding of values up to 2.7
+                for one, other in zip(x, y.cpu().float()):
+                    assert abs(pixels(one, crop) - pixels(other, crop)).mean() < 3
+        for a, b in zip(data.EvalLoader(listing, 72, 64, 3, 1, CPU), data.EvalLoader(listing, 72, 64, 3, 1, gpu, way=way)):
+            assert abs(pixels(a.views[0][0], Crop()) - pixels(b.views[0][0].cpu().float(), Crop())).mean() < 1.5
+
+
+@pytest.mark.gpu
+def test_halves_are_the_rounded_floats(photos):
     gpu = torch.device("cuda", 0)
-    for a, b in zip(make(photos, crops, batch=4, epochs=5), make(photos, crops, batch=4, epochs=5, device=gpu)):
-        assert torch.equal(a.index, b.index)
-        for crop, x, y in zip(crops, a.views, b.views):
-            assert y.device == gpu and y.is_contiguous(memory_format=torch.channels_last)
-            for one, other in zip(x, y.cpu()):
-                assert abs(pixels(one, crop) - pixels(other, crop)).mean() < 3
-    for a, b in zip(data.EvalLoader(photos, 72, 64, 3, 1, CPU), data.EvalLoader(photos, 72, 64, 3, 1, gpu)):
-        assert abs(pixels(a.views[0][0], Crop()) - pixels(b.views[0][0].cpu(), Crop())).mean() < 1.5
+    a, b = (data.TrainLoader(photos, SMALL, 4, 0, 3, 1, 1, gpu, way=GPU._replace(half=half)) for half in (False, True))
+    for x, y in zip(a, b):
+        for u, v in zip(x.views, y.views):
+            assert abs(u.half().float() - v.float()).max() < 2e-3  # one unit in the last place of values up to 2.7
+
+
+@pytest.mark.gpu
+def test_taking_batches_waits_for_nothing_and_copies_nothing(photos):
+    gpu = torch.device("cuda", 0)
+    train = data.TrainLoader(photos, SMALL, 4, 0, 40, 1, 1, gpu, way=GPU)
+    kept = [next(train) for _ in range(3)]
+    before = [v.clone() for b in kept for v in b.views]
+    train._pipe = Spy(train._pipe)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            batch = next(train)
+            assert [v.data_ptr() for v in batch.views] == train._pipe.pointers
+            (batch.views[0].float() * 2).sum()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(before, (v for b in kept for v in b.views)))  # DALI reuses no memory that a tensor holds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "gif", "header"])
+def test_what_the_gpu_decoder_does_with_a_bad_file(kind, few, tmp_path, capfd):
+    """Refused with its name, as on the CPU, or, where nvJPEG reads what libjpeg does not, decoded: never a crash."""
+    root = tmp_path / "train"
+    shutil.copytree(few.root, root)
+    listing = data.listing(root)
+    bad = listing.files[17]
+    content = (root / bad).read_bytes()
+    if kind == "gif":
+        Image.new("RGB", (9, 9)).save(root / bad, "GIF")
+    else:
+        (root / bad).write_bytes({"truncated": content[:len(content) // 2], "text": b"no image at all", "empty": b"", "header": content[:100]}[kind])
+    train = data.TrainLoader(listing, SMALL, 8, 0, 2, 1, 1, torch.device("cuda", 0), way=GPU)
+    if kind == "truncated":
+        try:
+            list(train)
+            return
+        except UserError as e:
+            assert bad in str(e)
+    else:
+        with pytest.raises(UserError) as e:
+            list(train)
+        one_sentence(e, f"unreadable image {bad}", f"--only {bad}`")

@@ -11,10 +11,12 @@ import torch
 
 from fastdisco.config import UserError
 from fastdisco.data.folder import Listing
+from fastdisco.data.way import kind, usual
 
 
 def graphs():
     """The module of DALI graphs; DALI is an extra, so it is imported where it is first used."""
+    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "4M")  # buffers are kept, else the kernel clears new pages for every batch
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
@@ -29,17 +31,13 @@ COMPLAINT = re.compile(r"Corrupt JPEG data(?!: bad ICC)|premature end|inconsiste
                        r"not terminated with EOI|read error", re.IGNORECASE)
 
 
-def kind(device: torch.device) -> str:
-    return "gpu" if torch.device(device).type == "cuda" else "cpu"
-
-
 class Decoder:
     """Decodes batches, one at a time, for nothing but their faults."""
 
     def __init__(self, device: torch.device, batch: int, threads: int):
         """batch: images at most."""
         device = torch.device(device)
-        self._make = lambda: graphs().decode(lambda: self._images, kind(device), batch_size=batch, num_threads=threads, prefetch_queue_depth=1,
+        self._make = lambda: graphs().decode(lambda: self._images, usual(device), batch_size=batch, num_threads=threads, prefetch_queue_depth=1,
                                              device_id=(device.index or 0) if kind(device) == "gpu" else None,
                                              exec_async=False, exec_pipelined=False)  # so that what DALI prints is of this very batch
         self._start()

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from fastdisco import dist
 from fastdisco.config import UserError
-from fastdisco.data import decoder, shards
-from fastdisco.data.decoder import graphs, kind
+from fastdisco.data import decoder, draws, shards
+from fastdisco.data.decoder import graphs
 from fastdisco.data.folder import Listing, some
+from fastdisco.data.way import Way, usual
 from fastdisco.views import Crop
 
 CHUNK = 1 << 18  # samples that one pipeline reads on a rank, at least one epoch: its list of files costs some 600 bytes a sample.  Fewer in many tars
-DEPTH = 2  # batches made ahead
 
 
 class Batch(NamedTuple):
-    views: list[Tensor]  # [B,3,S,S] float32 per crop, normalised, in channels_last memory
+    views: list[Tensor]  # [B,3,S,S] float32 or float16 per crop, normalised, in channels_last memory, on the network's device
     label: Tensor  # [B] int64, on the CPU
     index: Tensor  # [B] int64, on the CPU: the image's position in the listing
 
@@ -33,8 +33,8 @@ class TrainLoader:
     holds depends on neither; and the whole state of the loader is `position`."""
 
     def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device, start: int = 0):
-        """batch: images per rank and micro batch.  start: micro batches already seen; threads: of the CPU, on this rank.
+                 device: torch.device, start: int = 0, way: Way | None = None):
+        """batch: images per rank and micro batch.  threads: of the CPU, on this rank.  start: micro batches already seen.  way: None is the usual.
 
         Raises UserError where the listing holds less than one global batch, or samples in tars that are sorted by class."""
         every, n = batch * dist.world() * accumulate, len(listing.kept)
@@ -42,6 +42,7 @@ class TrainLoader:
             raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
         shards.refuse_sorted(listing)
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
+        self.way = way or usual(device)
         self.steps_per_epoch = n // every
         self._per_epoch = self.steps_per_epoch * accumulate
         self._end = epochs * self._per_epoch
@@ -64,25 +65,28 @@ class TrainLoader:
             raise StopIteration
         if self.position == self._chunk_end:
             self._open()
-        *views, words = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
-        index = torch.from_numpy(graphs().indices(words, self.position // self._per_epoch))
+        views, index = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device, self.way)
         self._position += 1
         return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
 
     def _open(self):
         """Build the pipeline that reads from `position` on, for some epochs."""
-        graph, per = graphs(), self._per_epoch
+        per = self._per_epoch
         first = self.position // per
         epochs = range(first, min(first + max(1, CHUNK // (per * self.batch)), self._end // per))
         orders = [self._order(e) for e in epochs]
         begin = (self.position - first * per) * self.batch
         ahead = np.concatenate(orders)[begin:]
         self._files_at = ahead[:shards.at_once(self.listing, ahead, self.batch)]
-        words = np.concatenate([graph.words(o, e) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)]
+        words = np.concatenate([draws.words(o, e) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)].reshape(-1, self.batch)
+
+        def feed(i):
+            return draws.feed(self.crops, self.seed, words[i % len(words)], self.way.augment)  # the reader, too, begins anew after the last
+
         self._chunk_start, self._chunk_end = self.position, self.position + len(self._files_at) // self.batch
         self._pipe = None  # two at once would hold twice the buffers
-        self._pipe = _built(self.listing, self._files_at, words, self.batch, lambda reader: graph.train(
-            self.crops, reader, self.seed, kind(self.device), **_pipe(self.batch, self.threads, self.device)))
+        self._pipe = _built(self.listing, self._files_at, lambda reader: graphs().train(
+            self.crops, reader, feed, self.way, **_pipe(self.batch, self.threads, self.device, self.way)))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of this rank in the epoch, [micro batches * batch]."""
@@ -97,13 +101,13 @@ class EvalLoader:
     """Images in order, each once, the last batch what is left; can be iterated again.  len() is the number of images."""
 
     def __init__(self, listing: Listing, resize: int, size: int, batch: int, threads: int, device: torch.device,
-                 indices: Sequence[int] | None = None, mean=Crop().mean, std=Crop().std):
+                 indices: Sequence[int] | None = None, mean=Crop().mean, std=Crop().std, way: Way | None = None):
         """resize: short side, then a centre crop of `size`.  indices: which images of the listing, in which order; None: all but the quarantine's."""
         if size > resize:
             raise UserError(f"data.eval_size: a centre crop of {size} does not fit into a short side of {resize} (data.eval_resize); lower it")
         self.listing, self.batch, self.threads, self.device = listing, batch, threads, device
         self.indices = listing.kept if indices is None else np.asarray(indices, np.int64)
-        self._view = resize, size, mean, std
+        self._view, self.way = (resize, size, mean, std), way or usual(device)
 
     def __len__(self):
         return len(self.indices)
@@ -116,13 +120,13 @@ class EvalLoader:
         padded = np.concatenate([self.indices, self.indices[-1:].repeat(-n % batch)])
         while n:
             now = padded[:shards.at_once(self.listing, padded, batch)]
-            pipe = _built(self.listing, now, now.astype(np.int32), batch, lambda reader: graphs().evaluate(
-                *self._view, reader, kind(self.device), **_pipe(batch, self.threads, self.device)))
+            pipe = _built(self.listing, now, lambda reader: graphs().evaluate(*self._view, reader, self.way,
+                                                                              **_pipe(batch, self.threads, self.device, self.way)))
             for i in range(len(now) // batch):
-                view, index = _run(pipe, self.listing, now, i, batch, self.device)
+                views, index = _run(pipe, self.listing, now, i, batch, self.device, self.way)
                 here = min(batch, n)
-                index = torch.from_numpy(index[:here].astype(np.int64))
-                yield Batch([view[:here]], torch.from_numpy(self.listing.labels)[index], index)
+                index = index[:here]
+                yield Batch([view[:here] for view in views], torch.from_numpy(self.listing.labels)[index], index)
                 n -= here
             padded = padded[len(now):]
 
@@ -143,16 +147,15 @@ def _keys(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
 
 
-def _pipe(batch: int, threads: int, device: torch.device) -> dict:
-    device = torch.device(device)
-    gpu = (device.index or 0) if device.type == "cuda" else None  # None: DALI touches no driver
-    return dict(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=DEPTH)
+def _pipe(batch: int, threads: int, device: torch.device, way: Way) -> dict:
+    gpu = (torch.device(device).index or 0) if way.out == "gpu" else None  # None: DALI touches no driver
+    return dict(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=way.prefetch)
 
 
-def _built(listing: Listing, indices: np.ndarray, words: np.ndarray, batch: int, pipeline: Callable):
+def _built(listing: Listing, indices: np.ndarray, pipeline: Callable):
     """pipeline(reader), built: by then DALI has read the index files of tars."""
     with tempfile.TemporaryDirectory(prefix="fastdisco-") as folder:
-        pipe = pipeline(_reader(listing, indices, words, batch, folder))
+        pipe = pipeline(_reader(listing, indices, folder))
         try:
             pipe.build()
         except RuntimeError:
@@ -165,22 +168,23 @@ def _built(listing: Listing, indices: np.ndarray, words: np.ndarray, batch: int,
     return pipe
 
 
-def _reader(listing: Listing, indices: np.ndarray, words: np.ndarray, batch: int, folder: str) -> dict:
-    """What the graph's reader is told: these images in this order, each with its word; `folder` takes the index files of tars."""
+def _reader(listing: Listing, indices: np.ndarray, folder: str) -> dict:
+    """What the graph's reader is told: these images in this order; `folder` takes the index files of tars."""
     if listing.places:
-        return shards.reader(listing, indices, folder) | dict(words=words.reshape(-1, batch, 1))
-    files = listing.files
-    return dict(file_root=str(listing.root), files=[files[i] for i in indices.tolist()], labels=words.tolist(), name="Reader")
+        return shards.reader(listing, indices, folder)
+    return dict(file_root=str(listing.root), files=[listing.files[i] for i in indices.tolist()])
 
 
-def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device: torch.device) -> list:
-    """Views as [B,3,S,S] tensors without a copy, and the reader's words as NumPy [B]."""
-    stream = torch.cuda.current_stream(device) if kind(device) == "gpu" else None
+def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device: torch.device, way: Way) -> tuple[list[Tensor], Tensor]:
+    """Views as [B,3,S,S] tensors without a copy, and the images' indices [B]; i: the batch's number since the pipeline was built.
+
+    On a GPU nothing waits: the views are ready for what is launched on the current stream from here on, and DALI takes their memory back when
+    the tensors are gone, after what that stream did with them until then."""
     try:
-        *views, label = pipe.run(stream)
+        views = pipe.run(torch.cuda.current_stream(device) if way.out == "gpu" else None)
     except RuntimeError as e:
-        ahead = np.unique(indices[i * batch:(i + 1 + DEPTH) * batch])  # and what would stop the run next
-        bad = decoder.unreadable(listing, ahead, device)
+        ahead = np.unique(indices[i * batch:(i + 1 + way.prefetch) * batch])  # and what would stop the run next
+        bad = decoder.unreadable(listing, ahead, device if way.decode == "gpu" else torch.device("cpu"))
         if not bad:
             raise
         names, source = [listing.files[j] for j in bad], shlex.quote(str(listing.source))
@@ -188,4 +192,4 @@ def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device
                           f"`fastdisco data check {source} --only {shlex.join(names)}`; the same command then continues from the last checkpoint")
         error.anywhere = True  # only this rank knows of it
         raise error from e
-    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views] + [np.array(label.as_tensor())[:, 0]]
+    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views], torch.from_numpy(indices[i * batch:(i + 1) * batch])
