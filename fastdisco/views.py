@@ -1,4 +1,6 @@
 """What a view is: one random crop of an image with its augmentation, as data."""
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 Range = tuple[float, float]
@@ -16,5 +18,13 @@ class Crop(BaseModel, extra="forbid", frozen=True):
     gray_p: float = Field(0.2, ge=0, le=1)
     blur_p: float = Field(0.5, ge=0, le=1)
     blur_sigma: Range = (0.1, 2.0)  # pixels
+    solarize_p: float = Field(0, ge=0, le=1)
+    interpolation: Literal["linear", "cubic"] = "linear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class Crops(Crop):
+    """`count` views alike.  What is not set here is as in the configuration's `view`, see config.crops."""
+
+    count: int = Field(1, ge=1)
