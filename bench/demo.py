@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastdisco import config, data, methods, models
+from fastdisco import config, data, models
 from fastdisco.data import demo
 from fastdisco.evals import knn
 
@@ -93,9 +93,7 @@ def untrained(run: Path) -> models.Net:
     """The network that a run began with."""
     cfg = config.load(run / "config.yaml")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view,
-                            seed=cfg.run.seed, shuffle=False)
-    return models.create(cfg.student.arch, method.head, cfg.student.kwargs).to(memory_format=torch.channels_last).eval()
+    return models.of(cfg).to(memory_format=torch.channels_last).eval()
 
 
 def evaluate(out: Path, seed: int, encode) -> float:

@@ -25,19 +25,21 @@ class Item(NamedTuple):
     own: bool = False  # each rank keeps its own
 
 
-def items(student, ema: nn.Module, method: nn.Module, loader) -> dict[str, Item]:
+def items(student, ema: nn.Module | None, method: nn.Module, loader) -> dict[str, Item]:
     """The one list of a training's state.  `student` is the engine; `loader` has a settable `position`."""
     net, scaler = student.module, engine.scaler(student)
-    return {
-        "student": Item(lambda: engine.weights(student) | mean_buffers(net), lambda weights: engine.load_weights(student, weights)),
+    mean = {
         "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
+        "ema_buffers": Item(lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True),
+    } if ema else {}
+    return mean | {
+        "student": Item(lambda: engine.weights(student) | mean_buffers(net), lambda weights: engine.load_weights(student, weights)),
         "method": Item(method.state_dict, method.load_state_dict),
         "optimizer": Item(lambda: engine.optimizer_state(student), lambda state: engine.load_optimizer_state(student, state)),
         "scaler": Item(lambda: scaler and scaler.state_dict(), lambda state: scaler and scaler.load_state_dict(state)),  # None but for fp16
         "data": Item(lambda: loader.position, lambda position: setattr(loader, "position", position)),
         # statistics differ from rank to rank, and with them the mean over ranks in "student" and "ema"
         "student_buffers": Item(lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True),
-        "ema_buffers": Item(lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True),
         "rng": Item(_rng, _set_rng, own=True),
     }
 

@@ -2,12 +2,12 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from fastdisco.views import Crop
+from fastdisco.views import Crop, Crops
 
 
 class UserError(Exception):
@@ -57,7 +57,9 @@ class Data(Block):
 
 class Student(Block):
     arch: str = "mobilenetv3_large_100"  # any timm model
-    hidden: int = Field(2048, ge=0)  # width of the projection head's hidden layer; 0: a single linear layer
+    head: Literal["mlp", "dino"] = "mlp"  # linear layers with ReLU, two; or with GELU, three: see heads.py
+    head_bn: bool = False  # batch norm in the head, as SwAV's has
+    hidden: int = Field(2048, ge=0)  # width of the head's hidden layers; 0: a single linear layer
     dim: int = Field(128, ge=1)  # width of the embedding
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
 
@@ -71,6 +73,20 @@ class Teacher(Block):
 class Bn(Block):
     groups: int = Field(1, ge=1)  # batch-norm statistics over 1/groups of a rank's micro batch, as `groups` GPUs would have them
     shuffle: bool = True  # the key encoder sees the batch permuted over ranks and groups (MoCo, section 3.3)
+    sync: bool = False  # statistics over all ranks, GPUs only
+
+    @model_validator(mode="after")
+    def _one_of(self):
+        if self.sync and self.groups > 1:
+            raise ValueError(f"bn.sync: statistics over all ranks and in {self.groups} parts of each (bn.groups) exclude each other; set one of them")
+        return self
+
+
+class Rkd(Block):
+    """Relational distillation on view A (arXiv:1904.05068); the paper's comparison has both at 1 and method.distill at 0."""
+
+    distance: float = Field(0.0, ge=0)
+    angle: float = Field(0.0, ge=0)
 
 
 class Moco(Block):
@@ -81,20 +97,101 @@ class Moco(Block):
     momentum: float = Field(0.999, ge=0, le=1)  # of the mean student (EMA)
     contrast: float = Field(1.0, ge=0)  # weight of the InfoNCE term
     distill: float = Field(32.0, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: the paper's, see docs/method.md
+    rkd: Rkd = Rkd()  # weights of the relational terms
+
+
+class Swav(Block):
+    name: Literal["swav"] = "swav"
+    temp: float = Field(0.1, gt=0)
+    prototypes: int = Field(3000, ge=2)
+    freeze_steps: int = Field(5005, ge=0)  # for which the prototypes stay as drawn
+    epsilon: float = Field(0.05, gt=0)  # smoothness of the codes
+    iterations: int = Field(3, ge=1)  # of Sinkhorn and Knopp
+    queue: int = Field(3584, ge=0)  # embeddings of each of the first two views that share in the codes; a multiple of data.batch.  0: none
+    queue_epoch: int = Field(15, ge=0)  # at which they begin to be kept; used once there are that many
+    distill: float = Field(1 / 2048, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: 1/2 the mean over 8 x 128 elements
+
+
+class Dino(Block):
+    name: Literal["dino"] = "dino"
+    temp: float = Field(0.1, gt=0)
+    temp_mean: float = Field(0.04, gt=0)  # of the mean student, which is DINO's teacher
+    temp_mean_start: float = Field(0.04, gt=0)
+    temp_warmup_epochs: int = Field(0, ge=0)  # from temp_mean_start to temp_mean, once an epoch
+    prototypes: int = Field(65536, ge=2)  # outputs of the last layer
+    norm_last_layer: bool = True  # their lengths stay 1
+    freeze_epochs: int = Field(1, ge=0)  # for which the last layer stays as drawn
+    momentum: float = Field(0.996, ge=0, le=1)  # of the mean student at the start; 1 at the end, by a cosine
+    centre: float = Field(0.9, ge=0, lt=1)  # momentum of the centre
+    distill: float = Field(1.0, ge=0)  # weight of ||s-t||^2 of the bottlenecks, mean over images, sum over the two large views: ours, none is published
+
+
+class Seed(Block):
+    name: Literal["seed"] = "seed"
+    temp: float = Field(0.2, gt=0)
+    temp_teacher: float = Field(0.01, gt=0)  # the paper's; its code's 1e-4 needs the queue in fp32
+    queue: int = Field(65536, ge=1)  # embeddings of the teacher; with contrast as many keys of the mean student
+    queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU where temp_teacher allows, else fp32
+    distill: float = Field(1.0, ge=0)  # weight of SEED's term
+    contrast: float = Field(0.0, ge=0)  # weight of MoCo's term beside it
+    momentum: float = Field(0.999, ge=0, le=1)  # of the mean student, which only contrast needs
+
+    @model_validator(mode="after")
+    def _resolved(self):
+        if self.temp_teacher < 0.01 and self.queue_dtype in ("bf16", "fp16"):
+            raise ValueError(f"method.queue_dtype: {self.queue_dtype} does not resolve cosines for method.temp_teacher {self.temp_teacher:g}; set fp32")
+        return self
+
+
+# What other blocks default to under a method, as its authors trained; what a configuration says itself goes over it.
+RECIPES = {
+    "moco": {"views": [{"count": 2}]},
+    "swav": {
+        "run": {"epochs": 200},
+        "data": {"batch": 512},
+        "view": {"jitter": [0.8, 0.8, 0.8, 0.2], "std": [0.228, 0.224, 0.225]},
+        "views": [{"count": 2, "size": 224, "scale": [0.14, 1.0]}, {"count": 6, "size": 96, "scale": [0.05, 0.14]}],
+        "student": {"head_bn": True},
+        "bn": {"sync": True},
+        "optim": {"name": "lars", "lr": 0.6, "lr_min": 6e-4, "weight_decay": 1e-6},
+    },
+    "dino": {
+        "run": {"epochs": 100},
+        "data": {"batch": 512},
+        "view": {"jitter": [0.4, 0.4, 0.2, 0.1], "interpolation": "cubic"},
+        "views": [{"size": 224, "scale": [0.4, 1.0], "blur_p": 1.0}, {"size": 224, "scale": [0.4, 1.0], "blur_p": 0.1, "solarize_p": 0.2},
+                  {"count": 8, "size": 96, "scale": [0.05, 0.4], "blur_p": 0.5}],
+        "student": {"head": "dino", "dim": 256, "kwargs": {"drop_path_rate": 0.1}},
+        "optim": {"name": "adamw", "lr": 5e-4, "lr_scale": "linear", "lr_min": 1e-6, "warmup_epochs": 10, "weight_decay": 0.04,
+                  "weight_decay_end": 0.4, "decay_norm_and_bias": False, "clip": 3.0, "clip_each": True},
+    },
+    "seed": {"views": [{"count": 1}], "optim": {"lr_scale": "linear", "warmup_epochs": 5}},
+}
 
 
 class Optim(Block):
     name: str = "sgd"  # any name of timm.optim
     lr: float = Field(0.03, ge=0)
     lr_scale: Literal["none", "linear", "sqrt"] = "none"  # lr times (data.batch / 256), or its root
+    lr_min: float = Field(0.0, ge=0)  # where the cosine ends; not scaled
     momentum: float = 0.9
     weight_decay: float = Field(1e-4, ge=0)
+    weight_decay_end: float | None = Field(None, gt=0)  # where a cosine of its own ends; null: it stays
     decay_norm_and_bias: bool = True  # as MoCo and DisCo do
     clip: float = Field(0.0, ge=0)  # norm of the gradient; 0: off
+    clip_each: bool = False  # the norm is each weight tensor's own, as in DINO's code
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     per: Literal["step", "epoch"] = "step"  # how often the schedule moves
     warmup_epochs: float = Field(0.0, ge=0)
     milestones: tuple[int, ...] = (120, 160)  # epochs at which `step` multiplies lr by 0.1
+
+    @model_validator(mode="after")
+    def _schedules(self):
+        if self.lr_min and self.schedule != "cosine":
+            raise ValueError(f"optim.lr_min: the schedule {self.schedule} does not end at {self.lr_min:g}; set optim.lr_min=0 or optim.schedule=cosine")
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError("optim.weight_decay_end: a schedule from 0 is not known; set optim.weight_decay to a small number")
+        return self
 
 
 class Engine(Block):
@@ -129,21 +226,55 @@ class Checkpoint(Block):
 class Config(Block):
     run: Run
     data: Data
-    view: Crop = Crop()
+    view: Crop = Crop()  # what all crops share
+    views: tuple[Crops, ...] = Field(min_length=1)  # the crops of an image, laid over `view`; by default the method's, see RECIPES
     student: Student = Student()
     teacher: Teacher | None = None  # null: no distillation
     bn: Bn = Bn()
-    method: Moco = Moco()
+    method: Annotated[Moco | Swav | Dino | Seed, Field(discriminator="name")] = Moco()
     optim: Optim = Optim()
     engine: Engine = Engine()
     eval: Eval = Eval()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, raw):
+        method = raw.get("method", {}) if isinstance(raw, dict) else None
+        if not isinstance(method, dict) or (recipe := RECIPES.get(method.get("name", "moco"))) is None:
+            return raw  # refused below
+        if raw.get("views") is None:
+            own = {key for group in recipe["views"] for key in group}
+            if taken := sorted(own & set(raw.get("view") or {})):
+                raise ValueError(f"view.{taken[0]}: the crops of {method['name']} have a {taken[0]} of their own; write them out as views, "
+                                 f"by default {recipe['views']}")
+            raw = {k: v for k, v in raw.items() if k != "views"}
+        return _over(recipe, raw | {"method": {"name": "moco"} | method})
+
+    @field_serializer("views")
+    def _as_given(self, views):
+        return [group.model_dump(mode="json", exclude_unset=True) for group in views]  # else a group's defaults would hide `view` when read back
+
     @model_validator(mode="after")
     def _fits(self):
-        if self.method.queue < self.data.batch:
-            raise ValueError(f"method.queue: {self.method.queue} keys cannot hold one step's {self.data.batch} (data.batch); enlarge it")
+        method, batch, crops = self.method, self.data.batch, sum(group.count for group in self.views)
+        need = {"moco": 2, "seed": 2 if method.name == "seed" and method.contrast else 1}.get(method.name)
+        if crops != need if need else crops < 2:
+            raise ValueError(f"views: {method.name} takes {need or '2 or more'} crops of an image{' here' * bool(need)}, found {crops}; "
+                             f"set views=[{{count: {need or 2}}}] for example")
+        if method.name == "seed" and self.teacher is None:
+            raise ValueError("teacher.file: SEED learns from a teacher alone; give one")
+        if method.name in ("moco", "seed") and method.queue < batch:
+            raise ValueError(f"method.queue: {method.queue} keys cannot hold one step's {batch} (data.batch); enlarge it")
+        if method.name == "swav" and method.queue % batch:
+            raise ValueError(f"method.queue: {method.queue} embeddings are no multiple of data.batch {batch}; nearest: "
+                             f"{method.queue // batch * batch} or {(method.queue // batch + 1) * batch}")
+        if self.engine.stage and (freeze := {"swav": "freeze_steps", "dino": "freeze_epochs"}.get(method.name)) and getattr(method, freeze):
+            raise ValueError(f"method.{freeze}: at engine.stage {self.engine.stage} gradients are flat pieces of many tensors, and none can be "
+                             f"left out of a step; set method.{freeze}=0 or engine.stage=0")
+        if self.engine.stage and self.optim.clip_each:
+            raise ValueError(f"optim.clip_each: at engine.stage {self.engine.stage} gradients are flat pieces of many tensors; set it to false")
         if self.data.eval_size > self.data.eval_resize:
             raise ValueError(f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to {self.data.eval_resize} (data.eval_resize)")
         if self.optim.warmup_epochs >= self.run.epochs:
@@ -182,6 +313,12 @@ def validate(raw: dict, source: Path | str) -> Config:
 def dump(cfg: Config) -> str:
     """The whole resolved configuration as YAML that `load` reads back to an equal Config."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def crops(cfg: Config) -> tuple[Crop, ...]:
+    """The crops of an image, one by one: each group of `views` laid over `view`, `count` times."""
+    return tuple(cfg.view.model_copy(update={k: getattr(group, k) for k in group.model_fields_set - {"count"}})
+                 for group in cfg.views for _ in range(group.count))
 
 
 def flatten(d: dict, prefix: str = "") -> dict[str, Any]:
@@ -223,35 +360,48 @@ def _override(raw: dict, item: str):
         raise UserError(f"override '{item}': the value is not valid YAML") from None
 
 
+def _over(below: dict, above: dict) -> dict:
+    """`above` laid over `below`, block by block; null blocks stay null."""
+    return below | {k: _over(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}
+
+
 def _sentence(err: dict) -> str:
-    loc = [str(p) for p in err["loc"]]
-    name = ".".join(loc)
+    loc, name = [str(p) for p in err["loc"]], ""
+    if loc[:1] == ["method"] and len(loc) > 1:  # pydantic puts the method's name into the way
+        name = f" for method {loc.pop(1)}"
+    where = ".".join(loc)
     if err["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1])
+        known = _keys_at(loc[:-1], name.split()[-1:])
+        if loc[0] == "method" and (others := [m for m in RECIPES if loc[-1] in _keys_at(["method"], [m])]) and len(loc) == 2:
+            return f"unknown key {where}{name}, which is one of {' and '.join(others)}; known here: {', '.join(known)}"
         near = [k for k in flatten(_tree(Config)) if k.split(".")[-1] == loc[-1]]  # the right key in the wrong block
         near = near or [".".join(loc[:-1] + [k]) for k in difflib.get_close_matches(loc[-1], known, 1, 0.5)]
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {name}; {hint}"
+        return f"unknown key {where}; {hint}"
+    if err["type"] == "union_tag_invalid":
+        near = difflib.get_close_matches(err["ctx"]["tag"], RECIPES, 1, 0.5)
+        return f"{where}.name: no method is called {err['ctx']['tag']!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPES)}")
     msg = err["msg"].removeprefix("Value error, ")
     if err["type"] == "missing":
-        return f"{name} is required"
-    return f"{name}: {msg} (found {err['input']!r})" if name else msg
+        return f"{where} is required"
+    return f"{where}: {msg} (found {err['input']!r})" if where and not msg.startswith(f"{loc[0]}.") else msg
 
 
-def _model_of(field) -> type[BaseModel] | None:
+def _models_of(field) -> list[type[BaseModel]]:
     kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
 
 
-def _keys_at(loc: list[str]) -> list[str]:
+def _keys_at(loc: list[str], method: list[str] = ()) -> list[str]:
     model = Config
     for part in loc:
-        model = _model_of(model.model_fields[part])
+        if not part.isdigit():  # an item of a list
+            model = next(m for m in _models_of(model.model_fields[part]) if part != "method" or [m.model_fields["name"].default] == list(method))
     return list(model.model_fields)
 
 
 def _tree(model: type[BaseModel]) -> dict:
-    return {k: _tree(m) if (m := _model_of(f)) else None for k, f in model.model_fields.items()}
+    return {k: {n: t for m in found for n, t in _tree(m).items()} if (found := _models_of(f)) else None for k, f in model.model_fields.items()}
 
 
 class _Loader(yaml.SafeLoader):

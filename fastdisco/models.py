@@ -1,4 +1,4 @@
-"""Networks: a timm backbone with a projection head, split batch norm, the mean student, and strict loading of weights."""
+"""Networks: a timm backbone with a projection head and prototypes, split batch norm, the mean student, and strict loading of weights."""
 import copy
 import difflib
 import pickle
@@ -10,7 +10,7 @@ from typing import Any, Callable, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,44 +20,68 @@ from fastdisco.config import UserError
 
 class Out(NamedTuple):
     z: Tensor  # [V,B,d] raw head outputs: the losses normalise them
-    scores: Tensor | None = None  # [V,B,K] prototype logits
+    scores: Tensor | None = None  # [V,B,P] cosines to the prototypes, of nets that have them
 
 
 class Net(nn.Module):
-    """Backbone and projection head; a list of views [B,3,S,S] in, Out.z [V,B,d] out."""
+    """Backbone, head and prototypes; a list of views [B,3,S,S] in, Out.z [V,B,d] and Out.scores [V,B,P] out."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+    def __init__(self, backbone: nn.Module, head: nn.Module, prototypes: nn.Module | None = None, joint: bool = False):
+        """joint: in training, too, the backbone runs once per resolution and the head once, so that batch-norm statistics are of all those views
+        (SwAV, DINO); else once per view (MoCo).  In eval mode it always does."""
         super().__init__()
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head, self.prototypes, self.joint = backbone, head, prototypes, joint
+        self.groups = 1  # of images in a joint forward, see `split_bn`
 
     def forward(self, views: list[Tensor]) -> Out:
-        """Training: one forward per view, since batch-norm statistics are per view.  Eval: one forward per resolution."""
-        if self.training:
-            return Out(torch.stack([self.head(self.features(v)) for v in views]))
+        if self.training and not self.joint:
+            z = torch.stack([self.head(self.features(v)) for v in views])
+        else:
+            z = self._jointly(views, self.groups if self.training else 1)
+        return Out(z, None if self.prototypes is None else self.prototypes(z))
+
+    def _jointly(self, views: list[Tensor], groups: int) -> Tensor:
+        """[V,B,d].  Group after group of images, with all their views, so that the slices of a split batch norm hold what a rank would."""
         sizes = {}
         for i, v in enumerate(views):
             sizes.setdefault(v.shape[-2:], []).append(i)
-        z = [None] * len(views)
-        for same in sizes.values():
-            rows = self.head(self.features(torch.cat([views[i] for i in same])))  # [len(same)*B,d]
-            for i, part in zip(same, rows.chunk(len(same))):
-                z[i] = part
-        return Out(torch.stack(z))
+        parts = [v.chunk(groups) for v in views]
+        found = [self.features(torch.cat([parts[i][g] for g in range(groups) for i in same])).unflatten(0, (groups, len(same), -1))
+                 for same in sizes.values()]  # [G,views of one size,B/G,F]
+        z = self.head(torch.cat(found, 1).flatten(0, 2)).unflatten(0, (groups, len(views), -1)).transpose(0, 1).flatten(1, 2)
+        place = {i: at for at, i in enumerate(i for same in sizes.values() for i in same)}
+        return z if list(place) == sorted(place) else torch.stack([z[place[i]] for i in range(len(views))])
 
     def features(self, x: Tensor) -> Tensor:
         """[B,3,S,S] -> [B,F], the pooled output of the backbone: what evaluations use."""
         return self.backbone(x)
 
 
-def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1) -> Net:
+def of(cfg: config.Config, train: bool = False) -> Net:
+    """The student that a configuration describes, its weights drawn from torch's global generator.
+
+    train  its batch norms are split or synchronised as `bn` says.  Raises UserError where the arch does not exist or cannot do what is asked"""
+    s, count = cfg.student, getattr(cfg.method, "prototypes", 0)
+    head = {"mlp": heads.mlp, "dino": heads.dino_mlp}[s.head]
+    sizes = dict.fromkeys([*(c.size for c in config.crops(cfg)), cfg.data.eval_size])
+    net = create(s.arch, lambda dim: head(dim, s.hidden, s.dim, s.head_bn), s.kwargs, sizes=tuple(sizes))
+    if count:
+        net.prototypes, net.joint = heads.Prototypes(s.dim, count, not getattr(cfg.method, "norm_last_layer", True)), True
+    if train:
+        split_bn(net, cfg.bn.groups)
+        net = sync_bn(net) if cfg.bn.sync else net
+    return net
+
+
+def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1, sizes: tuple[int, ...] = ()) -> Net:
     """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
 
     head       makes the head for the backbone's number of features
     kwargs     for timm.create_model
     bn_groups  > 1: training statistics of every batch norm are those of that many equal slices of the batch, see `split_bn`
-    Raises UserError for a name or keyword that timm does not know."""
-    backbone = _backbone(arch, kwargs)
+    sizes      of the images, pixels: position embeddings are made for the first and interpolated for the others; (): the arch's own
+    Raises UserError for a name, a keyword or a size that timm cannot make."""
+    backbone = _backbone(arch, kwargs, sizes)
     net = Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
     split_bn(net, bn_groups)
     return net
@@ -70,6 +94,7 @@ def split_bn(net: nn.Module, groups: int):
     State-dict keys and eval mode stay as they are, and at 1 group everything does.  Raises UserError for an unknown kind of batch norm."""
     if groups == 1:
         return
+    net.groups = groups
     for name, m in net.named_modules():
         if isinstance(m, _BatchNorm) or getattr(m, "running_var", None) is not None:  # EvoNorm has batch statistics but is no batch norm
             if type(m) not in _SPLIT:
@@ -79,9 +104,23 @@ def split_bn(net: nn.Module, groups: int):
             m.groups = groups
 
 
+def sync_bn(net: Net) -> Net:
+    """Training statistics of every batch norm over all ranks.  Raises UserError on CPUs, where torch cannot."""
+    if dist.world() == 1:
+        return net
+    if dist.device().type != "cuda":
+        raise UserError(f"bn.sync: torch has no synchronised batch norm for the CPU, on which {dist.world()} ranks run here; set bn.sync=false")
+    return convert_sync_batchnorm(net)
+
+
 def ema_copy(net: Net) -> Net:
-    """The mean student at its start: a copy without gradients, in train mode, for its batch-norm statistics are its own."""
-    return copy.deepcopy(net).requires_grad_(False).train()
+    """The mean student at its start: a copy without gradients, in train mode, for its batch-norm statistics are its own, but with every path
+    (stochastic depth perturbs the student alone, as in DINO)."""
+    ema = copy.deepcopy(net).requires_grad_(False).train()
+    for m in ema.modules():
+        if isinstance(m, DropPath):
+            m.drop_prob = 0.0
+    return ema
 
 
 @torch.no_grad()
@@ -110,7 +149,7 @@ def from_run(folder: Path, which: str = "student", overrides: list[str] = ()) ->
     if not isinstance(weights, dict):
         raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; give a checkpoint written by fastdisco train")
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
-        net = create(cfg.student.arch, lambda dim: heads.mlp(dim, cfg.student.hidden, cfg.student.dim), cfg.student.kwargs)
+        net = of(cfg)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
     return net.eval().to(memory_format=torch.channels_last), cfg
 
@@ -167,7 +206,7 @@ _OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels"
          "pretrained": "training starts from random weights", "checkpoint_path": "training starts from random weights"}
 
 
-def _backbone(arch: str, kwargs: dict[str, Any]) -> nn.Module:
+def _backbone(arch: str, kwargs: dict[str, Any], sizes: tuple[int, ...]) -> nn.Module:
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"
@@ -175,10 +214,28 @@ def _backbone(arch: str, kwargs: dict[str, Any]) -> nn.Module:
     for key in kwargs:
         if key in _OURS:
             raise UserError(f"kwargs: {key} of {arch} is not for you to set ({_OURS[key]}); remove it")
+    own = timm.get_pretrained_cfg(arch)
+    fixed = own and own.fixed_input_size  # transformers, whose positions have embeddings
+    make = lambda **more: timm.create_model(arch, pretrained=False, num_classes=0, **more | kwargs)  # noqa: E731
     try:
-        return timm.create_model(arch, pretrained=False, num_classes=0, **kwargs)
+        if not fixed or {*sizes} <= {own.input_size[-1]}:
+            return make()
+        try:
+            net = make(img_size=sizes[0], dynamic_img_size=True)
+        except TypeError as e:
+            if "dynamic_img_size" not in str(e):
+                raise
+            net = make(img_size=sizes[0])  # XCiT: computed from the positions, so of any size
     except Exception as e:  # whatever the constructor trips over
         raise UserError(f"kwargs: timm cannot make {arch} with {kwargs} ({type(e).__name__}: {e}); correct or remove them") from e
+    for size in dict.fromkeys(sizes):
+        try:
+            with torch.no_grad():
+                net.eval()(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, ValueError) as e:
+            raise UserError(f"student.arch: {arch} cannot take crops of {size} px ({e}); set view.size, views and data.eval_size to what it can, "
+                            "or take another") from e
+    return net.train()
 
 
 class _Split:

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizer and learning-rate schedule."""
+"""Parameter groups, optimizer and schedules."""
 import math
 
 import timm.optim
@@ -15,7 +15,10 @@ def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim
     if stage and not _elementwise(cfg, next(net.parameters()).device):
         raise UserError(f"optim.name: {cfg.name} moves an element of a tensor by more than its own gradient, by the tensor's norm for example, "
                         f"and ZeRO stage {stage} would give it flat pieces of many tensors; set engine.stage=0 or take another, as sgd or adamw")
-    return _make(net, cfg, lr)
+    optimizer = _make(net, cfg, lr)
+    if cfg.clip_each and cfg.clip:
+        optimizer.register_step_pre_hook(lambda *_: clip_each(net, cfg.clip))  # of averaged and unscaled gradients, once a step
+    return optimizer
 
 
 def base_lr(cfg: Optim, batch: int) -> float:
@@ -23,10 +26,15 @@ def base_lr(cfg: Optim, batch: int) -> float:
     return cfg.lr * {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}[cfg.lr_scale]
 
 
+def rate(cfg: Optim, lr: float, epoch: float, epochs: int) -> float:
+    """The learning rate at a fractional epoch, `lr` being the base's: linear warm-up, then the schedule over the rest, a cosine down to lr_min."""
+    low = 0.0 if epoch < cfg.warmup_epochs else cfg.lr_min
+    return low + (lr - low) * lr_factor(cfg, epoch, epochs)
+
+
 def lr_factor(cfg: Optim, epoch: float, epochs: int) -> float:
-    """What base_lr is multiplied by at a fractional epoch: linear warm-up, then the schedule over the rest."""
-    if cfg.per == "epoch":
-        epoch = math.floor(epoch)
+    """0..1 of the way between the schedule's end and its start."""
+    epoch = _at(cfg, epoch)
     if epoch < cfg.warmup_epochs:
         return epoch / cfg.warmup_epochs if cfg.per == "step" else (epoch + 1) / (cfg.warmup_epochs + 1)
     if cfg.schedule == "cosine":
@@ -36,9 +44,36 @@ def lr_factor(cfg: Optim, epoch: float, epochs: int) -> float:
     return 1.0
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float):
+def decay(cfg: Optim, epoch: float, epochs: int) -> float:
+    """The weight decay at a fractional epoch: a cosine from weight_decay to weight_decay_end, where there is one."""
+    if cfg.weight_decay_end is None:
+        return cfg.weight_decay
+    return cfg.weight_decay_end + (cfg.weight_decay - cfg.weight_decay_end) * 0.5 * (1 + math.cos(math.pi * _at(cfg, epoch) / epochs))
+
+
+def move(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float):
+    """Sets both, but no decay for weights that have none."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay
+
+
+def freeze(net: nn.Module, prefixes: tuple[str, ...]):
+    """Between backward and step: drops the gradients of weights whose names begin so, and with them this step's decay and momentum."""
+    for name, p in net.named_parameters() if prefixes else ():
+        if name.startswith(prefixes):
+            p.grad = None
+
+
+def clip_each(net: nn.Module, norm: float):
+    """Shortens every weight tensor's gradient that is longer than the norm, each by itself, in place."""
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    torch._foreach_mul_(grads, list((norm / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)))
+
+
+def _at(cfg: Optim, epoch: float) -> float:
+    return math.floor(epoch) if cfg.per == "epoch" else epoch
 
 
 def _make(params: nn.Module | list[Tensor], cfg: Optim, lr: float) -> torch.optim.Optimizer:

@@ -6,7 +6,6 @@ if __name__ == "__main__" and not __package__:  # started as a script: sys.path 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import copy
 import math
 
 import torch
@@ -28,17 +27,17 @@ def train(cfg: Config, overwrite: bool = False):
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
 
     torch.manual_seed(cfg.run.seed)  # the same weights on every rank
-    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
+    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed,
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
-    net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
+    net = models.of(cfg, train=True).to(device)
     teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
-    ema = models.ema_copy(net)  # before the engine hooks into the net's forward
+    ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
-    loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
+    loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
                               way=data.way(cfg.data, device, cfg.engine.precision))
-    student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, cfg.optim.clip)
+    student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, 0.0 if cfg.optim.clip_each else cfg.optim.clip)
     if cfg.engine.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
-        for n in (net, ema):
+        for n in filter(None, (net, ema)):
             n.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
@@ -48,25 +47,28 @@ def train(cfg: Config, overwrite: bool = False):
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
-    _announce(cfg, listing, ema, micro, lr, steps, start, folder)
+    _announce(cfg, listing, net, micro, lr, steps, start, folder)
 
-    nets = Nets(student, _frozen(ema, cfg, device), teacher_net and _frozen(teacher_net, cfg, device))
+    nets = Nets(student, *(n and _frozen(n, cfg, device) for n in (ema, teacher_net, net.prototypes)))
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):
-            rate = lr * optim.lr_factor(cfg.optim, step / loader.steps_per_epoch, cfg.run.epochs)
-            optim.set_lr(optimizer, rate)
+            epoch = step / loader.steps_per_epoch
+            rate = optim.rate(cfg.optim, lr, epoch, cfg.run.epochs)
+            optim.move(optimizer, rate, optim.decay(cfg.optim, epoch, cfg.run.epochs))
             for _ in range(cfg.data.accumulate):
-                progress = Progress(loader.position, step / steps)
+                progress = Progress(loader.position, epoch / cfg.run.epochs, epoch, step)
                 with meter.waiting():
                     batch = next(loader)
                 terms = method.step(nets, batch.views, progress)
                 loss = sum(weight * terms[name] for name, weight in method.weights.items() if name in terms)
                 student.backward(loss)
+                optim.freeze(net, method.frozen(progress))
                 student.step()
                 meter.add({"loss": loss, **terms})
-            with engine.gathered(student):
-                models.ema_update(ema, net, method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
+            if ema:
+                with engine.gathered(student):
+                    models.ema_update(ema, net, method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
             method.after_step()
 
             done, last = step + 1, step + 1 == steps
@@ -76,7 +78,7 @@ def train(cfg: Config, overwrite: bool = False):
                 save |= (asked := dist.any_rank(stop.asked))
             if val and (last or cfg.eval.every and done % cfg.eval.every == 0):
                 with meter.paused():
-                    log.write(done, {f"eval/{k}": v for k, v in evaluate(ema, state["student"].get(), listing, val, cfg, device).items()})
+                    log.write(done, {f"eval/{k}": v for k, v in evaluate(state["student"].get(), listing, val, cfg, device).items()})
             if save:
                 with meter.paused():
                     checkpoint.save(folder, done, state, meta, cfg.checkpoint.keep)
@@ -88,11 +90,12 @@ def train(cfg: Config, overwrite: bool = False):
     engine.stop()
 
 
-def evaluate(like: models.Net, weights: dict[str, torch.Tensor], listing: data.Listing, val: data.Listing, cfg: Config,
-             device: torch.device) -> dict[str, float]:
-    """kNN of the features of a network of that form, with the weights and batch-norm statistics that a checkpoint holds: the mean over ranks."""
-    net = copy.deepcopy(like)
+def evaluate(weights: dict[str, torch.Tensor], listing: data.Listing, val: data.Listing, cfg: Config, device: torch.device) -> dict[str, float]:
+    """kNN of the features of the student with the weights and batch-norm statistics that a checkpoint holds: the mean over ranks."""
+    with torch.random.fork_rng(devices=[]):  # drawn and overwritten
+        net = models.of(cfg)
     net.load_state_dict(weights)
+    net.to(device, memory_format=torch.channels_last)
     encode = engine.autocast(cfg.engine.precision, device)(net.eval().features)
     return knn.score(encode, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
 
@@ -129,7 +132,7 @@ def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, star
         f"{cfg.data.accumulate} accumulated, {steps} steps, {cfg.engine.precision}, ZeRO stage {cfg.engine.stage}")
     if left := len(listing.left_out):
         say(f"{left} of them {'is' if left == 1 else 'are'} left out by the quarantine (data.quarantine: {cfg.data.quarantine})")
-    if dist.world() * cfg.bn.groups == 1:
+    if dist.world() * cfg.bn.groups == 1 and getattr(cfg.method, "contrast", 0):
         say("one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups (the paper's: 32 images a group)")
     if cfg.optim.lr_scale != "none":
         say(f"optim.lr_scale: {cfg.optim.lr_scale}, lr {lr:.4g} for optim.lr {cfg.optim.lr:.4g} at batch 256")

@@ -22,3 +22,9 @@ class Crop(BaseModel, extra="forbid", frozen=True):
     interpolation: Literal["linear", "cubic"] = "linear"  # of the resize, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class Crops(Crop):
+    """`count` views alike.  What is not set here is as in the configuration's `view`, see config.crops."""
+
+    count: int = Field(1, ge=1)

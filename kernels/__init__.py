@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastdisco.kernels import ops, reference
+from fastdisco.kernels.rkd import rkd
 from fastdisco.kernels.views import swapped
 
-__all__ = ["moco", "info_nce", "seed", "distill", "swapped", "enqueue"]
+__all__ = ["moco", "info_nce", "seed", "distill", "swapped", "rkd", "enqueue"]
 
 
 def moco(z: Tensor, k: Tensor, queue: Tensor, temp: float, t: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT, run, shared
-from fastdisco import config, data, methods, models
+from fastdisco import config, data, models
 from fastdisco.evals import knn
 
 
@@ -45,7 +45,6 @@ def steps(out):
 def untrained(out):
     cfg = config.load(out / "config.yaml")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=0, shuffle=False)
-    net = models.create(cfg.student.arch, method.head).eval()
+    net = models.of(cfg).eval()
     train, val = data.listing(cfg.data.train), data.listing(cfg.data.val)
     return knn.score(net.features, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, torch.device("cpu"))["knn_top1"]

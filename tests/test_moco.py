@@ -12,10 +12,8 @@ from torch import nn
 
 from conftest import ranks
 from fastdisco import config, dist, methods, models, optim
-from fastdisco.methods import Nets, Progress
-from fastdisco.methods.moco import _spread
+from fastdisco.methods import Nets, Progress, spread
 from fastdisco.teacher import Teacher
-from fastdisco.views import Crop
 
 GOLDEN = Path(__file__).parent / "golden"
 DIM, HIDDEN, SIZE = 6, 10, 8
@@ -51,7 +49,7 @@ class Run:
         self.ema = models.ema_copy(self.net)
         self.teacher = Teacher(models.Net(*copy.deepcopy(self.plain_teacher))) if teacher else None
         cfg = config.Moco(queue=queue, momentum=EMA, **cfg)
-        self.method = methods.create("moco", cfg=cfg, dim=DIM, hidden=HIDDEN, crop=Crop(), seed=seed, shuffle=shuffle).double()
+        self.method = methods.create("moco", cfg=cfg, dim=DIM, seed=seed, shuffle=shuffle).double()
         rows = uniform(rng, queue, DIM)
         self.method.queue.rows.copy_(rows / rows.square().sum(1, keepdim=True).sqrt())
         self.optimizer = optim.create(self.net, config.Optim(weight_decay=DECAY), LR)
@@ -192,8 +190,8 @@ def test_the_spread_is_1_for_spread_rows_and_0_for_collapsed_ones():
     q = run.plain_student(batch(0, 8)[0]).detach()
     q = q / q.norm(dim=1, keepdim=True)
     assert logged == pytest.approx((q - q.mean(0)).square().mean(0).sqrt().mean().item() * math.sqrt(DIM), rel=1e-5)
-    spread, one = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), torch.ones(4096, 64)
-    assert _spread(spread).item() == pytest.approx(1, abs=0.02) and _spread(one).item() == pytest.approx(0, abs=1e-6)
+    wide, one = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), torch.ones(4096, 64)
+    assert spread(wide).item() == pytest.approx(1, abs=0.02) and spread(one).item() == pytest.approx(0, abs=1e-6)
 
 
 # ---- the queue's rows as negatives

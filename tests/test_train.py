@@ -304,12 +304,12 @@ def _plain(args, steps):
     assert torch.distributed.get_world_size() == 2
     device = torch.device("cpu")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed, shuffle=True)
-    net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(memory_format=torch.channels_last)
+    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle=True)
+    net = models.of(cfg, train=True).to(memory_format=torch.channels_last)
     ema = models.ema_copy(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     sgd = torch.optim.SGD(net.parameters(), lr=cfg.optim.lr, momentum=0.9, weight_decay=1e-4)
-    loader = data.TrainLoader(data.listing(cfg.data.train), method.views, 4, cfg.run.seed, cfg.run.epochs, 1, 1, device)
+    loader = data.TrainLoader(data.listing(cfg.data.train), config.crops(cfg), 4, cfg.run.seed, cfg.run.epochs, 1, 1, device)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
     out = []
     for step in range(steps):

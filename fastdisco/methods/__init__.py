@@ -2,38 +2,41 @@
 import importlib
 from typing import Callable, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdisco.models import Out
-from fastdisco.views import Crop
 
 
 class Nets(NamedTuple):
-    """Three callables of one signature, list[Tensor] -> Out."""
+    """Callables of one signature, list[Tensor] -> Out, and the prototypes' own."""
 
     student: Callable[[list[Tensor]], Out]  # the engine; called once a micro batch with all views
-    ema: Callable[[list[Tensor]], Out]  # the mean student: no grad, own batch-norm statistics
-    teacher: Callable[[list[Tensor]], Out] | None  # no grad, eval
+    ema: Callable[[list[Tensor]], Out] | None  # the mean student: no grad, own batch-norm statistics; None where the method's momentum is
+    teacher: Callable[[list[Tensor]], Out] | None  # no grad, eval; called at most once a micro batch, first, and read late: it may run beside the rest
+    prototypes: Callable[[Tensor], Tensor] | None = None  # [...,d] -> [...,P], the student's as it stands: no grad
 
 
 class Progress(NamedTuple):
     step: int  # micro batches before this one; with the seed it names every random draw of a method
-    share: float  # 0..1 of the training
+    share: float  # 0..1 of the whole schedule
+    epoch: float = 0.0
+    update: int = 0  # optimizer steps before this one
 
 
 class Method(nn.Module):
-    """Has no trainable parameters; its buffers are its whole resume state."""
+    """Has no trainable parameters; its state dict is its whole resume state, the same on every rank."""
 
-    views: tuple[Crop, ...]  # which crops it wants
     weights: dict[str, float]  # what `step` returns under these names is weighed and added to the loss; the rest is logged
 
-    def head(self, dim: int) -> nn.Module:
-        """The projection head on a backbone's `dim` features; the teacher's and the mean student's end in the same width."""
-        raise NotImplementedError
+    def momentum(self, progress: Progress) -> float | None:
+        """Of the mean student's update after this step; None, always, for methods that have no mean student."""
+        return None
 
-    def momentum(self, progress: Progress) -> float:
-        """Of the mean student's update after this step."""
-        raise NotImplementedError
+    def frozen(self, progress: Progress) -> tuple[str, ...]:
+        """What the student's weights that this step leaves alone begin with in their names."""
+        return ()
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Named scalars of one micro batch, means over this rank's images."""
@@ -44,5 +47,21 @@ class Method(nn.Module):
 
 
 def create(name: str, **values) -> Method:
-    """The method of methods/<name>.py from its config block and the values it shares with the networks."""
+    """The method of methods/<name>.py.
+
+    cfg      its block of the configuration
+    dim      width of the embedding
+    seed     of the run
+    shuffle  permute a key encoder's batch over ranks and groups"""
     return importlib.import_module(f"fastdisco.methods.{name}").METHOD(**values)
+
+
+@torch.no_grad()
+def spread(z: Tensor) -> Tensor:
+    """Standard deviation over the batch of the unit rows z [B,d], mean over d, times sqrt(d): 1 when they fill the sphere, 0 when collapsed."""
+    return F.normalize(z.float(), dim=1).std(0, correction=0).mean() * z.shape[1] ** 0.5
+
+
+def distilled(distill: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """DisCo's term, and for the log the mean cosine of student and teacher: |s-t|^2 = 2 - 2 cos, summed over the views of z [V,B,d]."""
+    return {"distill": distill, "distill/cosine": 1 - distill.detach() / (2 * len(z))}

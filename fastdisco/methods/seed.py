@@ -1,0 +1,50 @@
+"""SEED (arXiv:2101.04731): the student's similarities to a queue of the teacher's embeddings towards the teacher's own, with or without MoCo's
+contrast beside it."""
+import torch
+from torch import Tensor
+
+from fastdisco import config, dist, kernels
+from fastdisco.memory import Queue
+from fastdisco.methods import Method, Nets, Progress, spread
+from fastdisco.methods.moco import encode, queue_dtype
+
+
+class Seed(Method):
+    def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: bool):
+        super().__init__()
+        self.cfg, self.seed, self.shuffle = cfg, seed, shuffle
+        self.weights = {"seed": cfg.distill, "contrast": cfg.contrast}
+        dtype = queue_dtype("fp32" if cfg.queue_dtype == "auto" and cfg.temp_teacher < 0.01 else cfg.queue_dtype)
+        self.queue = Queue(cfg.queue, dim, seed, dtype)  # of the teacher's embeddings
+        self.negatives = Queue(cfg.queue, dim, dist.mix(seed, 1), dtype) if cfg.contrast else None  # of the mean student's
+        self.targets, self.keys = [], []  # of this optimizer step's micro batches
+
+    def momentum(self, progress: Progress) -> float | None:
+        return self.cfg.momentum if self.cfg.contrast else None
+
+    def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
+        """views: one [B,3,S,S], with contrast two.  Terms seed and contrast; logged beside them feat/std and distill/cosine."""
+        cfg = self.cfg
+        teacher = nets.teacher(views[:1])
+        z = nets.student(views[:1]).z[0]  # [B,d]
+        terms = {"feat/std": spread(z)}
+        if cfg.contrast:
+            keys = encode(nets.ema, views[1], dist.mix(self.seed, progress.step) if self.shuffle else None)  # [B*ranks,d]
+            terms["contrast"] = kernels.info_nce(z, keys[dist.rank() * len(z):][:len(z)], self.negatives.rows, cfg.temp)
+            self.keys.append(keys)
+        t = teacher.z[0]
+        terms["seed"] = kernels.seed(z, t, self.queue.rows, cfg.temp, cfg.temp_teacher)
+        terms["distill/cosine"] = torch.cosine_similarity(z.detach().float(), t.float()).mean()
+        self.targets.append(dist.all_gather(t))
+        return terms
+
+    def after_step(self):
+        """All micro batches of a step saw the same queues; the next step sees what they add."""
+        self.queue.enqueue(torch.cat(self.targets))
+        self.targets.clear()
+        if self.cfg.contrast:
+            self.negatives.enqueue(torch.cat(self.keys))
+            self.keys.clear()
+
+
+METHOD = Seed
