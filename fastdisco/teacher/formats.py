@@ -49,7 +49,7 @@ class Format(NamedTuple):
     head_keys: str  # where it has it
 
 
-# Told apart by names and shapes of the weights, in this order; of several with the same shapes (heads of attention leave no trace) the first is meant.
+# Told apart by names and shapes of the weights.  Numbers of attention heads leave no trace there: a file with others needs teacher.arch.
 ARCHS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", *models.WIDE,
          "vit_small_patch16_224", "vit_tiny_patch16_224", "vit_base_patch16_224", "vit_small_patch8_224", "vit_base_patch8_224",
          "xcit_small_12_p16_224", "xcit_tiny_12_p16_224", "xcit_small_12_p8_224", "xcit_medium_24_p16_224", "xcit_medium_24_p8_224",
@@ -197,10 +197,10 @@ FORMATS = (
 )
 
 # Where a network without head that may be one of theirs has its head.
-_FULL = {"vit_small_patch16_224": "dino_deitsmall16_pretrain_full_checkpoint.pth", "vit_small_patch8_224": "dino_deitsmall8_pretrain_full_checkpoint.pth",
-         "vit_base_patch16_224": "dino_vitbase16_pretrain_full_checkpoint.pth", "vit_base_patch8_224": "dino_vitbase8_pretrain_full_checkpoint.pth",
-         "xcit_small_12_p16_224": "dino_xcit_small_12_p16_pretrain_full_checkpoint.pth",
-         "xcit_small_12_p8_224": "dino_xcit_small_12_p8_pretrain_full_checkpoint.pth"}
+_FULL = {arch: f"dino_{name}_pretrain_full_checkpoint.pth" for arch, name in (
+    ("vit_small_patch16_224", "deitsmall16"), ("vit_small_patch8_224", "deitsmall8"), ("vit_base_patch16_224", "vitbase16"),
+    ("vit_base_patch8_224", "vitbase8"), ("xcit_small_12_p16_224", "xcit_small_12_p16"), ("xcit_small_12_p8_224", "xcit_small_12_p8"),
+    ("xcit_medium_24_p16_224", "xcit_medium_24_p16"), ("xcit_medium_24_p8_224", "xcit_medium_24_p8"))}
 
 
 def _refuse(file: Path, found: dict):
