@@ -1,16 +1,18 @@
-"""The command `fastdisco`: data sets and evaluations."""
+"""The command `fastdisco`: data sets, teachers and evaluations."""
 import argparse
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from fastdisco import data, dist, engine, models
+from fastdisco import config, data, dist, engine, models, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
-from fastdisco.evals import knn
+from fastdisco.evals import knn, probe
 from fastdisco.log import say
+from fastdisco.teacher import formats
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +39,22 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--max-pixels", type=int, default=check.MAX_PIXELS, help="width x height of an image at most (%(default)s)")
     p.add_argument("--only", nargs="+", metavar="NAME", help="look at these images, named relative to the data's folder")
     p.set_defaults(run=_check)
+
+    sub = groups.add_parser("teacher", help="look at a teacher's checkpoint before a training").add_subparsers(required=True)
+    known = argparse.ArgumentParser(add_help=False)
+    known.add_argument("file", type=Path, help="a checkpoint as its training wrote it, or the folder of a run, see docs/teachers.md")
+    known.add_argument("--arch", help="the timm model that it belongs to, where the file does not tell")
+    p = sub.add_parser("show", parents=[known], help="what the file is, and what of it is used; exit code 2 if it is no teacher")
+    p.set_defaults(run=_show)
+    p = sub.add_parser("check", parents=[known], help="its kNN accuracy; exit code 2 if that shows no training")
+    p.add_argument("--data", type=Path, required=True, metavar="VAL", help="a data set with classes, as data.val takes it")
+    p.add_argument("--bank", type=Path, metavar="TRAIN", help="where neighbours are looked for; without it one half of VAL, for the other half")
+    p.add_argument("--images", type=int, default=20000, metavar="N", help="of either at most, drawn (%(default)s)")
+    p.add_argument("--resize", type=int, default=_default("eval_resize"), help="of the short side (%(default)s)")
+    p.add_argument("--size", type=int, default=_default("eval_size"), help="of the centre crop (%(default)s)")
+    p.add_argument("--batch", type=int, default=_default("eval_batch"))
+    p.add_argument("--threads", type=int, default=_default("threads"))
+    p.set_defaults(run=_probe)
 
     sub = groups.add_parser("eval", help="evaluate a run").add_subparsers(required=True)
     p = sub.add_parser("knn", help="weighted kNN accuracy of the last checkpoint, by the run's own configuration")
@@ -67,6 +85,37 @@ def _check(args):
     return 2 * bool(check.check(args.src, args.fast, args.out, args.threads, args.max_pixels, args.only, tuple(devices)))
 
 
+def _show(args):
+    found = formats.read(args.file, args.arch)
+    count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M weights"  # noqa: E731
+    say(f"{args.file}: {found.format}")
+    say(f"architecture  {found.arch} {found.kwargs or ''}".rstrip() + f", {count(found.net.backbone)}")
+    say(f"head          {found.head}, {count(found.net.head)}; student.dim must be {found.dim}")
+    say(f"used          {len(found.net.state_dict())} tensors, all that the network has")
+    for why, names in found.ignored.items():
+        say(f"ignored       {why}: {models.shorten(names)}")
+    say(f"fingerprint   {teacher.Teacher(found.net).fingerprint}")
+
+
+@torch.no_grad()
+def _probe(args):
+    quarantine, device, draw = _default("quarantine"), dist.device(), np.random.default_rng(0)
+    found, val = formats.read(args.file, args.arch), data.listing(args.data, quarantine)
+    train = data.listing(args.bank, quarantine) if args.bank else val
+    knn.check(train, val)
+    bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])  # sorted by class, or mixed: halves alike in both
+    bank, queries = (draw.permutation(x)[:args.images] for x in (bank, queries))
+    loaders = [data.EvalLoader(listing, args.resize, args.size, args.batch, args.threads, device, data.reading_order(listing, np.sort(indices)))
+               for listing, indices in ((train, bank), (val, queries))]
+    torch.manual_seed(0)
+    untrained = models.create(found.arch, lambda features: torch.nn.Identity(), found.kwargs)
+    say(f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among {len(bank)} {f'of {args.bank}' if args.bank else 'others'}")
+    shares = probe.run(*(n.eval().to(device) for n in (found.net, untrained)), *loaders, len(val.classes))
+    print(json.dumps({f"teacher/{k}": v for k, v in shares.items()}))
+    if against := probe.verdict(shares, len(queries)):
+        raise UserError(f"{args.file}: {against}; do not train with it: it is untrained or broken, or these images are too few or too easy to tell")
+
+
 @torch.no_grad()
 def _knn(args):
     net, cfg = models.from_run(args.folder, args.net, args.overrides)
@@ -77,6 +126,10 @@ def _knn(args):
     train, val = (data.listing(path, cfg.data.quarantine) for path in (cfg.data.train, cfg.data.val))
     scores = knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
     print(json.dumps({f"eval/{k}": v for k, v in scores.items()}))
+
+
+def _default(key: str):
+    return config.Data.model_fields[key].default
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ class Student(Block):
 
 
 class Teacher(Block):
-    file: Path  # a MoCo-v2 .pth.tar, or the folder of a fastdisco run
-    arch: str = "resnet50"  # the timm model that the file's backbone belongs to
+    file: Path  # a checkpoint as its training wrote it, or the folder of a fastdisco run: docs/teachers.md
+    arch: str | None = None  # the timm model that the file's backbone belongs to; null: told by the file
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
 
 

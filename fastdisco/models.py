@@ -1,16 +1,21 @@
 """Networks: a timm backbone with a projection head and prototypes, split batch norm, the mean student, and strict loading of weights."""
+import argparse
 import copy
 import difflib
+import functools
+import pathlib
 import pickle
 import re
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath, convert_sync_batchnorm
+from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -76,6 +81,7 @@ def of(cfg: config.Config, train: bool = False) -> Net:
 def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1, sizes: tuple[int, ...] = ()) -> Net:
     """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
 
+    arch       a name of timm's, or one of WIDE
     head       makes the head for the backbone's number of features
     kwargs     for timm.create_model
     bn_groups  > 1: training statistics of every batch norm are those of that many equal slices of the batch, see `split_bn`
@@ -85,6 +91,13 @@ def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] =
     net = Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
     split_bn(net, bn_groups)
     return net
+
+
+@functools.cache
+def shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights and buffers of an architecture's backbone, which is made without memory."""
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in _backbone(arch, {}).state_dict().items()}
 
 
 def split_bn(net: nn.Module, groups: int):
@@ -166,7 +179,7 @@ def last(run: Path) -> Path | None:
 
 
 def read(file: Path) -> dict:
-    """What torch.save wrote, never running code from the file (weights_only); tensors of a zip file are mapped, not read.
+    """What torch.save wrote, never running code from the file (weights_only); tensors of a zip file are mapped, not read.  Or safetensors.
 
     Raises UserError for a missing, damaged or unsafe file, or one that holds no dict."""
     try:
@@ -174,7 +187,10 @@ def read(file: Path) -> dict:
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror}); give the path of an existing checkpoint") from None
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # torch before 1.6 wrote no zip
+        if Path(file).suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        with torch.serialization.safe_globals(_HARMLESS):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # torch before 1.6 wrote no zip
     except Exception as e:  # torch's readers raise RuntimeError, EOFError, OSError, struct.error ... wherever the bytes stop making sense
         asked = isinstance(e, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(e))
         raise UserError(_unsafe(file, asked[1]) if asked else _damaged(file)) from None
@@ -206,18 +222,37 @@ _OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels"
          "pretrained": "training starts from random weights", "checkpoint_path": "training starts from random weights"}
 
 
+_HARMLESS = [argparse.Namespace, (pathlib.PosixPath, "pathlib.PosixPath")]  # plain values: the command line in DINO's checkpoints
+
+# SwAV's ResNet-50 with every width multiplied (arXiv:2006.09882); timm's wide_resnet50_2 widens the inner convolutions alone.
+WIDE = {"resnet50w2": 2, "resnet50w4": 4, "resnet50w5": 5}
+
+
+def _wide(times: int, kwargs: dict[str, Any]) -> nn.Module:
+    width = 64 * times
+    net = ResNet(Bottleneck, (3, 4, 6, 3), channels=tuple(width * 2**i for i in range(4)), num_classes=0, **kwargs)
+    first = net.layer1[0]  # timm's stem has 64 channels at any width: replaced, with what reads it, and drawn as timm draws its own
+    net.conv1, net.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+    first.conv1, first.downsample[0] = (nn.Conv2d(width, c, 1, bias=False) for c in (width, 4 * width))
+    for conv in (net.conv1, first.conv1, first.downsample[0]):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
 def _backbone(arch: str, kwargs: dict[str, Any], sizes: tuple[int, ...]) -> nn.Module:
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), 3, 0.5)
+    if not timm.is_model(arch) and arch not in WIDE:
+        near = difflib.get_close_matches(arch, [*WIDE, *timm.list_models()], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"
         raise UserError(f"arch: timm {timm.__version__} has no model '{arch}'; {hint}")
     for key in kwargs:
         if key in _OURS:
             raise UserError(f"kwargs: {key} of {arch} is not for you to set ({_OURS[key]}); remove it")
-    own = timm.get_pretrained_cfg(arch)
+    own = arch not in WIDE and timm.get_pretrained_cfg(arch)
     fixed = own and own.fixed_input_size  # transformers, whose positions have embeddings
     make = lambda **more: timm.create_model(arch, pretrained=False, num_classes=0, **more | kwargs)  # noqa: E731
     try:
+        if arch in WIDE:
+            return _wide(WIDE[arch], kwargs)
         if not fixed or {*sizes} <= {own.input_size[-1]}:
             return make()
         try:
@@ -277,8 +312,8 @@ _SPLIT = {nn.BatchNorm1d: SplitBatchNorm1d, nn.BatchNorm2d: SplitBatchNorm2d, Ba
 
 def _unsafe(file: Path, asked: str) -> str:
     return (f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for can run code; if you trust its "
-            f"author, run this in a throw-away container without network and give what it writes: torch.save({{'state_dict': "
-            f"torch.load('{file}', map_location='cpu', weights_only=False)['state_dict']}}, 'weights.pth.tar')")
+            f"author, run this in a throw-away container without network and give what it writes: torch.save({{k: v for k, v in torch.load("
+            f"'{file}', map_location='cpu', weights_only=False).items() if k in ('state_dict', 'teacher')}}, 'weights.pth.tar')")
 
 
 def _damaged(file: Path) -> str:

@@ -34,7 +34,7 @@ def test_numbers_and_overrides(tmp_path):
     cfg = load(tmp_path, "run: {name: x}\ndata: {train: /t}\noptim: {lr: 1e-3}\nstudent: {kwargs: {drop_rate: 1e-1}}", "optim.weight_decay=2E-5",
                "teacher.file=/a.pth", "run.max_steps=null")
     assert cfg.optim.lr == 0.001 and cfg.optim.weight_decay == 2e-5 and cfg.student.kwargs == {"drop_rate": 0.1}
-    assert str(cfg.teacher.file) == "/a.pth" and cfg.teacher.arch == "resnet50"
+    assert str(cfg.teacher.file) == "/a.pth" and cfg.teacher.arch is None
     assert load(tmp_path, BASE | {"teacher": {"file": "/a"}}, "teacher=null").teacher is None
     assert "expected block.key=value" in error(tmp_path, BASE, "lr")
     assert "optim.lr" in error(tmp_path, BASE, "optim.lr=fast")

@@ -11,15 +11,16 @@ from fastdisco.teacher.runtime import Teacher
 __all__ = ["Teacher", "load"]
 
 
-def load(file: Path, arch: str, kwargs: dict[str, Any], dim: int, device: torch.device | str) -> Teacher:
+def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, device: torch.device | str) -> Teacher:
     """The teacher of a checkpoint of the kinds in formats.FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
 
-    arch, kwargs  the timm model that its backbone belongs to
+    arch, kwargs  the timm model that its backbone belongs to; None: told by the file
     dim           width of the student's embedding, which the teacher's must have
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is no such thing as a random teacher."""
-    file = Path(file)
     try:
-        net = formats.from_run(file, arch, kwargs, dim) if file.is_dir() else formats.from_file(file, arch, kwargs, dim)
+        found = formats.read(Path(file), arch, kwargs)
+        if found.dim != dim:
+            raise UserError(f"{file}: embeds into {found.dim} numbers and the student into {dim}; set student.dim={found.dim} or another teacher")
     except UserError as e:
         raise UserError(f"teacher: {e}; training stops here, for a teacher with random weights is never used") from None
-    return Teacher(net.to(device))
+    return Teacher(found.net.to(device))
