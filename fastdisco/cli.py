@@ -1,4 +1,4 @@
-"""The command `fastdisco`: data sets and evaluations."""
+"""The command `fastdisco`: data sets, the teacher's cache and evaluations."""
 import argparse
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastdisco import data, dist, engine, models
+from fastdisco import config, data, dist, engine, methods, models, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn
@@ -38,6 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--only", nargs="+", metavar="NAME", help="look at these images, named relative to the data's folder")
     p.set_defaults(run=_check)
 
+    sub = groups.add_parser("teacher", help="the teacher's embeddings").add_subparsers(required=True)
+    p = sub.add_parser("record", help="run the teacher once over teacher.cache_rounds epochs of views, for trainings with teacher.cache=replay; "
+                       "starts under torchrun or deepspeed too, and goes on where it was stopped")
+    p.add_argument("--config", required=True, help="of the training")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    p.add_argument("overrides", nargs="*", metavar="block.key=value", help="those of the training")
+    p.set_defaults(run=_record)
+
     sub = groups.add_parser("eval", help="evaluate a run").add_subparsers(required=True)
     p = sub.add_parser("knn", help="weighted kNN accuracy of the last checkpoint, by the run's own configuration")
     p.add_argument("folder", type=Path, metavar="RUN", help="the run's folder, or one of its checkpoints/step_XXXXXXXX")
@@ -49,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as e:
-        print(f"fastdisco: error: {e}", file=sys.stderr)
+        if dist.rank() == 0 or getattr(e, "anywhere", False):
+            print(f"fastdisco: error: {e}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -65,6 +74,17 @@ def _pack(args):
 def _check(args):
     devices = {torch.device("cpu"), dist.device()}
     return 2 * bool(check.check(args.src, args.fast, args.out, args.threads, args.max_pixels, args.only, tuple(devices)))
+
+
+def _record(args):
+    cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
+    device = engine.start(cfg.engine.precision)
+    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
+                            shuffle=False)
+    loader = data.TrainLoader(data.listing(cfg.data.train, cfg.data.quarantine), method.views, config.micro_batch(cfg, dist.world()), cfg.run.seed,
+                              cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device, rounds=teacher.rounds(cfg.teacher))
+    teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader).complete()
+    engine.stop()
 
 
 @torch.no_grad()

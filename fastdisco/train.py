@@ -31,10 +31,12 @@ def train(cfg: Config, overwrite: bool = False):
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
     net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
-    teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
+    loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
+                              rounds=teacher.rounds(cfg.teacher))
+    teacher_net = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader)
+    recorded = isinstance(teacher_net, teacher.Recorded)
     ema = models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
-    loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device)
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, cfg.optim.clip)
     if cfg.engine.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
         for n in (net, ema):
@@ -46,6 +48,8 @@ def train(cfg: Config, overwrite: bool = False):
     meta = {"data": listing.fingerprint, "teacher": teacher_net.fingerprint if teacher_net else "none"}
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
+    if recorded:
+        teacher_net.complete()
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
     _announce(cfg, listing, ema, micro, lr, steps, start, folder)
 
@@ -59,6 +63,8 @@ def train(cfg: Config, overwrite: bool = False):
                 progress = Progress(loader.position, step / steps)
                 with meter.waiting():
                     batch = next(loader)
+                if recorded:
+                    teacher_net.at(batch.index, batch.epoch)
                 terms = method.step(nets, batch.views, progress)
                 loss = sum(weight * terms[name] for name, weight in method.weights.items() if name in terms)
                 student.backward(loss)

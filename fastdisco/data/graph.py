@@ -13,11 +13,13 @@ Departures from torchvision's transforms, on which MoCo-v2's augmentation is def
 - EXIF orientation is ignored, as by torchvision's ImageFolder.
 """
 import numpy as np
+import nvidia.dali
 from nvidia.dali import fn, math, pipeline_def, types
 
 from fastdisco import dist
 from fastdisco.views import Crop
 
+VERSION = ".".join(nvidia.dali.__version__.split(".")[:2])  # another may round a view otherwise
 TRIES = 10  # of a random crop before the centre crop
 
 # One view's draws, [ROWS,2].  The two columns of a try hold the same draw, once for the height and once for the width.

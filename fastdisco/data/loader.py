@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     views: list[Tensor]  # [B,3,S,S] float32 per crop, normalised, in channels_last memory
     label: Tensor  # [B] int64, on the CPU
     index: Tensor  # [B] int64, on the CPU: the image's position in the listing
+    epoch: int = 0  # whose views these are: with the index and the seed, all that they are hashed from
 
 
 class TrainLoader:
@@ -33,8 +34,9 @@ class TrainLoader:
     holds depends on neither; and the whole state of the loader is `position`."""
 
     def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device, start: int = 0):
+                 device: torch.device, start: int = 0, rounds: int | None = None):
         """batch: images per rank and micro batch.  start: micro batches already seen; threads: of the CPU, on this rank.
+        rounds: epoch e has the views (not the order) of epoch e mod rounds, as recorded embeddings need; None: every epoch has its own.
 
         Raises UserError where the listing holds less than one global batch, or samples in tars that are sorted by class."""
         every, n = batch * dist.world() * accumulate, len(listing.kept)
@@ -42,6 +44,7 @@ class TrainLoader:
             raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
         shards.refuse_sorted(listing)
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
+        self.rounds = rounds
         self.steps_per_epoch = n // every
         self._per_epoch = self.steps_per_epoch * accumulate
         self._end = epochs * self._per_epoch
@@ -65,9 +68,24 @@ class TrainLoader:
         if self.position == self._chunk_end:
             self._open()
         *views, words = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
-        index = torch.from_numpy(graphs().indices(words, self.position // self._per_epoch))
+        epoch = self._round(self.position // self._per_epoch)
+        index = torch.from_numpy(graphs().indices(words, epoch))
         self._position += 1
-        return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
+        return Batch(views, torch.from_numpy(self.listing.labels)[index], index, epoch)
+
+    @property
+    def recipe(self) -> dict:
+        """What decides, besides epoch and index, every pixel of the views."""
+        return {"data": self.listing.fingerprint, "seed": self.seed, "views": {str(v): c.model_dump(mode="json") for v, c in enumerate(self.crops)},
+                "decoder": kind(self.device), "dali": graphs().VERSION}
+
+    def views_of(self, indices: np.ndarray, epoch: int) -> Iterator[Batch]:
+        """Each of these images once, in that order, with the views of that epoch; the last batch is what is left.  Moves no position."""
+        pipeline = lambda reader, batch: graphs().train(self.crops, reader, self.seed, kind(self.device), **_pipe(batch, self.threads, self.device))
+        return _each(self.listing, indices, self._round(epoch), self.batch, self.device, pipeline)
+
+    def _round(self, epoch: int) -> int:
+        return epoch % self.rounds if self.rounds else epoch
 
     def _open(self):
         """Build the pipeline that reads from `position` on, for some epochs."""
@@ -78,7 +96,7 @@ class TrainLoader:
         begin = (self.position - first * per) * self.batch
         ahead = np.concatenate(orders)[begin:]
         self._files_at = ahead[:shards.at_once(self.listing, ahead, self.batch)]
-        words = np.concatenate([graph.words(o, e) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)]
+        words = np.concatenate([graph.words(o, self._round(e)) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)]
         self._chunk_start, self._chunk_end = self.position, self.position + len(self._files_at) // self.batch
         self._pipe = None  # two at once would hold twice the buffers
         self._pipe = _built(self.listing, self._files_at, words, self.batch, lambda reader: graph.train(
@@ -109,22 +127,25 @@ class EvalLoader:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        n = len(self)
-        if not n:
-            return
-        batch = min(self.batch, n)
-        padded = np.concatenate([self.indices, self.indices[-1:].repeat(-n % batch)])
-        while n:
-            now = padded[:shards.at_once(self.listing, padded, batch)]
-            pipe = _built(self.listing, now, now.astype(np.int32), batch, lambda reader: graphs().evaluate(
-                *self._view, reader, kind(self.device), **_pipe(batch, self.threads, self.device)))
-            for i in range(len(now) // batch):
-                view, index = _run(pipe, self.listing, now, i, batch, self.device)
-                here = min(batch, n)
-                index = torch.from_numpy(index[:here].astype(np.int64))
-                yield Batch([view[:here]], torch.from_numpy(self.listing.labels)[index], index)
-                n -= here
-            padded = padded[len(now):]
+        pipeline = lambda reader, batch: graphs().evaluate(*self._view, reader, kind(self.device), **_pipe(batch, self.threads, self.device))
+        return _each(self.listing, self.indices, 0, self.batch, self.device, pipeline)
+
+
+def _each(listing: Listing, indices: np.ndarray, epoch: int, batch: int, device: torch.device, pipeline: Callable) -> Iterator[Batch]:
+    """Each of the images once, in that order, through pipeline(reader, batch); the last batch is what is left."""
+    n = len(indices)
+    batch = min(batch, n)
+    padded = np.concatenate([indices, indices[-1:].repeat(-n % batch)]) if n else indices
+    while n:
+        now = padded[:shards.at_once(listing, padded, batch)][:max(1, CHUNK // batch) * batch]
+        pipe = _built(listing, now, graphs().words(now, epoch), batch, lambda reader: pipeline(reader, batch))
+        for i in range(len(now) // batch):
+            *views, words = _run(pipe, listing, now, i, batch, device)
+            here = min(batch, n)
+            index = torch.from_numpy(graphs().indices(words[:here], epoch))
+            yield Batch([v[:here] for v in views], torch.from_numpy(listing.labels)[index], index, epoch)
+            n -= here
+        padded = padded[len(now):]
 
 
 def order(seed: int, epoch: int, listing: Listing) -> np.ndarray:
