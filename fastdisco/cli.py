@@ -55,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch", type=int, default=_default("eval_batch"))
     p.add_argument("--threads", type=int, default=_default("threads"))
     p.set_defaults(run=_probe)
+    p = sub.add_parser("record", help="run the teacher once over teacher.cache_rounds epochs of views, for trainings with teacher.cache=replay; "
+                       "starts under torchrun or deepspeed too, and goes on where it was stopped")
+    p.add_argument("--config", required=True, help="of the training")
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    p.add_argument("overrides", nargs="*", metavar="block.key=value", help="those of the training")
+    p.set_defaults(run=_record)
 
     sub = groups.add_parser("eval", help="evaluate a run").add_subparsers(required=True)
     p = sub.add_parser("knn", help="weighted kNN accuracy of the last checkpoint, by the run's own configuration")
@@ -67,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as e:
-        print(f"fastdisco: error: {e}", file=sys.stderr)
+        if dist.rank() == 0 or getattr(e, "anywhere", False):
+            print(f"fastdisco: error: {e}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -114,6 +121,16 @@ def _probe(args):
     print(json.dumps({f"teacher/{k}": v for k, v in shares.items()}))
     if against := probe.verdict(shares, len(queries)):
         raise UserError(f"{args.file}: {against}; do not train with it: it is untrained or broken, or these images are too few or too easy to tell")
+
+
+def _record(args):
+    cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
+    device = engine.start(cfg.engine.precision)
+    loader = data.TrainLoader(data.listing(cfg.data.train, cfg.data.quarantine), config.crops(cfg), config.micro_batch(cfg, dist.world()), cfg.run.seed,
+                              cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device, way=data.way(cfg.data, device, cfg.engine.precision),
+                              rounds=teacher.rounds(cfg.teacher))
+    teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader).complete()
+    engine.stop()
 
 
 @torch.no_grad()

@@ -68,6 +68,16 @@ class Teacher(Block):
     file: Path  # a checkpoint as its training wrote it, or the folder of a fastdisco run: docs/teachers.md
     arch: str | None = None  # the timm model that the file's backbone belongs to; null: told by the file
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
+    cache: Literal["off", "record", "replay"] = "off"  # replay: recorded embeddings, no teacher; record: the same, after what is missing
+    cache_folder: Path = Path("out/teacher_cache")
+    cache_rounds: int = Field(10, ge=1)  # epochs whose views are recorded; epoch e has the views of epoch e mod cache_rounds
+
+    @model_validator(mode="after")
+    def _recordable(self):
+        if self.cache != "off" and getattr(self, "bn", "eval") == "batch":
+            raise ValueError(f"cache: {self.cache} needs bn: eval, for with batch an embedding depends on the other images of its batch; "
+                             "set teacher.cache=off or teacher.bn=eval")
+        return self
 
 
 class Bn(Block):

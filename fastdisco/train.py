@@ -30,11 +30,12 @@ def train(cfg: Config, overwrite: bool = False):
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed,
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
     net = models.of(cfg, train=True).to(device)
-    teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
+    loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
+                              way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher))
+    teacher_net = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader)
+    recorded = isinstance(teacher_net, teacher.Recorded)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
-    loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
-                              way=data.way(cfg.data, device, cfg.engine.precision))
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, 0.0 if cfg.optim.clip_each else cfg.optim.clip)
     if cfg.engine.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
         for n in filter(None, (net, ema)):
@@ -46,6 +47,8 @@ def train(cfg: Config, overwrite: bool = False):
     meta = {"data": listing.fingerprint, "teacher": teacher_net.fingerprint if teacher_net else "none"}
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
+    if recorded:
+        teacher_net.complete()
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
     _announce(cfg, listing, net, micro, lr, steps, start, folder)
 
@@ -60,6 +63,8 @@ def train(cfg: Config, overwrite: bool = False):
                 progress = Progress(loader.position, epoch / cfg.run.epochs, epoch, step)
                 with meter.waiting():
                     batch = next(loader)
+                if recorded:
+                    teacher_net.at(batch.index, batch.epoch)
                 terms = method.step(nets, batch.views, progress)
                 loss = sum(weight * terms[name] for name, weight in method.weights.items() if name in terms)
                 student.backward(loss)

@@ -13,6 +13,7 @@ Departures from torchvision's transforms, on which MoCo-v2's augmentation is def
 from typing import Callable
 
 import numpy as np
+import nvidia.dali
 from nvidia.dali import fn, math, pipeline_def, types
 
 from fastdisco.data import draws
@@ -20,6 +21,7 @@ from fastdisco.data.way import Way
 from fastdisco.views import Crop
 
 INTERPOLATION = dict(linear=types.INTERP_LINEAR, cubic=types.INTERP_CUBIC)
+VERSION = ".".join(nvidia.dali.__version__.split(".")[:2])  # another may round a view otherwise
 
 
 def train(crops: tuple[Crop, ...], reader: dict, feed: Callable, way: Way, **pipe):

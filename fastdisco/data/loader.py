@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     views: list[Tensor]  # [B,3,S,S] float32 or float16 per crop, normalised, in channels_last memory, on the network's device
     label: Tensor  # [B] int64, on the CPU
     index: Tensor  # [B] int64, on the CPU: the image's position in the listing
+    epoch: int = 0  # whose views these are: with the index and the seed, all that they are hashed from
 
 
 class TrainLoader:
@@ -33,8 +34,9 @@ class TrainLoader:
     holds depends on neither; and the whole state of the loader is `position`."""
 
     def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device, start: int = 0, way: Way | None = None):
+                 device: torch.device, start: int = 0, way: Way | None = None, rounds: int | None = None):
         """batch: images per rank and micro batch.  threads: of the CPU, on this rank.  start: micro batches already seen.  way: None is the usual.
+        rounds: epoch e has the views (not the order) of epoch e mod rounds, as recorded embeddings need; None: every epoch has its own.
 
         Raises UserError where the listing holds less than one global batch, or samples in tars that are sorted by class."""
         every, n = batch * dist.world() * accumulate, len(listing.kept)
@@ -42,7 +44,7 @@ class TrainLoader:
             raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
         shards.refuse_sorted(listing)
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
-        self.way = way or usual(device)
+        self.way, self.rounds = way or usual(device), rounds
         self.steps_per_epoch = n // every
         self._per_epoch = self.steps_per_epoch * accumulate
         self._end = epochs * self._per_epoch
@@ -66,8 +68,30 @@ class TrainLoader:
         if self.position == self._chunk_end:
             self._open()
         views, index = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device, self.way)
+        epoch = self._round(self.position // self._per_epoch)
         self._position += 1
-        return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
+        return Batch(views, torch.from_numpy(self.listing.labels)[index], index, epoch)
+
+    @property
+    def recipe(self) -> dict:
+        """What decides, besides epoch and index, every pixel of the views."""
+        return {"data": self.listing.fingerprint, "seed": self.seed, "views": {str(v): c.model_dump(mode="json") for v, c in enumerate(self.crops)},
+                "decode": self.way.decode, "augment": self.way.augment, "dali": graphs().VERSION}
+
+    def views_of(self, indices: np.ndarray, epoch: int) -> Iterator[Batch]:
+        """Each of these images once, in that order, with the views of that epoch; the last batch is what is left.  Moves no position."""
+        epoch = self._round(epoch)
+        pipeline = lambda reader, now, batch: graphs().train(self.crops, reader, self._feed(draws.words(now, epoch), batch), self.way,
+                                                             **_pipe(batch, self.threads, self.device, self.way))
+        return _each(self.listing, indices, epoch, self.batch, self.device, self.way, pipeline)
+
+    def _feed(self, words: np.ndarray, batch: int) -> Callable:
+        """Number of the batch -> what the graph takes of its images."""
+        words = words.reshape(-1, batch)
+        return lambda i: draws.feed(self.crops, self.seed, words[i % len(words)], self.way.augment)  # the reader, too, begins anew after the last
+
+    def _round(self, epoch: int) -> int:
+        return epoch % self.rounds if self.rounds else epoch
 
     def _open(self):
         """Build the pipeline that reads from `position` on, for some epochs."""
@@ -78,15 +102,11 @@ class TrainLoader:
         begin = (self.position - first * per) * self.batch
         ahead = np.concatenate(orders)[begin:]
         self._files_at = ahead[:shards.at_once(self.listing, ahead, self.batch)]
-        words = np.concatenate([draws.words(o, e) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)].reshape(-1, self.batch)
-
-        def feed(i):
-            return draws.feed(self.crops, self.seed, words[i % len(words)], self.way.augment)  # the reader, too, begins anew after the last
-
+        words = np.concatenate([draws.words(o, self._round(e)) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)]
         self._chunk_start, self._chunk_end = self.position, self.position + len(self._files_at) // self.batch
         self._pipe = None  # two at once would hold twice the buffers
         self._pipe = _built(self.listing, self._files_at, lambda reader: graphs().train(
-            self.crops, reader, feed, self.way, **_pipe(self.batch, self.threads, self.device, self.way)))
+            self.crops, reader, self._feed(words, self.batch), self.way, **_pipe(self.batch, self.threads, self.device, self.way)))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of this rank in the epoch, [micro batches * batch]."""
@@ -113,22 +133,25 @@ class EvalLoader:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        n = len(self)
-        if not n:
-            return
-        batch = min(self.batch, n)
-        padded = np.concatenate([self.indices, self.indices[-1:].repeat(-n % batch)])
-        while n:
-            now = padded[:shards.at_once(self.listing, padded, batch)]
-            pipe = _built(self.listing, now, lambda reader: graphs().evaluate(*self._view, reader, self.way,
-                                                                              **_pipe(batch, self.threads, self.device, self.way)))
-            for i in range(len(now) // batch):
-                views, index = _run(pipe, self.listing, now, i, batch, self.device, self.way)
-                here = min(batch, n)
-                index = index[:here]
-                yield Batch([view[:here] for view in views], torch.from_numpy(self.listing.labels)[index], index)
-                n -= here
-            padded = padded[len(now):]
+        pipeline = lambda reader, now, batch: graphs().evaluate(*self._view, reader, self.way, **_pipe(batch, self.threads, self.device, self.way))
+        return _each(self.listing, self.indices, 0, self.batch, self.device, self.way, pipeline)
+
+
+def _each(listing: Listing, indices: np.ndarray, epoch: int, batch: int, device: torch.device, way: Way, pipeline: Callable) -> Iterator[Batch]:
+    """Each of the images once, in that order, through pipeline(reader, indices, batch); the last batch is what is left."""
+    n = len(indices)
+    batch = min(batch, n)
+    padded = np.concatenate([indices, indices[-1:].repeat(-n % batch)]) if n else indices
+    while n:
+        now = padded[:shards.at_once(listing, padded, batch)][:max(1, CHUNK // batch) * batch]
+        pipe = _built(listing, now, lambda reader: pipeline(reader, now, batch))
+        for i in range(len(now) // batch):
+            views, index = _run(pipe, listing, now, i, batch, device, way)
+            here = min(batch, n)
+            index = index[:here]
+            yield Batch([v[:here] for v in views], torch.from_numpy(listing.labels)[index], index, epoch)
+            n -= here
+        padded = padded[len(now):]
 
 
 def order(seed: int, epoch: int, listing: Listing) -> np.ndarray:

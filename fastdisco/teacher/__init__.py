@@ -4,11 +4,25 @@ from typing import Any
 
 import torch
 
+from fastdisco import config
 from fastdisco.config import UserError
+from fastdisco.data import TrainLoader
 from fastdisco.teacher import formats
+from fastdisco.teacher.cache import Recorded
 from fastdisco.teacher.runtime import Teacher
 
-__all__ = ["Teacher", "load"]
+__all__ = ["Recorded", "Teacher", "create", "load"]
+
+
+def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader) -> Teacher | Recorded:
+    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load and Recorded."""
+    here = lambda device: load(cfg.file, cfg.arch, cfg.kwargs, dim, device)
+    return here(loader.device) if cfg.cache == "off" else Recorded(cfg, dim, precision, loader, here)
+
+
+def rounds(cfg: config.Teacher | None) -> int | None:
+    """Epochs that have views of their own, for the loader; None: all."""
+    return cfg.cache_rounds if cfg and cfg.cache != "off" else None
 
 
 def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, device: torch.device | str) -> Teacher:
