@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from fastdisco import checkpoint, config, data, dist, engine, methods, models, optim, runs, teacher
+from fastdisco import checkpoint, compiled, config, cudagraph, data, dist, engine, methods, models, optim, runs, teacher
 from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
 from fastdisco.log import Log, Meter, say
@@ -21,6 +21,8 @@ from fastdisco.methods import Nets, Progress
 def train(cfg: Config, overwrite: bool = False):
     """One run, from its last checkpoint if it has one to its last step."""
     device = engine.start(cfg.engine.precision)
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.engine.tf32, False
+    torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     if val := cfg.data.val and data.listing(cfg.data.val, cfg.data.quarantine):
@@ -31,7 +33,8 @@ def train(cfg: Config, overwrite: bool = False):
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
     net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
-    teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
+    teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim,
+                                              teacher.how(cfg.teacher, cfg.engine.precision, cfg.view.size, device, cfg.perf.graphs))
     ema = models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
     loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device)
@@ -49,7 +52,9 @@ def train(cfg: Config, overwrite: bool = False):
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
     _announce(cfg, listing, ema, micro, lr, steps, start, folder)
 
-    nets = Nets(student, _frozen(ema, cfg, device), teacher_net and _frozen(teacher_net, cfg, device))
+    nets = Nets(student, _frozen(ema, cfg, device), teacher_net)
+    if cfg.perf.compile or cfg.perf.graphs and device.type == "cuda":
+        nets = _prepare(nets, net, ema, method, cfg, micro, device)
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):
@@ -116,9 +121,31 @@ def main(argv: list[str] | None = None) -> int:
 def _frozen(net, cfg: Config, device: torch.device):
     """The network as a callable without gradient, in the precision of the forward passes."""
     def call(views):
-        with torch.no_grad(), engine.autocast(cfg.engine.precision, device):
+        with torch.no_grad(), engine.autocast(cfg.engine.precision, device, cache=False):
             return net(views)
     return call
+
+
+def _prepare(nets: Nets, net: models.Net, ema: models.Net, method: methods.Method, cfg: Config, micro: int, device: torch.device) -> Nets:
+    """Compiles and captures what the configuration asks for, on noise: before there is a data pipeline, for where one of its threads waits for
+    the GPU, a capture breaks.  Nothing that training reads changes."""
+    g = torch.Generator().manual_seed(0)
+    views = [torch.randn(micro, 3, c.size, c.size, generator=g).to(device, memory_format=torch.channels_last) for c in method.views]
+    if cfg.perf.compile in ("student", "both"):
+        with engine.autocast(cfg.engine.precision, device):
+            compiled.compile("student", net.backbone, lambda: compiled.forward_backward(net.backbone, views), cfg.perf.backend)
+    if cfg.perf.compile in ("teacher", "both"):
+        compiled.compile("teacher", nets.teacher.net.backbone, lambda: nets.teacher.eager(views), cfg.perf.backend)
+    if cfg.perf.graphs and device.type == "cuda":
+        nets = nets._replace(ema=cudagraph.Graphed("mean student", nets.ema, ema.buffers()))
+        _rehearse(nets._replace(student=_frozen(copy.deepcopy(ema), cfg, device)), ema, method, views)
+    return nets
+
+
+def _rehearse(nets: Nets, ema: models.Net, method: methods.Method, views: list[torch.Tensor]):
+    """One step of a copy of the method, so that teacher and mean student are called with what training will call them with."""
+    with cudagraph.rehearsal(ema), torch.no_grad():
+        copy.deepcopy(method).step(nets, views, Progress(0, 0.0))
 
 
 def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, start: int, folder: Path):

@@ -30,12 +30,12 @@ class Moco(Method):
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """views: two [B,3,S,S].  Terms contrast and, with a teacher, distill; logged beside them feat/std and distill/cosine."""
+        t = nets.teacher(views) if nets.teacher else None  # may run beside the student's forward, until t.z is read
         z = nets.student(views if nets.teacher else views[:1]).z  # [V,B,d]: without a teacher nothing is asked of the student on view B
         q = z[0]
         keys = self._encode(nets.ema, views[1], progress)  # [B*ranks,d]
         k = keys[dist.rank() * len(q):][:len(q)]  # the positives of this rank's queries
-        t = nets.teacher(views).z if nets.teacher else None  # [2,B,d]
-        contrast, distill = kernels.moco(z, k, self.queue.rows, self.cfg.temp, t)
+        contrast, distill = kernels.moco(z, k, self.queue.rows, self.cfg.temp, t and t.z)  # t.z [2,B,d]
         terms = {"contrast": contrast, "feat/std": _spread(q)}
         if nets.teacher:
             terms |= {"distill": distill, "distill/cosine": 1 - distill.detach() / (2 * len(z))}  # |s-t|^2 = 2 - 2 cos, summed over V
