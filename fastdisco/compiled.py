@@ -20,8 +20,8 @@ def compile(what: str, backbone: nn.Module, step: Callable[[], object], backend:
     with rehearsal(backbone):
         before = _seconds(step)
         begin = time.perf_counter()
-        backbone.compile(backend=backend, dynamic=False)
         try:
+            backbone.compile(backend=backend, dynamic=False)
             step()
         except Exception as e:  # whatever the compiler, or the C++ compiler below it, trips over
             raise UserError(f"perf.compile: the {what} cannot be compiled by {backend} ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); "

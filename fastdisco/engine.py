@@ -3,6 +3,7 @@ optimizer state of any ZeRO stage under the parameters' names."""
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import Any, Iterator, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_
     deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=told)
+    if clip and not cfg.stage:  # the same norm and factor; DeepSpeed's form takes a kernel or two for each weight, and waits for the device
+        engine.clip_fp32_gradients = partial(nn.utils.clip_grad_norm_, list(net.parameters()), clip)
     return engine
 
 
