@@ -68,13 +68,18 @@ class Teacher(Block):
     file: Path  # a checkpoint as its training wrote it, or the folder of a fastdisco run: docs/teachers.md
     arch: str | None = None  # the timm model that the file's backbone belongs to; null: told by the file
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and activations.  auto: fp16 on a GPU, engine.precision on a CPU
+    bn: Literal["eval", "batch"] = "eval"  # batch: by the statistics of bn_group images of a view, as in the official code
+    bn_group: int = Field(32, ge=2)
+    fold: bool = True  # batch norm into the layers before it, with bn: eval
+    graph: bool = True  # on a GPU its forward is a CUDA graph that runs beside the student's
     cache: Literal["off", "record", "replay"] = "off"  # replay: recorded embeddings, no teacher; record: the same, after what is missing
     cache_folder: Path = Path("out/teacher_cache")
     cache_rounds: int = Field(10, ge=1)  # epochs whose views are recorded; epoch e has the views of epoch e mod cache_rounds
 
     @model_validator(mode="after")
     def _recordable(self):
-        if self.cache != "off" and getattr(self, "bn", "eval") == "batch":
+        if self.cache != "off" and self.bn == "batch":
             raise ValueError(f"cache: {self.cache} needs bn: eval, for with batch an embedding depends on the other images of its batch; "
                              "set teacher.cache=off or teacher.bn=eval")
         return self
@@ -206,6 +211,7 @@ class Optim(Block):
 
 class Engine(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward passes; weights and statistics stay fp32
+    tf32: bool = True  # on a GPU, float32 convolutions with 10 bits of mantissa; matrix products keep all 23
     stage: Literal[0, 1, 2, 3] = 0  # ZeRO, see docs/engine.md; 0: only gradients are exchanged, the fastest for students that fit (all do)
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, laid over the generated ones
 
@@ -215,6 +221,13 @@ class Engine(Block):
             raise ValueError(f"precision: fp16 works at stage 0 only, found {self.stage} (from stage 1 on DeepSpeed never lowers the loss scale "
                              "after an overflow, and clips scaled gradients); take bf16")
         return self
+
+
+class Perf(Block):
+    graphs: bool = True  # on a GPU, the forwards of mean student and teacher as CUDA graphs
+    compile: Literal[False, "student", "teacher", "both"] = False  # torch.compile of the backbones; what it costs and saves is measured and told
+    backend: str = "inductor"  # of torch.compile
+    cudnn_benchmark: bool = True  # cuDNN takes what is fastest here; then a resumed run on a GPU may round otherwise
 
 
 class Eval(Block):
@@ -244,6 +257,7 @@ class Config(Block):
     method: Annotated[Moco | Swav | Dino | Seed, Field(discriminator="name")] = Moco()
     optim: Optim = Optim()
     engine: Engine = Engine()
+    perf: Perf = Perf()
     eval: Eval = Eval()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
@@ -289,6 +303,10 @@ class Config(Block):
             raise ValueError(f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to {self.data.eval_resize} (data.eval_resize)")
         if self.optim.warmup_epochs >= self.run.epochs:
             raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} leave nothing of the {self.run.epochs} epochs (run.epochs); lower it")
+        if self.perf.compile in ("student", "both") and self.engine.stage == 3:
+            raise ValueError(f"perf.compile: {self.perf.compile} works at engine.stage 0 to 2, for at 3 weights come and go within the forward")
+        if self.perf.compile in ("teacher", "both") and self.teacher is None:
+            raise ValueError(f"perf.compile: {self.perf.compile}, but there is no teacher; set teacher.file, or student or false")
         if self.eval.every and self.data.val is None:
             raise ValueError("eval.every: the kNN evaluation needs data.val, a folder of class folders")
         return self
@@ -349,6 +367,8 @@ def micro_batch(cfg: Config, world: int) -> int:
                         f"nearest: {' or '.join(map(str, near))}")
     if batch % cfg.bn.groups:
         raise UserError(f"bn.groups: {cfg.bn.groups} does not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
+    if cfg.teacher and cfg.teacher.bn == "batch" and batch % min(cfg.teacher.bn_group, batch):
+        raise UserError(f"teacher.bn_group: {cfg.teacher.bn_group} does not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
     if batch // cfg.bn.groups < 2:
         raise UserError("data.batch: batch norm sees 1 image in each group and needs 2; enlarge data.batch or lower bn.groups")
     return batch

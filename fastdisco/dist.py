@@ -99,8 +99,13 @@ class Shuffle:
     def split(self, x: Tensor) -> Tensor:
         """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay channels_last."""
         rows = all_gather(x.movedim(1, -1))  # as images lie in memory, so that nothing is rearranged
-        return rows[self.mine.to(x.device, non_blocking=True)].movedim(-1, 1)
+        return rows[_there(self.mine, x)].movedim(-1, 1)
 
     def join(self, x: Tensor) -> Tensor:
         """[B,...] of a shuffled share -> [B*ranks,...]: the whole global batch in its own order, on every rank."""
-        return all_gather(x)[self.undo.to(x.device, non_blocking=True)]
+        return all_gather(x)[_there(self.undo, x)]
+
+
+def _there(index: Tensor, x: Tensor) -> Tensor:
+    """On x's device, without waiting: of memory that is not pinned CUDA takes a copy first."""
+    return index.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else index

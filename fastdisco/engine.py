@@ -3,6 +3,7 @@ optimizer state of any ZeRO stage under the parameters' names."""
 import contextlib
 import logging
 import os
+from functools import partial
 from typing import Any, Iterator, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_
     deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=told)
+    if clip and not cfg.stage:  # the same norm and factor; DeepSpeed's form takes a kernel or two for each weight, and waits for the device
+        engine.clip_fp32_gradients = partial(nn.utils.clip_grad_norm_, list(net.parameters()), clip)
     return engine
 
 
@@ -123,26 +126,29 @@ def optimizer_state(engine) -> dict[str, dict]:
         for flat, pieces in _flat_groups(engine):
             for piece in pieces if flat in base.state else ():
                 parameters[piece.name] = {k: _join(v, piece) if _same_shape(v, flat.shape) else v for k, v in base.state[flat].items()}
-    return {"parameters": parameters, "groups": {i: {k: v for k, v in g.items() if k != "params"} for i, g in enumerate(base.param_groups)}}
+    return {"parameters": parameters, "groups": {i: {k: v for k, v in g.items() if k not in _NO_STATE} for i, g in enumerate(base.param_groups)}}
 
 
 def load_optimizer_state(engine, state: dict[str, dict]):
     """Sets what `optimizer_state` gave, at any stage, also before the first step."""
     base, saved = engine.basic_optimizer, state["parameters"]
+    fused = bool(base.defaults.get("fused"))
     for i, settings in state["groups"].items():
-        base.param_groups[i].update({k: v.clone() if torch.is_tensor(v) else v for k, v in settings.items()})
+        base.param_groups[i].update({k: v.clone() if torch.is_tensor(v) else v for k, v in settings.items() if k not in _NO_STATE})
     if not engine.zero_optimization():
-        base.state.update({p: {k: _like(v, p) for k, v in saved[name].items()} for name, p in engine.module.named_parameters() if name in saved})
+        base.state.update({p: {k: _like(v, p, fused) for k, v in saved[name].items()} for name, p in engine.module.named_parameters() if name in saved})
         return
     for flat, pieces in _flat_groups(engine):
         for key, value in saved.get(pieces[0].name, {}).items():
             per_element = _same_shape(value, pieces[0].shape)
-            base.state[flat][key] = _cut([saved[p.name][key] for p in pieces], pieces, flat) if per_element else _like(value, flat)
+            base.state[flat][key] = _cut([saved[p.name][key] for p in pieces], pieces, flat) if per_element else _like(value, flat, fused)
 
 
-def autocast(precision: str, device: torch.device):
-    """The precision of the forward passes that do not go through the engine: mean student, teacher, evaluation."""
-    return torch.autocast(device.type, dtype=DTYPE[precision] or torch.bfloat16, enabled=precision != "fp32")
+def autocast(precision: str, device: torch.device, cache: bool = True):
+    """The precision of the forward passes that do not go through the engine: mean student, evaluation.
+
+    cache  keep weights that were cast until the context ends; not in a CUDA graph, which must cast them anew in each replay"""
+    return torch.autocast(device.type, dtype=DTYPE[precision] or torch.bfloat16, enabled=precision != "fp32", cache_enabled=cache)
 
 
 def scaler(engine) -> torch.amp.GradScaler | None:
@@ -160,6 +166,7 @@ def stop():
 _RAW_KEYS = {"zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler",
              "wall_clock_breakdown", "memory_breakdown", "dump_state", "compile"}
 _ELSEWHERE = {"offload_optimizer", "offload_param", "zenflow", "zero_hpz_partition_size", "round_robin_gradients"}
+_NO_STATE = {"params", "fused", "foreach"}  # of an optimizer's group; the last two follow from the device
 
 
 class _Piece(NamedTuple):
@@ -209,13 +216,14 @@ def _cut(values: list[Tensor], pieces: list[_Piece], like: Tensor) -> Tensor:
     return flat
 
 
-def _like(value, p: Tensor):
-    """A copy, off the mapped file, as the optimizer keeps it beside p: in p's memory format; counters, which have no dimension, on the CPU."""
+def _like(value, p: Tensor, fused: bool):
+    """A copy, off the mapped file, as the optimizer keeps it beside p: in p's memory format; counters, which have no dimension, on the CPU but of
+    a fused optimizer, whose kernel reads them."""
     if not torch.is_tensor(value):
         return value
     if _same_shape(value, p.shape):
         return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
-    return value.to(p.device, copy=True) if value.dim() else value.clone()
+    return value.to(p.device if value.dim() or fused else "cpu", copy=True)
 
 
 def _deepspeed():

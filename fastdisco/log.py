@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,8 +67,9 @@ class Meter:
         speed = {"perf/total_ips": n * self.images / took, "perf/compute_ips": n * self.images / max(took - self.waited, 1e-9),
                  "perf/step_time": took / n, "perf/data_time": self.waited / n, "perf/data_share": self.waited / took,
                  "perf/eta": took / n * (steps - done)}
-        if torch.cuda.is_available():
-            speed["perf/mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        cuda = torch.cuda.is_available()  # reserved, since what a graph's replay needs is not allocated anew; DALI's buffers are not torch's
+        peak = torch.cuda.max_memory_reserved() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        speed["perf/mem_gb"] = peak / 1e9  # of the run so far, on this rank: of its GPU, or of the process
         self._forget(done)
         return means | speed
 

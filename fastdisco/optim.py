@@ -1,4 +1,5 @@
 """Parameter groups, optimizer and schedules."""
+import inspect
 import math
 
 import timm.optim
@@ -78,11 +79,22 @@ def _at(cfg: Optim, epoch: float) -> float:
 
 def _make(params: nn.Module | list[Tensor], cfg: Optim, lr: float) -> torch.optim.Optimizer:
     name = {"sgd": "momentum", "nesterov": "sgd"}.get(cfg.name, cfg.name)  # timm's "sgd" is Nesterov's; MoCo's and DisCo's is plain
+    weights = params.parameters() if isinstance(params, nn.Module) else params
     try:
         return timm.optim.create_optimizer_v2(params, name, lr=lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
-                                              filter_bias_and_bn=not cfg.decay_norm_and_bias)
+                                              filter_bias_and_bn=not cfg.decay_norm_and_bias, **_fused(name, next(iter(weights)).device))
     except (ValueError, AssertionError, TypeError, ImportError) as e:
         raise UserError(f"optim.name: timm.optim cannot make {cfg.name!r} ({e}); take one of timm.optim.list_optimizers()") from None
+
+
+def _fused(name: str, device: torch.device) -> dict[str, bool]:
+    """What makes the optimizer of that name in timm.optim one kernel for many weights: torch's SGD, Adam, AdamW and Adagrad on a GPU.
+
+    The others of torch, and some of timm's, take lists of weights (foreach) without being told.  Fused ones never wait for the GPU, also not for
+    fp16's loss scaler, which asks others each step whether a gradient overflowed."""
+    if device.type != "cuda" or name.lower() not in timm.optim.list_optimizers():
+        return {}
+    return {"fused": True} if "fused" in inspect.signature(timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)).parameters else {}
 
 
 def _elementwise(cfg: Optim, device: torch.device) -> bool:

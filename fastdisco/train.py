@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from fastdisco import checkpoint, config, data, dist, engine, methods, models, optim, runs, teacher
+from fastdisco import checkpoint, compiled, config, cudagraph, data, dist, engine, methods, models, optim, runs, teacher
 from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
 from fastdisco.log import Log, Meter, say
@@ -20,6 +20,8 @@ from fastdisco.methods import Nets, Progress
 def train(cfg: Config, overwrite: bool = False):
     """One run, from its last checkpoint if it has one to its last step."""
     device = engine.start(cfg.engine.precision)
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.engine.tf32, False
+    torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     if val := cfg.data.val and data.listing(cfg.data.val, cfg.data.quarantine):
@@ -32,7 +34,7 @@ def train(cfg: Config, overwrite: bool = False):
     net = models.of(cfg, train=True).to(device)
     loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
                               way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher))
-    teacher_net = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader)
+    teacher_net = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs)
     recorded = isinstance(teacher_net, teacher.Recorded)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
@@ -52,7 +54,9 @@ def train(cfg: Config, overwrite: bool = False):
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
     _announce(cfg, listing, net, micro, lr, steps, start, folder)
 
-    nets = Nets(student, *(n and _frozen(n, cfg, device) for n in (ema, teacher_net, net.prototypes)))
+    nets = Nets(student, ema and _frozen(ema, cfg, device), teacher_net, net.prototypes and _frozen(net.prototypes, cfg, device))
+    if cfg.perf.compile or cfg.perf.graphs and device.type == "cuda":
+        nets = _prepare(nets, net, ema, method, loader, cfg)
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):
@@ -125,9 +129,29 @@ def main(argv: list[str] | None = None) -> int:
 def _frozen(net, cfg: Config, device: torch.device):
     """The network as a callable without gradient, in the precision of the forward passes."""
     def call(views):
-        with torch.no_grad(), engine.autocast(cfg.engine.precision, device):
+        with torch.no_grad(), engine.autocast(cfg.engine.precision, device, cache=False):
             return net(views)
     return call
+
+
+def _prepare(nets: Nets, net: models.Net, ema: models.Net | None, method: methods.Method, loader: data.TrainLoader, cfg: Config) -> Nets:
+    """Compiles and captures what the configuration asks for, on noise: before there is a data pipeline, for where one of its threads waits for
+    the GPU, a capture breaks.  Nothing that training reads changes."""
+    device, live = loader.device, isinstance(nets.teacher, teacher.Teacher)  # recorded embeddings have nothing to prepare
+    g, dtype = torch.Generator().manual_seed(0), torch.float16 if loader.way.half else torch.float32
+    views = [torch.randn(loader.batch, 3, c.size, c.size, generator=g).to(device, dtype, memory_format=torch.channels_last) for c in loader.crops]
+    if cfg.perf.compile in ("student", "both"):
+        with engine.autocast(cfg.engine.precision, device):
+            compiled.compile("student", net.backbone, lambda: compiled.forward_backward(net.backbone, views), cfg.perf.backend)
+    if cfg.perf.compile in ("teacher", "both") and live:
+        compiled.compile("teacher", nets.teacher.net.backbone, lambda: nets.teacher.eager(views), cfg.perf.backend)
+    if cfg.perf.graphs and device.type == "cuda":
+        nets = nets._replace(ema=ema and cudagraph.Graphed("mean student", nets.ema, ema.buffers()))
+        with cudagraph.rehearsal(*filter(None, (ema,))), torch.no_grad():  # one step of a copy: graphs are of what training will call them with
+            stand_in = copy.deepcopy(ema) if ema else models.of(cfg, train=True).to(device)
+            called = nets._replace(student=_frozen(stand_in, cfg, device), teacher=nets.teacher if live else None)
+            copy.deepcopy(method).step(called, views, Progress(0, 0.0))
+    return nets
 
 
 def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, start: int, folder: Path):

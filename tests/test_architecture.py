@@ -8,8 +8,8 @@ from conftest import ROOT
 
 LEVELS = [
     {"kernels", "config", "dist", "log", "views", "heads"},
-    {"data", "models", "memory"},
-    {"teacher", "methods", "optim", "evals", "engine"},
+    {"data", "models", "memory", "cudagraph"},
+    {"teacher", "methods", "optim", "evals", "engine", "compiled"},
     {"checkpoint", "runs", "export"},
     {"cli", "train"},
 ]

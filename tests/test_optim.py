@@ -59,6 +59,12 @@ def test_norms_and_biases_can_be_spared_from_decay():
     assert decays == {0.0: 4 + 4 + 4, 1e-4: 3 * 4 * 9}
 
 
+def test_on_a_gpu_torchs_optimizers_are_fused():
+    for name, fused in dict(momentum=True, sgd=True, adam=True, AdamW=True, adagrad=True, lars=False, lamb=False, lion=False, lookahead_sgd=False).items():
+        assert optim._fused(name, torch.device("cuda")) == ({"fused": True} if fused else {}), name
+        assert optim._fused(name, torch.device("cpu")) == {}
+
+
 def test_deepspeed_is_told_to_clip_at_what_we_say():
     told = engine.deepspeed_config(Engine(precision="bf16"), 32, 2, 0.0, 10)
     assert told["gradient_clipping"] == 0.0 and told["train_micro_batch_size_per_gpu"] == 32 and told["gradient_accumulation_steps"] == 2

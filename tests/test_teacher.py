@@ -47,7 +47,7 @@ def save(tmp_path, found, **kwargs):
 
 
 def load(file, arch="resnet18", kwargs={}, dim=DIM):
-    return teacher.load(file, arch, kwargs, dim, "cpu")
+    return teacher.load(file, arch, kwargs, dim)
 
 
 def refusal(file, *says, **kwargs):

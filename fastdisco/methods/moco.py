@@ -24,7 +24,7 @@ class Moco(Method):
         """views: two [B,3,S,S].  Terms contrast and, with a teacher, distill; logged beside them feat/std and distill/cosine."""
         cfg = self.cfg
         seen = views if nets.teacher and cfg.distill else views[:1]  # without distillation nothing is asked of the student on view B
-        teacher = nets.teacher(seen) if nets.teacher else None
+        teacher = nets.teacher(seen) if nets.teacher else None  # may run beside the student's forward, until its z is read
         z = nets.student(seen).z  # [V,B,d]
         q = z[0]
         keys = encode(nets.ema, views[1], dist.mix(self.seed, progress.step) if self.shuffle else None)  # [B*ranks,d]

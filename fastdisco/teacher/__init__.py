@@ -2,22 +2,21 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastdisco import config
 from fastdisco.config import UserError
 from fastdisco.data import TrainLoader
 from fastdisco.teacher import formats
 from fastdisco.teacher.cache import Recorded
-from fastdisco.teacher.runtime import Teacher
+from fastdisco.teacher.runtime import How, Teacher, how
 
-__all__ = ["Recorded", "Teacher", "create", "load"]
+__all__ = ["How", "Recorded", "Teacher", "create", "how", "load", "rounds"]
 
 
-def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader) -> Teacher | Recorded:
-    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load and Recorded."""
-    here = lambda device: load(cfg.file, cfg.arch, cfg.kwargs, dim, device)
-    return here(loader.device) if cfg.cache == "off" else Recorded(cfg, dim, precision, loader, here)
+def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, graphs: bool = True) -> Teacher | Recorded:
+    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, how and Recorded."""
+    run = how(cfg, precision, loader.crops[0].size, loader.device, graphs)
+    here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run)
+    return here(run) if cfg.cache == "off" else Recorded(cfg, dim, run, loader, here)
 
 
 def rounds(cfg: config.Teacher | None) -> int | None:
@@ -25,11 +24,12 @@ def rounds(cfg: config.Teacher | None) -> int | None:
     return cfg.cache_rounds if cfg and cfg.cache != "off" else None
 
 
-def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, device: torch.device | str) -> Teacher:
+def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, run: How = How()) -> Teacher:
     """The teacher of a checkpoint of the kinds in formats.FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
 
     arch, kwargs  the timm model that its backbone belongs to; None: told by the file
     dim           width of the student's embedding, which the teacher's must have
+    run           how and where it runs, see `how`
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is no such thing as a random teacher."""
     try:
         found = formats.read(Path(file), arch, kwargs)
@@ -37,4 +37,4 @@ def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, device:
             raise UserError(f"{file}: embeds into {found.dim} numbers and the student into {dim}; set student.dim={found.dim} or another teacher")
     except UserError as e:
         raise UserError(f"teacher: {e}; training stops here, for a teacher with random weights is never used") from None
-    return Teacher(found.net.to(device))
+    return Teacher(found.net, run)

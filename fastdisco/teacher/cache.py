@@ -22,7 +22,7 @@ from fastdisco.config import UserError
 from fastdisco.data import TrainLoader, reading_order
 from fastdisco.log import console, say
 from fastdisco.models import Out
-from fastdisco.teacher.runtime import Teacher
+from fastdisco.teacher.runtime import How, Teacher
 
 VERSION = 1
 BLOCK = 1024  # images whose rows only one rank writes: whole pages of both files, since a network disk may lose what two machines write into one
@@ -32,13 +32,13 @@ COMMAND = "`fastdisco teacher record --config ...`"
 class Recorded:
     """Called like a Teacher, after `at` has said whose views these are."""
 
-    def __init__(self, cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, load: Callable[[torch.device | str], Teacher]):
-        """precision: of the teacher's forward; loader: with cfg.cache_rounds rounds; load: the teacher of cfg, onto a device.
+    def __init__(self, cfg: config.Teacher, dim: int, run: How, loader: TrainLoader, load: Callable[[How], Teacher]):
+        """run: of the teacher; loader: with cfg.cache_rounds rounds; load: the teacher of cfg, to run so.
 
         Of the teacher only the fingerprint is needed, unless `complete` has to record: it is loaded on the CPU and let go.
         Raises UserError where the folder holds embeddings of anything else, naming what, or a damaged file, and with cfg.cache replay where
         some are missing."""
-        self.folder, self.rounds, self.loader, self._load, self._precision = cfg.cache_folder, cfg.cache_rounds, loader, load, precision
+        self.folder, self.rounds, self.loader, self._load = cfg.cache_folder, cfg.cache_rounds, loader, lambda: load(run)
         self.recording = cfg.cache == "record"
         found = self._header()
         if found is None and not self.recording:
@@ -48,8 +48,9 @@ class Recorded:
             say(f"{cfg.file} is not here: the embeddings in {self.folder} are taken as those of this teacher")
             of = found["teacher"]
         else:
-            of = load("cpu").fingerprint
-        self.about = {"version": VERSION, "teacher": of, "precision": precision, "dim": dim, **loader.recipe}
+            of = load(How()).fingerprint
+        self._precision = str(run.dtype).removeprefix("torch.")
+        self.about = {"version": VERSION, "teacher": of, "precision": self._precision, "dim": dim, **loader.recipe}
         self.fingerprint = hashlib.sha256(json.dumps([self.about, self.rounds], sort_keys=True).encode()).hexdigest()
         self._row = len(loader.crops), dim
         self._block = found["block"] if found else BLOCK
@@ -140,15 +141,11 @@ class Recorded:
 
     def _encode(self) -> Callable[[list[Tensor]], np.ndarray]:
         """Views -> unit rows [B,V,d] float16."""
-        device = self.loader.device
-        teacher = self._load(device)
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
+        teacher = self._load()
 
         @torch.no_grad()
         def encode(views):
-            with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                z = teacher(views).z
-            return F.normalize(z.float(), dim=-1).transpose(0, 1).half().cpu().numpy()
+            return F.normalize(teacher(views).z.float(), dim=-1).transpose(0, 1).half().cpu().numpy()
         return encode
 
     def _whole(self):

@@ -1,26 +1,91 @@
-"""How the teacher runs: frozen, in eval mode, all views of a resolution in one forward."""
+"""How the teacher runs: frozen, batch norm folded away, in half precision, all views of a resolution in one forward, as a CUDA graph."""
 import hashlib
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdisco import models
+from fastdisco import config, cudagraph, models
+from fastdisco.config import UserError
 from fastdisco.models import Out
+from fastdisco.teacher.fold import fold
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEAR = 0.9995  # cosine of an embedding to that of the network as it was loaded
+
+
+class How(NamedTuple):
+    """The defaults leave the network as it is."""
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None  # of weights, views and activations; None: the network's own
+    fold: bool = False
+    bn_group: int = 0  # > 0: batch norm by the statistics of that many images of a view, as in the official code
+    graph: bool = False
+    size: int = 64  # pixels; of the noise that checks the above
+
+
+def how(cfg: config.Teacher, precision: str, size: int, device: torch.device, graphs: bool) -> How:
+    """What the configuration asks for.  precision: of the engine; size: of the views; graphs: whether there may be any.
+
+    Raises UserError for fp16 on a CPU."""
+    cuda = device.type == "cuda"
+    asked = cfg.precision if cfg.precision != "auto" else "fp16" if cuda else precision
+    if asked == "fp16" and not cuda:
+        raise UserError("teacher.precision: fp16 needs a GPU; take fp32, bf16 or auto")
+    return How(device, DTYPE[asked], cfg.fold and cfg.bn == "eval", cfg.bn_group if cfg.bn == "batch" else 0, cfg.graph and graphs and cuda, size)
 
 
 class Teacher:
-    """Eval mode, no gradient, all views of a resolution in one forward.  Not a module: nothing that is checkpointed may hold it.
+    """No gradient, all views of a resolution in one forward.  Not a module: nothing that is checkpointed may hold it.
 
-    The official DisCo code leaves its teacher in train mode, so that its targets depend on the other 31 images of a GPU and its running
-    statistics drift away from the checkpoint; SEED's and SwAV+DisCo's teachers are in eval mode, as here."""
+    In eval mode a target is a function of its image alone.  The official DisCo code leaves its teacher in train mode, so that its targets
+    depend on the other 31 images of a GPU and its running statistics drift away from the checkpoint; `bn_group` gives those targets, with the
+    running statistics left alone.  SEED's and SwAV+DisCo's teachers are in eval mode."""
 
-    def __init__(self, net: models.Net):
-        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.fingerprint = fingerprint(net)
+    def __init__(self, net: models.Net, how: How = How()):
+        """net: on the CPU, as loaded.  Raises UserError where its embeddings of noise in half precision are not near those of before."""
+        self.net, self.how, self.fingerprint = net.eval().requires_grad_(False), how, fingerprint(net)
+        probe = [torch.randn(2, 3, how.size, how.size, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).dtype)]
+        with torch.no_grad():
+            want = net(probe).z if how.dtype and not how.bn_group else None
+            if how.fold:
+                fold(net, probe)
+        for m in net.modules():
+            if how.bn_group and isinstance(m, _BatchNorm):
+                m.train()
+                m.track_running_stats = False  # the batch's statistics, and nothing is written into the running ones
+            if how.dtype and not isinstance(m, _BatchNorm):  # whose statistics half precision would round; it takes inputs of any
+                m._apply(lambda x: x.to(how.dtype) if x.is_floating_point() else x, recurse=False)
+        net.to(how.device, memory_format=torch.channels_last)
+        if want is not None:
+            self._check(want, probe)
+        self.forward = cudagraph.Graphed("teacher", self.eager, dtype=how.dtype) if how.graph else self.eager
 
-    @torch.no_grad()  # not inference_mode: the loss saves the targets for its backward
-    def __call__(self, views: list[Tensor]) -> Out:
-        return self.net(views)
+    def __call__(self, views: list[Tensor]) -> Out | cudagraph.Later:
+        """[B,3,S,S] per view, in any float dtype -> z [V,B,d] in float32 or wider, which as a graph is computed beside what the caller does next."""
+        return self.forward(views)
+
+    @torch.no_grad()  # not inference_mode: a loss may save the targets for its backward
+    def eager(self, views: list[Tensor]) -> Out:
+        """The same without a graph."""
+        views = [v.to(self.how.dtype or v.dtype) for v in views]
+        with torch.autocast(views[0].device.type, enabled=False):
+            if group := self.how.bn_group:
+                z = torch.stack([torch.cat([self.net([part]).z[0] for part in v.split(group)]) for v in views])
+            else:
+                z = self.net(views).z
+        return Out(z.to(torch.promote_types(z.dtype, torch.float32)))
+
+    def _check(self, want: Tensor, probe: list[Tensor]):
+        got = self.eager([v.to(self.how.device, memory_format=torch.channels_last) for v in probe]).z.to(want)
+        near = F.cosine_similarity(got, want, dim=-1).min().item()
+        if not near >= NEAR:  # nor nan, which an overflow gives
+            dtype = str(self.how.dtype).removeprefix("torch.")
+            raise UserError(f"teacher.precision: of noise, the embedding in {dtype} has a cosine of {near:.5f} to the one in float32, less than "
+                            f"{NEAR}; set teacher.precision=fp32{' or bf16' if self.how.dtype == torch.float16 else ''}")
 
 
 def fingerprint(net: nn.Module) -> str:

@@ -1,0 +1,54 @@
+"""torch.compile of a backbone; what it costs and what it saves is measured before training begins."""
+import time
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdisco.config import UserError
+from fastdisco.cudagraph import rehearsal
+from fastdisco.log import say
+
+ROUNDS = 5  # timed, of either form
+
+
+def compile(what: str, backbone: nn.Module, step: Callable[[], object], backend: str):
+    """Compiles the backbone in place, for the shapes that `step` calls it with, and tells after how many such steps that has paid.
+
+    step  what a micro batch does with the backbone; its buffers and the random streams are left as they were.
+    Raises UserError where it cannot be compiled."""
+    with rehearsal(backbone):
+        before = _seconds(step)
+        begin = time.perf_counter()
+        try:
+            backbone.compile(backend=backend, dynamic=False)
+            step()
+        except Exception as e:  # whatever the compiler, or the C++ compiler below it, trips over
+            raise UserError(f"perf.compile: the {what} cannot be compiled by {backend} ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); "
+                            "set perf.compile=false, or install what it asks for (inductor needs a C++ compiler)") from e
+        _wait()
+        took = time.perf_counter() - begin
+        after = _seconds(step)
+    gain = f"paid back after {took / (before - after):.0f} micro batches" if after < before else "never paid back here: leave it out of perf.compile"
+    say(f"perf.compile: {what} in {took:.1f} s; its part of a micro batch is {after * 1e3:.2f} ms instead of {before * 1e3:.2f} ms; {gain}")
+
+
+def forward_backward(backbone: nn.Module, views: Sequence[Tensor]) -> tuple:
+    """The gradients of one micro batch, handed back instead of added to those of the weights, where an engine would see them."""
+    return torch.autograd.grad(sum(backbone(v).float().mean() for v in views), [p for p in backbone.parameters() if p.requires_grad], allow_unused=True)
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    for _ in range(2):
+        step()
+    _wait()
+    begin = time.perf_counter()
+    for _ in range(ROUNDS):
+        step()
+    _wait()
+    return (time.perf_counter() - begin) / ROUNDS
+
+
+def _wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

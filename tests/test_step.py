@@ -1,0 +1,411 @@
+"""The step's runtime: what becomes a CUDA graph and what does not, torch.compile, and that the loop never waits for the device between log points."""
+import copy
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from pydantic import ValidationError
+
+from conftest import ranks, tiny
+from fastdisco import compiled, config, cudagraph, data, engine, heads, log, methods, models, optim, train
+from fastdisco.config import Optim, UserError
+from fastdisco.cudagraph import Graphed, rehearsal
+from fastdisco.methods import Nets
+from fastdisco.models import Out
+from fastdisco.teacher import How, Teacher
+from test_teacher_runtime import drawn, net, views
+from test_train import _train, losses
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(cudagraph, "say", lines.append)
+    return lines
+
+
+# ---- which calls are replays
+
+class Replays:
+    """Stands in for a capture: notes what it was made of and called with."""
+
+    def __init__(self, forward, views, kept, dtype):
+        self.made, self.calls = [v.shape for v in views], 0
+
+    def __call__(self, views):
+        self.calls += 1
+        assert [v.shape for v in views] == self.made
+        return "replayed"
+
+
+def test_the_first_calls_shapes_are_replayed_and_another_is_said_once_and_run_eagerly(said):
+    f = Graphed("teacher", lambda views: [len(v) for v in views], capture=Replays)
+    assert f(views(2, 4)) == f(views(2, 4, seed=5)) == "replayed" and not said
+    assert f(views(2, 3)) == [3, 3] and f(views(1, 4)) == [4] and f(views(2, 4, size=16)) == [4, 4]
+    assert f(views(2, 4)) == "replayed" and f.graph.calls == 3
+    assert said == ["teacher: runs eagerly, not as a CUDA graph: views [(3, 3, 32, 32), (3, 3, 32, 32)] differ from those of its graph, "
+                    "[(4, 3, 32, 32), (4, 3, 32, 32)]"]
+
+
+def test_a_capture_that_fails_is_said_once_with_its_reason_and_not_tried_again(said):
+    tries = []
+
+    def fails(*args):
+        tries.append(args)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    f = Graphed("mean student", lambda views: [len(v) for v in views], capture=fails)
+    assert f(views(2, 4)) == f(views(2, 4)) == [4, 4] and f(views(2, 3)) == [3, 3] and len(tries) == 1
+    assert said == ["mean student: runs eagerly, not as a CUDA graph: the capture failed (operation not permitted when stream is capturing)"]
+
+
+def test_an_error_of_the_forward_itself_is_not_swallowed(said):
+    def capture(forward, views, *_):
+        forward(views)
+
+    with pytest.raises(ValueError, match="does not split"):
+        Graphed("mean student", lambda views: models.split_bn(x := net(), 3) or x.train()(views), capture=capture)(views(1, 4))
+
+
+# ---- rehearsing
+
+def test_a_rehearsal_leaves_statistics_and_random_streams():
+    student = net("test_efficientnet", drop_rate=0.5).train()
+    before = copy.deepcopy(student.state_dict())
+    torch.manual_seed(3)
+    want = torch.rand(4)
+    torch.manual_seed(3)
+    with rehearsal(student):
+        student(views())
+        assert any(not torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert torch.equal(torch.rand(4), want)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_rehearsed_step_makes_the_graphs_that_training_replays_and_changes_nothing(with_teacher):
+    student = net("test_efficientnet").train()
+    ema, teacher = models.ema_copy(student), Teacher(net())
+    method = methods.create("moco", cfg=config.Moco(queue=24), dim=16, hidden=24, crop=config.Crop(size=32), seed=0, shuffle=True)
+    state = copy.deepcopy([method.state_dict(), ema.state_dict()])
+    graphs = [Graphed(what, forward, capture=Replayed) for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))]
+    nets = Nets(torch.no_grad()(copy.deepcopy(ema)), graphs[0], graphs[1] if with_teacher else None)
+    train._rehearse(nets, ema, method, views(2, 4))
+    assert method.keys == [] and str([method.state_dict(), ema.state_dict()]) == str(state)
+    for x, y in zip(state, [method.state_dict(), ema.state_dict()]):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    terms = method.step(nets._replace(student=student), views(2, 4, seed=7), methods.Progress(5, 0.5))
+    assert ("distill" in terms) == with_teacher
+    assert [g.graph and g.graph.calls for g in graphs] == [2, 2 if with_teacher else None]
+
+
+class Replayed(Replays):
+    def __init__(self, forward, *args):
+        super().__init__(forward, *args)
+        self.forward = forward
+
+    def __call__(self, views):
+        super().__call__(views)
+        return self.forward(views)
+
+
+# ---- torch.compile
+
+def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder, tmp_path):
+    run = lambda *more: ranks(1, _told, tiny(folder, tmp_path, "run.max_steps=3", *more))[0]  # noqa: E731
+    run("run.name=teacher", "student.arch=test_resnet", "student.kwargs={}")
+    distilled = (f"teacher.file={tmp_path}/teacher", "teacher.arch=test_resnet")
+    assert "perf.compile" not in run("run.name=plain", *distilled)
+    text = run("run.name=both", "perf.compile=both", "perf.backend=aot_eager", *distilled)
+    for what in ("student", "teacher"):
+        assert f"perf.compile: {what} in " in text and text.count("ms instead of") == 2 and text.count("paid back") == 2
+    plain, both = losses(tmp_path / "plain"), losses(tmp_path / "both")
+    assert [both[s] for s in (1, 2, 3)] == pytest.approx([plain[s] for s in (1, 2, 3)], rel=1e-5) and plain[3] != plain[1]
+
+
+def _told(args):
+    import contextlib
+    import io
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        log.console.file = out
+        _train(args)
+    return out.getvalue()
+
+
+def test_what_cannot_be_compiled_is_refused():
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(UserError, match="perf.compile: the student cannot be compiled by no_such_thing .*perf.compile=false"):
+        compiled.compile("student", backbone, lambda: compiled.forward_backward(backbone, views()), "no_such_thing")
+    raw = {"run": {"name": "x"}, "data": {"train": "x"}}
+    with pytest.raises(UserError, match="perf.compile: both, but there is no teacher"):
+        config.validate(raw | {"perf": {"compile": "both"}}, "here")
+    with pytest.raises(UserError, match="perf.compile: student works at engine.stage 0 to 2"):
+        config.validate(raw | {"perf": {"compile": "student"}, "engine": {"stage": 3}}, "here")
+
+
+def test_what_compiling_measures_is_no_training():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = copy.deepcopy(backbone.state_dict())
+    stream, x = torch.get_rng_state(), views()
+    compiled.compile("student", backbone, lambda: compiled.forward_backward(backbone, x), "eager")
+    assert torch.equal(torch.get_rng_state(), stream) and all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert all(p.grad is None for p in backbone.parameters())
+    compiled.forward_backward(backbone, x)
+    assert not torch.equal(torch.get_rng_state(), stream) and not torch.equal(backbone[1].running_mean, before["1.running_mean"])
+
+
+# ---- waiting for the device
+
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__contains__", "nonzero")  # of a tensor's values
+
+
+def _here():
+    """(file, function) of the innermost frame of ours or DeepSpeed's."""
+    frames = [f for f in traceback.extract_stack() if {"fastdisco", "deepspeed", "kernels"} & set(Path(f.filename).parts)]
+    return Path(frames[-1].filename).name, frames[-1].name
+
+
+def _between_log_points(args, begin, end):
+    """Trains, with begin() called before the first batch after every log point, and end() at every log point."""
+    state, read, fetch = {"logged": False, "on": False}, log.Meter.read, data.TrainLoader.__next__
+
+    def at_the_log_point(self, *a):
+        if state["on"]:
+            end()
+        state.update(logged=True, on=False)
+        return read(self, *a)
+
+    def batch(self):
+        if state["logged"] and not state["on"]:
+            begin()
+            state["on"] = True
+        return fetch(self)
+
+    log.Meter.read, data.TrainLoader.__next__ = at_the_log_point, batch
+    _train(args)
+
+
+def _reads(args):
+    found, watching = set(), []
+
+    def watched(plain):
+        def call(*a, **k):
+            if watching:
+                found.add(_here())
+            return plain(*a, **k)
+        return call
+
+    for name in READS:
+        setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    _between_log_points(args, lambda: watching.append(1), watching.clear)
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def distilled(folder, tmp_path_factory):
+    """Overrides that distil from a run of our own, and log at every second step."""
+    out = tmp_path_factory.mktemp("teacher")
+    ranks(1, _train, tiny(folder, out, "run.max_steps=1", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
+    return [f"teacher.file={out}/teacher", "teacher.arch=test_resnet", "log.every=2", "run.max_steps=6", "data.accumulate=2", "bn.groups=1"]
+
+
+CLIPPED = [("utils.py", "is_invalid_grad_norm")]  # of DeepSpeed; docs/speed.md names it
+
+
+@pytest.mark.parametrize("stage, clip, where", [(0, 0, []), (0, 1, []), (1, 0, []), (2, 0, []), (2, 1, CLIPPED)])
+def test_between_log_points_the_loop_reads_no_tensor(folder, tmp_path, distilled, stage, clip, where):
+    """On a CPU nothing waits, but the same calls are made as on a GPU, where each of them would."""
+    assert ranks(1, _reads, tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled))[0] == where
+
+
+# ---- what only a GPU can tell
+
+def cuda(*tensors):
+    return [x.to(CUDA, memory_format=torch.channels_last) for x in tensors]
+
+
+def busy():
+    """Some milliseconds of work on the current stream, so that what should have waited for it shows."""
+    x = torch.randn(4096, 4096, device=CUDA)
+    for _ in range(10):
+        x = x @ x * 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=2)], ids=str)
+def test_a_graphed_teacher_equals_the_eager_one_over_many_steps(said, how):
+    graphed, eager = (Teacher(net("resnet18"), How(CUDA, graph=g, **how)) for g in (True, False))
+    kept, want = [], []
+    for seed in range(12):
+        x = cuda(*views(2, 8, 64, seed))
+        busy()
+        later = graphed(x)
+        for v in x:
+            v.mul_(3)  # the loader may write over its buffers as soon as the call has returned
+        busy()
+        kept.append(later.z)
+        want.append(eager(cuda(*views(2, 8, 64, seed))).z)
+    torch.testing.assert_close(torch.stack(kept), torch.stack(want), rtol=1e-3, atol=1e-3)  # also those of earlier replays
+    assert not said and graphed.forward.graph and (kept[0] - kept[1]).abs().max() > 0.05
+
+
+@pytest.mark.gpu
+def test_fp16_is_near_the_eager_teacher_in_fp32():
+    torch.backends.cudnn.allow_tf32 = False
+    for arch, bn in (("resnet50", False), ("resnet18", True), ("test_efficientnet", True)):
+        plain, x = net(arch, bn).to(CUDA), cuda(*views(2, 32, 128))
+        t = Teacher(net(arch, bn), How(CUDA, torch.float16, True, graph=True, size=128))
+        with torch.no_grad():
+            want = plain(x).z
+        assert F.cosine_similarity(t(x).z, want, dim=-1).min() >= 0.9995
+        assert F.cosine_similarity(t([v.half() for v in x]).z, want, dim=-1).min() >= 0.9995
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, precision, groups):
+    students = [net("test_efficientnet").train().to(CUDA, memory_format=torch.channels_last) for _ in range(2)]
+    for s in students:
+        models.split_bn(s, groups)
+        s.requires_grad_(False)
+    cfg = config.validate({"run": {"name": "x"}, "data": {"train": "x"}, "engine": {"precision": precision}}, "here")
+    graphed, eager = (train._frozen(s, cfg, CUDA) for s in students)
+    graphed = Graphed("mean student", graphed, students[0].buffers())
+    other = net("test_efficientnet").to(CUDA)
+    near = dict(rtol=1e-4, atol=1e-4) if precision == "fp32" else dict(rtol=5e-2, atol=5e-2)
+    for seed in range(6):
+        x = cuda(*views(1, 8, 32, seed))
+        a = graphed(x)
+        busy()
+        torch.testing.assert_close(a.z, eager(x).z, **near)
+        for s in students:
+            models.ema_update(s, other, 0.9)  # in place: the next replay reads the same addresses
+    for (name, a), (_, b) in zip(students[0].named_buffers(), students[1].named_buffers()):
+        assert torch.equal(a, b) if "num" in name else torch.allclose(a, b, **near), name
+    assert not said and int(students[0].get_buffer("backbone.bn1.num_batches_tracked")) == 6
+
+
+@pytest.mark.gpu
+def test_another_shape_and_a_forward_that_waits_run_eagerly(said):
+    t = Teacher(net("resnet18"), How(CUDA, fold=True, graph=True))
+    x, few = cuda(*views(2, 8, 64)), cuda(*views(2, 3, 64))
+    torch.testing.assert_close(t(x).z[:, :3], t([v[:3] for v in x]).z, rtol=1e-3, atol=1e-3)
+    t(few), t(x)
+    assert len(said) == 1 and "(3, 3, 64, 64)" in said[0]
+
+    class Sum(NamedTuple):
+        z: torch.Tensor
+
+    f = Graphed("test", lambda views: Sum(views[0].sum() * (1 if views[0].sum().item() else 2)))
+    torch.testing.assert_close(f(x).z, x[0].sum())
+    assert len(said) == 2 and "test: runs eagerly, not as a CUDA graph: the capture failed" in said[1]
+    assert torch.rand(4, device=CUDA).max() < 1 and torch.isfinite(t(x).z).all()  # generator and allocator still work
+
+
+@pytest.mark.gpu
+def test_dropout_in_a_graph_draws_anew_and_from_the_seed():
+    class Drop(NamedTuple):
+        z: torch.Tensor
+
+    x = [torch.ones(64, 1, 1, 64, device=CUDA)]
+    f = Graphed("test", lambda views: Drop(F.dropout(views[0])))
+    with rehearsal():
+        f(x).z
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(torch.stack([f(x).z for _ in range(2)]))
+    assert torch.equal(*draws) and not torch.equal(draws[0][0], draws[0][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw"])
+def test_fused_optimizers_are_the_plain_ones_and_their_state_can_be_loaded(name, monkeypatch):
+    def train_(moves, fused):
+        monkeypatch.setattr(optim, "_fused", fused)
+        student = net().to(CUDA)
+        opt = optim.create(student, Optim(name=name, weight_decay=1e-2), 0.05)
+        for seed in range(moves):
+            opt.zero_grad()
+            student(cuda(*views(2, 8, 32, seed))).z.square().mean().backward()
+            opt.step()
+        return opt, list(student.parameters())
+
+    fused = optim._fused
+    (a, x), (b, y) = train_(4, fused), train_(4, lambda *_: {})
+    assert a.defaults["fused"] and not b.defaults.get("fused")
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def _waits(args, mode):
+    """(file, function) of every wait between log points, as torch sees them, and of calls that wait by their nature."""
+    import warnings
+
+    found, watching = set(), []
+
+    def note(*a, **k):
+        if watching:
+            found.add(_here())
+
+    def watched(plain, waits=lambda *a: True):
+        def call(*a, **k):
+            if waits(*a):
+                note()
+            return plain(*a, **k)
+        return call
+
+    torch.cuda.synchronize = watched(torch.cuda.synchronize)
+    torch.cuda.Event.synchronize = watched(torch.cuda.Event.synchronize)
+    torch.cuda.Stream.synchronize = watched(torch.cuda.Stream.synchronize)
+    torch.Tensor.item = watched(torch.Tensor.item, lambda x: x.is_cuda)
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *a: note() if "synchroniz" in str(message) else None
+
+    def begin():
+        watching.append(1)
+        torch.cuda.set_sync_debug_mode(mode)
+
+    def end():
+        torch.cuda.set_sync_debug_mode("default")
+        watching.clear()
+
+    _between_log_points(args, begin, end)
+    return sorted(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_at_stage_0_nothing_waits_for_the_gpu_between_log_points(folder, tmp_path, distilled, precision):
+    for name in ("sgd", "adamw"):
+        for clip in (0, 1):
+            args = tiny(folder, tmp_path, f"run.name={name}{clip}", f"engine.precision={precision}", f"optim.name={name}", f"optim.clip={clip}", *distilled)
+            assert ranks(1, _waits, args, "error")[0] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage, clip, where", [(1, 0, []), (2, 0, []), (1, 1, CLIPPED), (2, 1, CLIPPED)])
+def test_at_stages_1_and_2_what_waits_is_known(folder, tmp_path, distilled, stage, clip, where):
+    found = ranks(1, _waits, tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled), "warn")[0]
+    print(f"stage {stage}, clip {clip}: {found}")
+    assert found == where
+
+
+@pytest.mark.gpu
+def test_training_with_graphs_is_training_without(folder, tmp_path, distilled):
+    for name, graphs in (("with", "true"), ("without", "false")):
+        ranks(1, _train, tiny(folder, tmp_path, f"run.name={name}", f"perf.graphs={graphs}", "student.kwargs={}", *distilled, "log.every=1"))
+    a, b = losses(tmp_path / "with"), losses(tmp_path / "without")
+    assert [a[s] for s in (1, 2, 3)] == pytest.approx([b[s] for s in (1, 2, 3)], rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_graph_in_the_loop_says_nothing_but_what_it_does_not_do(folder, tmp_path, distilled):
+    assert "eagerly" not in ranks(1, _told, tiny(folder, tmp_path, *distilled))[0]
