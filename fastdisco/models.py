@@ -239,7 +239,7 @@ def _wide(times: int, kwargs: dict[str, Any]) -> nn.Module:
     return net
 
 
-def _backbone(arch: str, kwargs: dict[str, Any], sizes: tuple[int, ...]) -> nn.Module:
+def _backbone(arch: str, kwargs: dict[str, Any], sizes: tuple[int, ...] = ()) -> nn.Module:
     if not timm.is_model(arch) and arch not in WIDE:
         near = difflib.get_close_matches(arch, [*WIDE, *timm.list_models()], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"

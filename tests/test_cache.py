@@ -85,7 +85,7 @@ def test_a_loader_over_rounds_goes_on_in_the_middle(folder):
 def test_embeddings_are_the_live_teachers(folder, made, tmp_path):
     """Of every image, round and view, from views made by a loader of other batches; two ranks recorded."""
     recorded, loader = opened(folder, tmp_path, made)
-    live = teacher.load(made / "teacher", "test_resnet", {}, 8, CPU)
+    live = teacher.load(made / "teacher", "test_resnet", {}, 8)
     seen = 0
     for r in range(ROUNDS):
         for batch in data.TrainLoader(loader.listing, loader.crops, 5, 0, 6, 1, 1, CPU).views_of(loader.listing.kept[::-1].copy(), r):
@@ -199,7 +199,7 @@ def test_a_missing_teacher_file_is_told(folder, copy, tmp_path, capsys):
     (["run.seed=1"], "another seed (0 there, 1 here)"),
     (["view.size=40"], "another views.0.size (32 there, 40 here), another views.1.size"),
     (["view.blur_p=0.1"], "another views.0.blur_p (0.5 there, 0.1 here)"),
-    (["engine.precision=bf16"], "another precision (fp32 there, bf16 here)"),
+    (["engine.precision=bf16"], "another precision (float32 there, bfloat16 here)"),
     (["data.train=FOLDER/val"], "another data ("),
     (["teacher.cache_rounds=3"], "holds 2 rounds and teacher.cache_rounds asks for 3"),
     (["teacher.cache_folder=/nowhere"], "/nowhere: no recorded embeddings there"),
@@ -270,7 +270,7 @@ def test_rows_reach_a_gpu_without_waiting(folder, tmp_path):
     device = torch.device("cuda", 0)
     loader = data.TrainLoader(data.listing(cfg.data.train), (cfg.view, cfg.view), 8, cfg.run.seed, 6, 1, 1, device, rounds=ROUNDS)
     recorded = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader)
-    live = teacher.load(tmp_path / "teacher", "test_resnet", {}, 8, device)
+    live = teacher.load(tmp_path / "teacher", "test_resnet", {}, 8, teacher.How(device))
     for batch in loader.views_of(loader.listing.kept, 1):
         want = live(batch.views).z
         torch.cuda.set_sync_debug_mode("error")

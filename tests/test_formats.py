@@ -266,7 +266,7 @@ def test_swavs_networks_of_full_size(tmp_path, times, hidden, arch, millions):
         agree(net([x]).z[0], want)
     del found, p, source, net
     if times == 1:
-        assert teacher.load(file, None, {}, 128, "cpu").fingerprint == teacher.load(file, "resnet50", {}, 128, "cpu").fingerprint
+        assert teacher.load(file, None, {}, 128).fingerprint == teacher.load(file, "resnet50", {}, 128).fingerprint
 
 
 @pytest.mark.parametrize("arch, module", [("vit_small_patch16_224", ""), ("xcit_small_12_p16_224", "module.")])
@@ -404,7 +404,7 @@ def test_an_arch_that_contradicts_the_file_is_named_with_the_files(tmp_path):
     with pytest.raises(UserError, match="name it as teacher.arch"):
         formats.read(file, None, {"stem_type": "deep"})
     with pytest.raises(UserError, match="embeds into 16 numbers and the student into 128"):
-        teacher.load(file, None, {}, 128, "cpu")
+        teacher.load(file, None, {}, 128)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
