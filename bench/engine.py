@@ -98,8 +98,6 @@ def arm(name: str | int, views, target, precision: str, device: torch.device):
             return loss
     else:
         student = engine.create(net, opt, config.Engine(stage=name, precision=precision), len(views[0]), 1, 0.0)
-        if name == 0:
-            net.to(memory_format=torch.channels_last)
 
         def step():
             loss = kernels.distill(student(views).z, target)

@@ -90,6 +90,8 @@ class Optim(Block):
 class Engine(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward passes; weights and statistics stay fp32
     stage: Literal[0, 1, 2, 3] = 0  # ZeRO, see docs/engine.md; 0: only gradients are exchanged, the fastest for students that fit (all do)
+    overlap: bool = True  # gradients are exchanged while the backward runs: at stage 0 by fastdisco, at 1 and 2 on GPUs by DeepSpeed
+    bucket_mb: float = Field(8.0, gt=0)  # MiB of gradients that are sent at once where they overlap
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, laid over the generated ones
 
     @model_validator(mode="after")

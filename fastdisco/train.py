@@ -36,9 +36,8 @@ def train(cfg: Config, overwrite: bool = False):
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
     loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device)
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, cfg.optim.clip)
-    if cfg.engine.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
-        for n in (net, ema):
-            n.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
+    if cfg.engine.stage == 0:
+        ema.to(memory_format=torch.channels_last)  # as the engine has the net
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
     folder = runs.claim(cfg, overwrite)

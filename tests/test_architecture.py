@@ -8,7 +8,7 @@ from conftest import ROOT
 
 LEVELS = [
     {"kernels", "config", "dist", "log", "views", "heads"},
-    {"data", "models", "memory"},
+    {"data", "models", "memory", "exchange"},
     {"teacher", "methods", "optim", "evals", "engine"},
     {"checkpoint", "runs", "export"},
     {"cli", "train"},
