@@ -94,7 +94,7 @@ def untrained(run: Path) -> models.Net:
     cfg = config.load(run / "config.yaml")
     torch.manual_seed(cfg.run.seed)
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view,
-                            seed=cfg.run.seed, shuffle=False)
+                            seed=cfg.run.seed, shuffle="off")
     return models.create(cfg.student.arch, method.head, cfg.student.kwargs).to(memory_format=torch.channels_last).eval()
 
 

@@ -60,7 +60,14 @@ class Teacher(Block):
 
 class Bn(Block):
     groups: int = Field(1, ge=1)  # batch-norm statistics over 1/groups of a rank's micro batch, as `groups` GPUs would have them
-    shuffle: bool = True  # the key encoder sees the batch permuted over ranks and groups (MoCo, section 3.3)
+    # How the key encoder sees the batch permuted over ranks and groups (MoCo, section 3.3): gather sends the images around, load has each rank
+    # load its share of the permuted batch instead, for all networks (docs/method.md); true and false are read as gather and off.
+    shuffle: Literal["gather", "load", "off"] = "gather"
+
+    @field_validator("shuffle", mode="before")
+    @classmethod
+    def _switch(cls, value):
+        return {True: "gather", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads a bare off as false
 
 
 class Moco(Block):

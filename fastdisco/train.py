@@ -27,14 +27,17 @@ def train(cfg: Config, overwrite: bool = False):
         knn.check(listing, val)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
 
+    shuffle = cfg.bn.shuffle if dist.world() * cfg.bn.groups > 1 else "off"
+
     torch.manual_seed(cfg.run.seed)  # the same weights on every rank
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
-                            shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
+                            shuffle=shuffle).to(device)
     net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
     teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
     ema = models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
-    loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device)
+    loader = data.TrainLoader(listing, method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
+                              permuted=shuffle == "load")
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, cfg.optim.clip)
     if cfg.engine.stage == 0:
         ema.to(memory_format=torch.channels_last)  # as the engine has the net

@@ -45,7 +45,7 @@ def steps(out):
 def untrained(out):
     cfg = config.load(out / "config.yaml")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=0, shuffle=False)
+    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=0, shuffle="off")
     net = models.create(cfg.student.arch, method.head).eval()
     train, val = data.listing(cfg.data.train), data.listing(cfg.data.val)
     return knn.score(net.features, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, torch.device("cpu"))["knn_top1"]

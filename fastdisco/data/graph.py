@@ -24,13 +24,14 @@ TRIES = 10  # of a random crop before the centre crop
 AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 4, 2 * TRIES + 6
 
 
-def train(crops: tuple[Crop, ...], reader: dict, seed: int, device: str, **pipe):
+def train(crops: tuple[Crop, ...], reader: dict, seed: int, device: str, first: int = 0, **pipe):
     """Pipeline whose outputs are the views [S,S,3] float32 of each crop, then the reader's label.
 
     reader  arguments of fn.readers.file, whose labels are the words of the images in an epoch, see `words`; or of fn.readers.webdataset and
             words [batches,B,1] int32
-    device  cpu, or gpu: decoded by `mixed`, everything on pixels on the GPU"""
-    return _train(crops, reader, seed, device, **pipe)
+    device  cpu, or gpu: decoded by `mixed`, everything on pixels on the GPU
+    first   number of the first crop among the method's views, which its draws are hashed from"""
+    return _train(crops, reader, seed, device, first, **pipe)
 
 
 def words(index: np.ndarray, epoch: int) -> np.ndarray:
@@ -57,10 +58,10 @@ def decode(source, device: str, **pipe):
 
 
 @pipeline_def(enable_conditionals=True)
-def _train(crops, reader, seed, device):
+def _train(crops, reader, seed, device, first):
     encoded, label = _read(reader)
     image, hw = _decoded(encoded, device)
-    draws = _draws(crops, label, seed)
+    draws = _draws(crops, label, seed, first)
     start, shape = _boxes(hw, draws, crops)
     heads = _coins(draws, crops)
     views = []
@@ -117,10 +118,10 @@ def _decoded(encoded, device):
     return image, shape[0:2]
 
 
-def _draws(crops, word, seed):
+def _draws(crops, word, seed, first=0):
     """[V,ROWS,2] float32: each in its range, uniform.  All views at once, since small operators cost the same for any width."""
     const = lambda x: types.Constant(x, dtype=types.UINT32)
-    x = fn.reinterpret(word, dtype=types.UINT32) + types.Constant(salts(seed, len(crops)))
+    x = fn.reinterpret(word, dtype=types.UINT32) + types.Constant(salts(seed, len(crops), first))
     x = x ^ x // const(1 << 16)  # MurmurHash3's finaliser, less its last step, which only moves the low bits; DALI has no shift
     x = x * const(0x85EBCA6B)
     x = x ^ x // const(1 << 13)
@@ -129,9 +130,9 @@ def _draws(crops, word, seed):
     return x * types.Constant((high - low) * np.float32(2**-32)) + types.Constant(low)
 
 
-def salts(seed: int, views: int) -> np.ndarray:
+def salts(seed: int, views: int, first: int = 0) -> np.ndarray:
     """[V,ROWS,2] uint32: one constant per draw; the columns of a try share theirs."""
-    out = np.array([[[dist.mix(seed, v, r, c * (r >= PLACE)) % 2**32 for c in range(2)] for r in range(ROWS)] for v in range(views)])
+    out = np.array([[[dist.mix(seed, v, r, c * (r >= PLACE)) % 2**32 for c in range(2)] for r in range(ROWS)] for v in range(first, first + views)])
     return out.astype(np.uint32)
 
 

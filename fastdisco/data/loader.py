@@ -33,8 +33,11 @@ class TrainLoader:
     holds depends on neither; and the whole state of the loader is `position`."""
 
     def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device, start: int = 0):
+                 device: torch.device, start: int = 0, permuted: bool = False):
         """batch: images per rank and micro batch.  start: micro batches already seen; threads: of the CPU, on this rank.
+
+        permuted: all views but the first are of this rank's share of the batch permuted over ranks, as `dist.Shuffle` would split it; the views
+        themselves are the same.  Label and index are the first view's.
 
         Raises UserError where the listing holds less than one global batch, or samples in tars that are sorted by class."""
         every, n = batch * dist.world() * accumulate, len(listing.kept)
@@ -42,6 +45,9 @@ class TrainLoader:
             raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
         shards.refuse_sorted(listing)
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
+        self._parts = [(0, self.crops, self._order)]  # number of the first view, crops, which images they are of
+        if permuted:
+            self._parts = [(0, self.crops[:1], self._order), (1, self.crops[1:], self._permuted)]
         self.steps_per_epoch = n // every
         self._per_epoch = self.steps_per_epoch * accumulate
         self._end = epochs * self._per_epoch
@@ -64,33 +70,45 @@ class TrainLoader:
             raise StopIteration
         if self.position == self._chunk_end:
             self._open()
-        *views, words = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device)
-        index = torch.from_numpy(graphs().indices(words, self.position // self._per_epoch))
+        parts = [_run(pipe, self.listing, images, self.position - self._chunk_start, self.batch, self.device)
+                 for pipe, images in zip(self._pipes, self._files_at)]
+        index = torch.from_numpy(graphs().indices(parts[0][-1], self.position // self._per_epoch))
         self._position += 1
-        return Batch(views, torch.from_numpy(self.listing.labels)[index], index)
+        return Batch([view for *views, _ in parts for view in views], torch.from_numpy(self.listing.labels)[index], index)
 
     def _open(self):
-        """Build the pipeline that reads from `position` on, for some epochs."""
+        """Build the pipelines that read from `position` on, for some epochs."""
         graph, per = graphs(), self._per_epoch
         first = self.position // per
         epochs = range(first, min(first + max(1, CHUNK // (per * self.batch)), self._end // per))
-        orders = [self._order(e) for e in epochs]
         begin = (self.position - first * per) * self.batch
-        ahead = np.concatenate(orders)[begin:]
-        self._files_at = ahead[:shards.at_once(self.listing, ahead, self.batch)]
-        words = np.concatenate([graph.words(o, e) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)]
-        self._chunk_start, self._chunk_end = self.position, self.position + len(self._files_at) // self.batch
-        self._pipe = None  # two at once would hold twice the buffers
-        self._pipe = _built(self.listing, self._files_at, words, self.batch, lambda reader: graph.train(
-            self.crops, reader, self.seed, kind(self.device), **_pipe(self.batch, self.threads, self.device)))
+        orders = [[order(e) for e in epochs] for _, _, order in self._parts]
+        ahead = [np.concatenate(o)[begin:] for o in orders]
+        n = min(shards.at_once(self.listing, images, self.batch) for images in ahead)
+        self._files_at = [images[:n] for images in ahead]
+        self._chunk_start, self._chunk_end = self.position, self.position + n // self.batch
+        self._pipes = []  # the old ones beside the new would hold twice the buffers
+        threads = max(1, self.threads // len(self._parts))
+        for (view, crops, _), order, images in zip(self._parts, orders, self._files_at):
+            words = np.concatenate([graph.words(o, e) for o, e in zip(order, epochs)])[begin:begin + n]
+            self._pipes.append(_built(self.listing, images, words, self.batch, lambda reader: graph.train(
+                crops, reader, self.seed, kind(self.device), view, **_pipe(self.batch, threads, self.device))))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of this rank in the epoch, [micro batches * batch]."""
+        return self._whole(epoch).reshape(self._per_epoch, dist.world(), self.batch)[:, dist.rank()].ravel()
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        """The same, of each micro batch permuted over ranks."""
+        micro = epoch * self._per_epoch
+        return np.concatenate([row[dist.Shuffle(self.batch, dist.mix(self.seed, micro + m)).mine] for m, row in enumerate(self._whole(epoch))])
+
+    def _whole(self, epoch: int) -> np.ndarray:
+        """Image indices of all ranks, [micro batches, ranks * batch]."""
         whole = order(self.seed, epoch, self.listing)
         if len(self.listing.left_out):
             whole = whole[~np.isin(whole, self.listing.left_out)]  # so the quarantine moves only what comes after
-        whole = whole[: self._per_epoch * self.batch * dist.world()]
-        return whole.reshape(self._per_epoch, dist.world(), self.batch)[:, dist.rank()].ravel()
+        return whole[: self._per_epoch * self.batch * dist.world()].reshape(self._per_epoch, -1)
 
 
 class EvalLoader:

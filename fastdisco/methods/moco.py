@@ -1,4 +1,6 @@
 """MoCo-v2 (arXiv:2003.04297), and with a teacher DisCo (arXiv:2104.09124): the student on MoCo's task and towards the teacher's embedding."""
+from typing import Callable, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +14,8 @@ QUEUE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 
 class Moco(Method):
-    def __init__(self, cfg: config.Moco, dim: int, hidden: int, crop: Crop, seed: int, shuffle: bool):
-        """dim: width of the embedding; hidden: of the head's hidden layer, 0 for none; shuffle: permute the keys' batch over ranks and groups."""
+    def __init__(self, cfg: config.Moco, dim: int, hidden: int, crop: Crop, seed: int, shuffle: str):
+        """dim: width of the embedding; hidden: of the head's hidden layer, 0 for none; shuffle: as bn.shuffle says, see `encode`."""
         super().__init__()
         self.cfg, self.dim, self.hidden, self.seed, self.shuffle = cfg, dim, hidden, seed, shuffle
         self.views = (crop, crop)
@@ -30,35 +32,46 @@ class Moco(Method):
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """views: two [B,3,S,S].  Terms contrast and, with a teacher, distill; logged beside them feat/std and distill/cosine."""
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step))  # first: they travel while the others compute
         z = nets.student(views if nets.teacher else views[:1]).z  # [V,B,d]: without a teacher nothing is asked of the student on view B
         q = z[0]
-        keys = self._encode(nets.ema, views[1], progress)  # [B*ranks,d]
-        k = keys[dist.rank() * len(q):][:len(q)]  # the positives of this rank's queries
         t = nets.teacher(views).z if nets.teacher else None  # [2,B,d]
-        contrast, distill = kernels.moco(z, k, self.queue.rows, self.cfg.temp, t)
+        contrast, distill = kernels.moco(z, keys.own(), self.queue.rows, self.cfg.temp, t)
         terms = {"contrast": contrast, "feat/std": _spread(q)}
         if nets.teacher:
             terms |= {"distill": distill, "distill/cosine": 1 - distill.detach() / (2 * len(z))}  # |s-t|^2 = 2 - 2 cos, summed over V
-        self.keys.append(keys)
+        self.keys.append(keys.every)
         return terms
 
     def after_step(self):
         """All micro batches of a step saw the same queue; the next step sees their keys."""
-        self.queue.enqueue(torch.cat(self.keys))
+        self.queue.enqueue(torch.cat([every() for every in self.keys]))
         self.keys.clear()
-
-    @torch.no_grad()
-    def _encode(self, ema, view: Tensor, progress: Progress) -> Tensor:
-        """[B,3,S,S] -> [B*ranks,d]: the keys of the whole global batch, raw, in its order on every rank."""
-        # MoCo moves the mean student right here, towards the weights that the student has before this step's update.  The loop moves it
-        # after the optimizer's step instead: the same sequence, for the first mean student is a copy, which no move would change.
-        if not self.shuffle:
-            return dist.all_gather(ema([view]).z[0])
-        order = dist.Shuffle(len(view), dist.mix(self.seed, progress.step))
-        return order.join(ema([order.split(view)]).z[0])
 
 
 METHOD = Moco
+
+
+class Keys(NamedTuple):
+    """Raw keys under way between the ranks: calling waits for them."""
+
+    own: Callable[[], Tensor]  # [B,d]: the positives of this rank's queries
+    every: Callable[[], Tensor]  # [B*ranks,d]: of the whole global batch, in its order on every rank
+
+
+@torch.no_grad()
+def encode(ema, view: Tensor, shuffle: str, seed: int) -> Keys:
+    """The keys of the global batch of view B, encoded in its own order (shuffle off) or in that of the seed.
+
+    view  [B,3,S,S] of this rank's images, which gather sends around; with load, the loader has handed out the permuted batch's share"""
+    # MoCo moves the mean student right here, towards the weights that the student has before this step's update.  The loop moves it
+    # after the optimizer's step instead: the same sequence, for the first mean student is a copy, which no move would change.
+    if shuffle == "off":
+        own = ema([view]).z[0]
+        return Keys(lambda: own, dist.all_gather_async(own))
+    order = dist.Shuffle(len(view), seed)
+    every = order.join(ema([order.split(view) if shuffle == "gather" else view]).z[0])
+    return Keys(lambda: every()[dist.rank() * len(view):][:len(view)], every)
 
 
 @torch.no_grad()
