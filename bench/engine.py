@@ -1,4 +1,5 @@
 """What the engine costs over plain DistributedDataParallel at each ZeRO stage: the same step of a MobileNetV3-Large on ready tensors.
+stage0_at_end is stage 0 without engine.overlap, as DeepSpeed does it.
 
     python bench/engine.py      on the CPU 2 ranks with 16 images of 64 px, in 2 views; on GPUs a rank each, with 32 of 224 px
 
@@ -21,8 +22,9 @@ import torch
 
 from fastdisco import config, dist, engine, heads, kernels, models, optim
 
-ARMS = ("ddp", 0, 1, 2, 3)  # or a ZeRO stage
-AIM = {config.Engine().stage: 1.05}
+ARMS = {"ddp": {}, "stage0": {"stage": 0}, "stage0_at_end": {"stage": 0, "overlap": False}, "stage1": {"stage": 1}, "stage2": {"stage": 2},
+        "stage3": {"stage": 3}}  # what they set in the engine's block
+AIM = {f"stage{config.Engine().stage}": 1.05}
 
 
 def main():
@@ -31,6 +33,7 @@ def main():
     parser.add_argument("--size", type=int, default=224 if gpus else 64, help="pixels")
     parser.add_argument("--images", type=int, default=32 if gpus else 16, help="a rank")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--bucket-mb", type=float, default=config.Engine().bucket_mb, help="engine.bucket_mb")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=20 if gpus else 2, help="of each arm in a round")
     args = parser.parse_args()
@@ -44,13 +47,13 @@ def main():
         times = json.loads(Path(folder, "times").read_text())
     summary = [row("engine_ddp_step", round(statistics.median(times["ddp"]) * 1e3, 1), "ms, plain DDP", None, "lower"),
                row("engine_load_before", round(load, 1), "processes that wanted a core in the minute before", None, "lower")]
-    for stage in ARMS[1:]:
-        ratios = [t / d for t, d in zip(times[str(stage)], times["ddp"])]
+    for name in list(ARMS)[1:]:
+        ratios = [t / d for t, d in zip(times[name], times["ddp"])]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        summary.append(row(f"engine_vs_ddp_stage{stage}", round(middle, 3), "x of DDP's step time", AIM.get(stage), "lower")
+        summary.append(row(f"engine_vs_ddp_{name}", round(middle, 3), "x of DDP's step time", AIM.get(name), "lower")
                        | {"quartiles": [round(low, 3), round(high, 3)]})
     device = "gpu" if gpus else "cpu"
-    print(write("engine", device, summary, times, **{k: getattr(args, k) for k in ("size", "images", "precision", "rounds", "steps")}))
+    print(write("engine", device, summary, times, **{k: getattr(args, k) for k in ("size", "images", "precision", "bucket_mb", "rounds", "steps")}))
     for r in summary:
         print(r["name"], r["value"], r["unit"], "quartiles {} {}".format(*r["quartiles"]) if "quartiles" in r else "")
 
@@ -64,7 +67,7 @@ def measure(rank: int, ranks: int, port: int, args, out: Path):
     g = torch.Generator().manual_seed(rank)
     views = [torch.randn(args.images, 3, args.size, args.size, generator=g).to(device, memory_format=torch.channels_last) for _ in range(2)]
     target = torch.randn(2, args.images, 128, generator=g).to(device)
-    step = {str(name): arm(name, views, target, args.precision, device) for name in ARMS}
+    step = {name: arm(name, views, target, args, device) for name in ARMS}
     first = {name: [f().item() for _ in range(3)][0] for name, f in step.items()}  # and warm-up
     assert max(first.values()) - min(first.values()) < 1e-3, f"the arms differ: {first}"
     times = {name: [] for name in step}
@@ -79,7 +82,7 @@ def measure(rank: int, ranks: int, port: int, args, out: Path):
     engine.stop()
 
 
-def arm(name: str | int, views, target, precision: str, device: torch.device):
+def arm(name: str, views, target, args, device: torch.device):
     """One training step, as a function; distillation towards fixed targets, SGD with momentum."""
     torch.manual_seed(0)
     net = models.create("mobilenetv3_large_100", lambda dim: heads.mlp(dim, 2048, 128)).to(device)
@@ -89,7 +92,7 @@ def arm(name: str | int, views, target, precision: str, device: torch.device):
         ddp = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if dist.world() > 1 else net
 
         def step():
-            with engine.autocast(precision, device):
+            with engine.autocast(args.precision, device):
                 z = ddp(views).z
             loss = kernels.distill(z, target)
             opt.zero_grad()
@@ -97,9 +100,8 @@ def arm(name: str | int, views, target, precision: str, device: torch.device):
             opt.step()
             return loss
     else:
-        student = engine.create(net, opt, config.Engine(stage=name, precision=precision), len(views[0]), 1, 0.0)
-        if name == 0:
-            net.to(memory_format=torch.channels_last)
+        cfg = config.Engine(precision=args.precision, bucket_mb=args.bucket_mb, **ARMS[name])
+        student = engine.create(net, opt, cfg, len(views[0]), 1, 0.0)
 
         def step():
             loss = kernels.distill(student(views).z, target)

@@ -87,8 +87,15 @@ class Teacher(Block):
 
 class Bn(Block):
     groups: int = Field(1, ge=1)  # batch-norm statistics over 1/groups of a rank's micro batch, as `groups` GPUs would have them
-    shuffle: bool = True  # the key encoder sees the batch permuted over ranks and groups (MoCo, section 3.3)
+    # How the key encoder sees the batch permuted over ranks and groups (MoCo, section 3.3): gather sends the images around, load has each rank
+    # load its share of the permuted batch instead, for all networks (docs/method.md); true and false are read as gather and off.
+    shuffle: Literal["gather", "load", "off"] = "gather"
     sync: bool = False  # statistics over all ranks, GPUs only
+
+    @field_validator("shuffle", mode="before")
+    @classmethod
+    def _switch(cls, value):
+        return {True: "gather", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads a bare off as false
 
     @model_validator(mode="after")
     def _one_of(self):
@@ -213,6 +220,8 @@ class Engine(Block):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward passes; weights and statistics stay fp32
     tf32: bool = True  # on a GPU, float32 convolutions with 10 bits of mantissa; matrix products keep all 23
     stage: Literal[0, 1, 2, 3] = 0  # ZeRO, see docs/engine.md; 0: only gradients are exchanged, the fastest for students that fit (all do)
+    overlap: bool = True  # gradients are exchanged while the backward runs: at stage 0 by fastdisco, at 1 and 2 on GPUs by DeepSpeed
+    bucket_mb: float = Field(8.0, gt=0)  # MiB of gradients that are sent at once where they overlap
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, laid over the generated ones
 
     @model_validator(mode="after")
@@ -294,6 +303,11 @@ class Config(Block):
         if method.name == "swav" and method.queue % batch:
             raise ValueError(f"method.queue: {method.queue} embeddings are no multiple of data.batch {batch}; nearest: "
                              f"{method.queue // batch * batch} or {(method.queue // batch + 1) * batch}")
+        if self.bn.shuffle == "load" and method.name not in ("moco", "seed"):
+            raise ValueError(f"bn.shuffle: load hands out other images as view B, and {method.name} compares the views of an image; take off")
+        if self.bn.shuffle == "load" and self.teacher and self.teacher.cache != "off":
+            raise ValueError(f"bn.shuffle: load hands out other images as view B, and teacher.cache={self.teacher.cache} replays embeddings of whole "
+                             "images; take gather or off")
         if self.engine.stage and (freeze := {"swav": "freeze_steps", "dino": "freeze_epochs"}.get(method.name)) and getattr(method, freeze):
             raise ValueError(f"method.{freeze}: at engine.stage {self.engine.stage} gradients are flat pieces of many tensors, and none can be "
                              f"left out of a step; set method.{freeze}=0 or engine.stage=0")

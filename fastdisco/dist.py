@@ -1,5 +1,6 @@
 """Ranks: start-up without a launcher, gathering, and the batch shuffle of MoCo.  Everything works the same at one rank."""
 import os
+from typing import Callable
 
 import torch
 import torch.distributed as td
@@ -32,12 +33,21 @@ def defaults():
 
 def all_gather(x: Tensor) -> Tensor:
     """[B,...] of each rank -> [B*ranks,...] in rank order, the same on every rank; no gradient."""
+    return all_gather_async(x)()
+
+
+def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
+    """`all_gather` under way while the caller goes on: what is returned waits for the rows, on a GPU its current stream does."""
     if world() == 1:
-        return x
+        return lambda: x
     x = x.contiguous()
     out = x.new_empty(world() * len(x), *x.shape[1:])
-    _GATHER(out, x)
-    return out
+    work = _GATHER(out, x, async_op=True)
+
+    def rows():
+        work.wait()
+        return out
+    return rows
 
 
 def all_mean(x: Tensor) -> Tensor:
@@ -99,13 +109,13 @@ class Shuffle:
     def split(self, x: Tensor) -> Tensor:
         """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay channels_last."""
         rows = all_gather(x.movedim(1, -1))  # as images lie in memory, so that nothing is rearranged
-        return rows[_there(self.mine, x)].movedim(-1, 1)
+        return rows[_on(x.device, self.mine)].movedim(-1, 1)
 
-    def join(self, x: Tensor) -> Tensor:
-        """[B,...] of a shuffled share -> [B*ranks,...]: the whole global batch in its own order, on every rank."""
-        return all_gather(x)[_there(self.undo, x)]
+    def join(self, x: Tensor) -> Callable[[], Tensor]:
+        """[B,...] of a shuffled share -> [B*ranks,...], once called: the whole global batch in its own order, on every rank."""
+        rows, undo = all_gather_async(x), _on(x.device, self.undo)
+        return lambda: rows()[undo]
 
 
-def _there(index: Tensor, x: Tensor) -> Tensor:
-    """On x's device, without waiting: of memory that is not pinned CUDA takes a copy first."""
-    return index.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else index
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x  # pageable memory would make the host wait

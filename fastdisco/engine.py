@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdisco import dist
 from fastdisco.config import Engine, UserError
+from fastdisco.exchange import Exchange
 
 DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,6 +34,7 @@ def start(precision: str) -> torch.device:
 def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_batch: int, accumulate: int, clip: float):
     """The DeepSpeed engine: called like `net`, with `backward(loss)` and `step()` once each micro batch.
 
+    At stage 0 the net's weights become channels_last, and its gradients are exchanged while the backward runs.
     From stage 1 on the optimizer no longer holds the net's parameters, at stage 3 neither does the net: see `gathered`.
     Raises UserError for an optimizer or a net that DeepSpeed cannot take; optim.create and the config have refused the others."""
     if cfg.stage and isinstance(optimizer, torch.optim.Adagrad):
@@ -40,21 +42,28 @@ def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_
                         "set engine.stage=0 or take another optimizer")
     if bare := [name for name, p in net.named_parameters() if not p.dim()]:
         raise UserError(f"student.arch: DeepSpeed cannot send a weight without dimension to the other ranks, as {bare[0]} is; take another")
-    told = deepspeed_config(cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()))
+    told = deepspeed_config(cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()), dist.device().type)
     deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=told)
     if clip and not cfg.stage:  # the same norm and factor; DeepSpeed's form takes a kernel or two for each weight, and waits for the device
         engine.clip_fp32_gradients = partial(nn.utils.clip_grad_norm_, list(net.parameters()), clip)
+    if cfg.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
+        net.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
+        if cfg.overlap:
+            # What DeepSpeed calls at the end of each backward, where its own would reduce all gradients at once.
+            engine.allreduce_gradients = Exchange(net, _bytes(cfg), engine.is_gradient_accumulation_boundary).finish
     return engine
 
 
-def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float, size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration with cfg.deepspeed laid over it; `size` is the net's number of weights.
+def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float, size: int, device: str = "cpu") -> dict[str, Any]:
+    """DeepSpeed's configuration with cfg.deepspeed laid over it; `size` is the net's number of weights, `device` cpu or cuda.
 
     Raises UserError for a top-level key that DeepSpeed does not know (it would ignore it silently) or that ours decides, and for what would
     keep state where our checkpoints do not look."""
     parts = {"reduce_bucket_size": size, "reduce_scatter": False, "contiguous_gradients": False, "compute_grad_norm": clip > 0}
+    if cfg.overlap and device == "cuda":  # buckets below the net's size, else the only one would go out at the end
+        parts |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": min(size, _bytes(cfg) // 4)}
     zero = {"stage": cfg.stage} | {  # measured, see docs/engine.md
         0: {},
         1: parts,
@@ -82,6 +91,9 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
                         f"silently; known: {', '.join(sorted(_RAW_KEYS))}")
     raw = dict(cfg.deepspeed)
     over = raw.pop("zero_optimization", {})
+    if cfg.stage == 0 and cfg.overlap and (theirs := sorted(set(raw) & _REDUCTION)):
+        raise UserError(f"engine.deepspeed.{theirs[0]}: belongs to DeepSpeed's own exchange of gradients, which engine.overlap replaces at stage 0; "
+                        "set engine.overlap=false or remove it")
     if elsewhere := sorted(set(over) & _ELSEWHERE):
         raise UserError(f"engine.deepspeed.zero_optimization.{elsewhere[0]}: keeps weights or optimizer state where the checkpoint does not look; "
                         "remove it")
@@ -165,8 +177,13 @@ def stop():
 # DeepSpeed ignores unknown top-level keys, so ours names the ones that make sense here.
 _RAW_KEYS = {"zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler",
              "wall_clock_breakdown", "memory_breakdown", "dump_state", "compile"}
+_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"}
 _ELSEWHERE = {"offload_optimizer", "offload_param", "zenflow", "zero_hpz_partition_size", "round_robin_gradients"}
 _NO_STATE = {"params", "fused", "foreach"}  # of an optimizer's group; the last two follow from the device
+
+
+def _bytes(cfg: Engine) -> int:
+    return int(cfg.bucket_mb * 2**20)
 
 
 class _Piece(NamedTuple):

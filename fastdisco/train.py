@@ -28,20 +28,20 @@ def train(cfg: Config, overwrite: bool = False):
         knn.check(listing, val)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
 
+    shuffle = cfg.bn.shuffle if dist.world() * cfg.bn.groups > 1 else "off"
+
     torch.manual_seed(cfg.run.seed)  # the same weights on every rank
-    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed,
-                            shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
+    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle=shuffle).to(device)
     net = models.of(cfg, train=True).to(device)
     loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
-                              way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher))
+                              way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher), permuted=shuffle == "load")
     teacher_net = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs)
     recorded = isinstance(teacher_net, teacher.Recorded)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, 0.0 if cfg.optim.clip_each else cfg.optim.clip)
-    if cfg.engine.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
-        for n in filter(None, (net, ema)):
-            n.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
+    if ema and cfg.engine.stage == 0:
+        ema.to(memory_format=torch.channels_last)  # as the engine has the net
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
     folder = runs.claim(cfg, overwrite)

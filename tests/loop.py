@@ -59,7 +59,7 @@ class Run:
             self.net.prototypes = drawn(heads.Prototypes(DIM, count), rng)
             self.plain_prototypes = self.net.prototypes.weight.detach().clone()
         models.split_bn(self.net, groups)
-        self.method = methods.create(block.name, cfg=block, dim=DIM, seed=seed, shuffle=False).double()
+        self.method = methods.create(block.name, cfg=block, dim=DIM, seed=seed, shuffle="off").double()
         self.ema = None if self.method.momentum(Progress(0, 0.0)) is None else models.ema_copy(self.net)
         self.teacher = Teacher(models.Net(*copy.deepcopy(self.plain_teacher))) if teacher else None
         self.told, self.epochs, self.per_epoch = told, epochs, per_epoch

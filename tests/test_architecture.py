@@ -8,7 +8,7 @@ from conftest import ROOT
 
 LEVELS = [
     {"kernels", "config", "dist", "log", "views", "heads"},
-    {"data", "models", "memory", "cudagraph"},
+    {"data", "models", "memory", "cudagraph", "exchange"},
     {"teacher", "methods", "optim", "evals", "engine", "compiled"},
     {"checkpoint", "runs", "export"},
     {"cli", "train"},

@@ -406,9 +406,9 @@ def test_contrast_about_the_grey_mean_has_one_meaning_on_both_devices(photos):
 def test_batches_are_channels_last_without_a_copy_and_outlive_the_loader(few):
     train = make(few, epochs=2)
     batch = next(train)
-    train._pipe = Spy(train._pipe)
+    train._pipes = [Spy(*train._pipes)]
     second = next(train)
-    assert [v.data_ptr() for v in second.views] == train._pipe.pointers
+    assert [v.data_ptr() for v in second.views] == train._pipes[0].pointers
     kept = [b.clone() for b in batch.views + second.views]
     for v, crop in zip(batch.views, SMALL):
         assert v.shape == (8, 3, crop.size, crop.size) and v.dtype == torch.float32
@@ -580,7 +580,7 @@ def test_an_error_that_is_no_files_fault_stays_itself(few):
 
     train = make(few)
     next(train)
-    train._pipe = Broken()
+    train._pipes = [Broken()]
     with pytest.raises(RuntimeError, match="out of memory"):
         next(train)
 

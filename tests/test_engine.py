@@ -76,7 +76,7 @@ def _ddp(case):
     return out, [p.tolist() for p in ema.parameters()]
 
 
-def _zero(case, stage, folder, resume=False):
+def _zero(case, stage, folder, resume=False, **cfg_engine):
     """The same by our engine; leaves a checkpoint after 10 steps in the folder, or goes on from the one there."""
     cfg, clip, accumulate, precision, _ = CASES[case]
     engine.start(precision)
@@ -84,7 +84,7 @@ def _zero(case, stage, folder, resume=False):
     ema = models.ema_copy(net)
     opt = optim.create(net, cfg, 0.03, stage)
     micro = BATCH // dist.world()
-    student = engine.create(net, opt, Engine(stage=stage, precision=precision), micro, accumulate, clip)
+    student = engine.create(net, opt, Engine(stage=stage, precision=precision, bucket_mb=1e-4, **cfg_engine), micro, accumulate, clip)
     state = checkpoint.items(student, ema, nn.Module(), types.SimpleNamespace(position=0))
     start = checkpoint.restore(folder, state, {}) if resume else 0
     assert student.zero_optimization_stage() == stage and start == (HALF if resume else 0)
@@ -121,6 +121,16 @@ def ours(tmp_path_factory):
     return get
 
 
+def _overlapping(case, stage, folder):
+    """DeepSpeed's own overlap, as a GPU gets it."""
+    parts = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 30}
+    return _zero(case, stage, folder, deepspeed={"zero_optimization": parts})
+
+
+def _at_the_end(case, folder):
+    return _zero(case, 0, folder, overlap=False)
+
+
 def _near(found, wanted, rel):
     losses, ema = found
     assert losses == pytest.approx(wanted[0][-len(losses):], rel=rel)
@@ -133,6 +143,19 @@ def _near(found, wanted, rel):
 @pytest.mark.parametrize("case, stage", [(c, s) for c in ("adamw", "clipped") for s in STAGES] + [("bf16", 2), ("bf16", 3)])
 def test_every_stage_gives_the_losses_and_the_mean_student_of_ddp(plain, ours, case, stage):
     _near(ours(case, stage)[:2], plain[case], CASES[case][-1])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeeds_overlap_changes_nothing(plain, tmp_path, stage):
+    _near(ranks(2, _overlapping, "clipped", stage, tmp_path)[0], plain["clipped"], 1e-5)
+
+
+@pytest.mark.parametrize("case", ["clipped", "bf16"])
+def test_our_overlap_gives_what_deepspeeds_exchange_at_the_end_gives(plain, ours, tmp_path, case):
+    """Clipping sees the mean gradients, accumulated ones too; on two ranks to the last bit."""
+    ends = ranks(2, _at_the_end, case, tmp_path)[0]
+    assert ours(case, 0)[:2] == ends
+    _near(ends, plain[case], 1e-5)
 
 
 def test_the_cases_do_what_they_say(plain):

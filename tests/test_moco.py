@@ -49,7 +49,8 @@ class Run:
         self.ema = models.ema_copy(self.net)
         self.teacher = Teacher(models.Net(*copy.deepcopy(self.plain_teacher))) if teacher else None
         cfg = config.Moco(queue=queue, momentum=EMA, **cfg)
-        self.method = methods.create("moco", cfg=cfg, dim=DIM, seed=seed, shuffle=shuffle).double()
+        self.method = methods.create("moco", cfg=cfg, dim=DIM, seed=seed,
+                                     shuffle=shuffle if isinstance(shuffle, str) else "gather" if shuffle else "off").double()
         rows = uniform(rng, queue, DIM)
         self.method.queue.rows.copy_(rows / rows.square().sum(1, keepdim=True).sqrt())
         self.optimizer = optim.create(self.net, config.Optim(weight_decay=DECAY), LR)
@@ -257,7 +258,7 @@ def _two_ranks():
     for seed in range(20):
         shuffle = dist.Shuffle(3, seed)
         mine = shuffle.split(x)
-        shuffles.append((mine.numpy(), shuffle.join(mine).numpy(), shuffle.join(10 * mine.double()).numpy()))
+        shuffles.append((mine.numpy(), shuffle.join(mine)().numpy(), shuffle.join(10 * mine.double())().numpy()))
     td.destroy_process_group()
     return results, shuffles
 

@@ -304,7 +304,7 @@ def _plain(args, steps):
     assert torch.distributed.get_world_size() == 2
     device = torch.device("cpu")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle=True)
+    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle="gather")
     net = models.of(cfg, train=True).to(memory_format=torch.channels_last)
     ema = models.ema_copy(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)

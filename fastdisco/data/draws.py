@@ -15,10 +15,10 @@ AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * 
 
 
 
-def feed(crops: tuple[Crop, ...], seed: int, words: np.ndarray, device: str) -> list[np.ndarray]:
+def feed(crops: tuple[Crop, ...], seed: int, words: np.ndarray, device: str, first: int = 0) -> list[np.ndarray]:
     """What the graph takes of each image, [B,...]: sides of the tries as shares of sqrt(H W), [V,TRIES,2] (height, width), their place as a share
-    of the free room, [V,1,2], and for each view what `names` says."""
-    d = draws(crops, seed, words)
+    of the free room, [V,1,2], and for each view what `names` says.  first: number of the first crop among the method's views."""
+    d = draws(crops, seed, words, first)
     out = [np.sqrt(d[:, :, AREA:RATIO] * np.exp(d[:, :, RATIO:PLACE])), d[:, :, PLACE:LIGHT]]
     for v, crop in enumerate(crops):
         one = of_view(crop, d[:, v])
@@ -44,9 +44,9 @@ def of_view(crop: Crop, d: np.ndarray) -> dict[str, np.ndarray]:
                 flip=(flip < crop.flip_p).astype(np.int32), solarize=solarize < crop.solarize_p)
 
 
-def draws(crops: tuple[Crop, ...], seed: int, words: np.ndarray) -> np.ndarray:
+def draws(crops: tuple[Crop, ...], seed: int, words: np.ndarray, first: int = 0) -> np.ndarray:
     """[B,V,ROWS,2] float32: each in its range, uniform."""
-    x = words.reshape(-1, 1, 1, 1) + salts(seed, len(crops))
+    x = words.reshape(-1, 1, 1, 1) + salts(seed, len(crops), first)
     x ^= x >> 16  # MurmurHash3's finaliser, less its last step, which only moves the low bits
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> 13
@@ -61,9 +61,9 @@ def words(index: np.ndarray, epoch: int) -> np.ndarray:
 
 
 @functools.cache
-def salts(seed: int, views: int) -> np.ndarray:
+def salts(seed: int, views: int, first: int = 0) -> np.ndarray:
     """[V,ROWS,2] uint32: one constant per draw; the columns of a try share theirs."""
-    out = np.array([[[dist.mix(seed, v, r, c * (r >= PLACE)) % 2**32 for c in range(2)] for r in range(ROWS)] for v in range(views)])
+    out = np.array([[[dist.mix(seed, v, r, c * (r >= PLACE)) % 2**32 for c in range(2)] for r in range(ROWS)] for v in range(first, first + views)])
     return out.astype(np.uint32)
 
 

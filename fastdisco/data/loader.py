@@ -34,9 +34,12 @@ class TrainLoader:
     holds depends on neither; and the whole state of the loader is `position`."""
 
     def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device, start: int = 0, way: Way | None = None, rounds: int | None = None):
+                 device: torch.device, start: int = 0, way: Way | None = None, rounds: int | None = None, permuted: bool = False):
         """batch: images per rank and micro batch.  threads: of the CPU, on this rank.  start: micro batches already seen.  way: None is the usual.
         rounds: epoch e has the views (not the order) of epoch e mod rounds, as recorded embeddings need; None: every epoch has its own.
+
+        permuted: all views but the first are of this rank's share of the batch permuted over ranks, as `dist.Shuffle` would split it; the views
+        themselves are the same.  Label and index are the first view's.
 
         Raises UserError where the listing holds less than one global batch, or samples in tars that are sorted by class."""
         every, n = batch * dist.world() * accumulate, len(listing.kept)
@@ -45,6 +48,9 @@ class TrainLoader:
         shards.refuse_sorted(listing)
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
         self.way, self.rounds = way or usual(device), rounds
+        self._parts = [(0, self.crops, self._order)]  # number of the first view, crops, which images they are of
+        if permuted:
+            self._parts = [(0, self.crops[:1], self._order), (1, self.crops[1:], self._permuted)]
         self.steps_per_epoch = n // every
         self._per_epoch = self.steps_per_epoch * accumulate
         self._end = epochs * self._per_epoch
@@ -67,10 +73,11 @@ class TrainLoader:
             raise StopIteration
         if self.position == self._chunk_end:
             self._open()
-        views, index = _run(self._pipe, self.listing, self._files_at, self.position - self._chunk_start, self.batch, self.device, self.way)
-        epoch = self._round(self.position // self._per_epoch)
+        parts = [_run(pipe, self.listing, images, self.position - self._chunk_start, self.batch, self.device, self.way)
+                 for pipe, images in zip(self._pipes, self._files_at)]
+        index, epoch = parts[0][1], self._round(self.position // self._per_epoch)
         self._position += 1
-        return Batch(views, torch.from_numpy(self.listing.labels)[index], index, epoch)
+        return Batch([view for views, _ in parts for view in views], torch.from_numpy(self.listing.labels)[index], index, epoch)
 
     @property
     def recipe(self) -> dict:
@@ -81,40 +88,52 @@ class TrainLoader:
     def views_of(self, indices: np.ndarray, epoch: int) -> Iterator[Batch]:
         """Each of these images once, in that order, with the views of that epoch; the last batch is what is left.  Moves no position."""
         epoch = self._round(epoch)
-        pipeline = lambda reader, now, batch: graphs().train(self.crops, reader, self._feed(draws.words(now, epoch), batch), self.way,
-                                                             **_pipe(batch, self.threads, self.device, self.way))
+        pipeline = lambda reader, now, batch: self._pipeline(0, self.crops, reader, draws.words(now, epoch), batch, self.threads)
         return _each(self.listing, indices, epoch, self.batch, self.device, self.way, pipeline)
 
-    def _feed(self, words: np.ndarray, batch: int) -> Callable:
-        """Number of the batch -> what the graph takes of its images."""
+    def _pipeline(self, first: int, crops: tuple[Crop, ...], reader: dict, words: np.ndarray, batch: int, threads: int):
+        """Of some of the method's views, from number `first` on, of the images with these words."""
         words = words.reshape(-1, batch)
-        return lambda i: draws.feed(self.crops, self.seed, words[i % len(words)], self.way.augment)  # the reader, too, begins anew after the last
+
+        def feed(i):
+            return draws.feed(crops, self.seed, words[i % len(words)], self.way.augment, first)  # the reader, too, begins anew after the last
+        return graphs().train(crops, reader, feed, self.way, **_pipe(batch, threads, self.device, self.way))
 
     def _round(self, epoch: int) -> int:
         return epoch % self.rounds if self.rounds else epoch
 
     def _open(self):
-        """Build the pipeline that reads from `position` on, for some epochs."""
+        """Build the pipelines that read from `position` on, for some epochs."""
         per = self._per_epoch
         first = self.position // per
         epochs = range(first, min(first + max(1, CHUNK // (per * self.batch)), self._end // per))
-        orders = [self._order(e) for e in epochs]
         begin = (self.position - first * per) * self.batch
-        ahead = np.concatenate(orders)[begin:]
-        self._files_at = ahead[:shards.at_once(self.listing, ahead, self.batch)]
-        words = np.concatenate([draws.words(o, self._round(e)) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)]
-        self._chunk_start, self._chunk_end = self.position, self.position + len(self._files_at) // self.batch
-        self._pipe = None  # two at once would hold twice the buffers
-        self._pipe = _built(self.listing, self._files_at, lambda reader: graphs().train(
-            self.crops, reader, self._feed(words, self.batch), self.way, **_pipe(self.batch, self.threads, self.device, self.way)))
+        orders = [[order(e) for e in epochs] for _, _, order in self._parts]
+        ahead = [np.concatenate(o)[begin:] for o in orders]
+        n = min(shards.at_once(self.listing, images, self.batch) for images in ahead)
+        self._files_at = [images[:n] for images in ahead]
+        self._chunk_start, self._chunk_end = self.position, self.position + n // self.batch
+        self._pipes = []  # the old ones beside the new would hold twice the buffers
+        threads = max(1, self.threads // len(self._parts))
+        for (first_view, crops, _), order, images in zip(self._parts, orders, self._files_at):
+            words = np.concatenate([draws.words(o, self._round(e)) for o, e in zip(order, epochs)])[begin:begin + n]
+            self._pipes.append(_built(self.listing, images, lambda reader: self._pipeline(first_view, crops, reader, words, self.batch, threads)))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices of this rank in the epoch, [micro batches * batch]."""
+        return self._whole(epoch).reshape(self._per_epoch, dist.world(), self.batch)[:, dist.rank()].ravel()
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        """The same, of each micro batch permuted over ranks."""
+        micro = epoch * self._per_epoch
+        return np.concatenate([row[dist.Shuffle(self.batch, dist.mix(self.seed, micro + m)).mine] for m, row in enumerate(self._whole(epoch))])
+
+    def _whole(self, epoch: int) -> np.ndarray:
+        """Image indices of all ranks, [micro batches, ranks * batch]."""
         whole = order(self.seed, epoch, self.listing)
         if len(self.listing.left_out):
             whole = whole[~np.isin(whole, self.listing.left_out)]  # so the quarantine moves only what comes after
-        whole = whole[: self._per_epoch * self.batch * dist.world()]
-        return whole.reshape(self._per_epoch, dist.world(), self.batch)[:, dist.rank()].ravel()
+        return whole[: self._per_epoch * self.batch * dist.world()].reshape(self._per_epoch, -1)
 
 
 class EvalLoader:

@@ -13,7 +13,7 @@ LARGE = 2  # the first views, which the mean student and the teacher see
 class Dino(Method):
     centre: Tensor  # [P], running mean of the mean student's scores
 
-    def __init__(self, cfg: config.Dino, dim: int, seed: int, shuffle: bool):
+    def __init__(self, cfg: config.Dino, dim: int, seed: int, shuffle: str):
         super().__init__()
         self.cfg = cfg
         self.weights = {"dino": 1.0, "distill": cfg.distill}

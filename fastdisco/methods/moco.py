@@ -1,4 +1,7 @@
 """MoCo-v2 (arXiv:2003.04297), and with a teacher DisCo (arXiv:2104.09124): the student on MoCo's task and towards the teacher's embedding."""
+import functools
+from typing import Callable, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,7 +11,7 @@ from fastdisco.methods import Method, Nets, Progress, distilled, spread
 
 
 class Moco(Method):
-    def __init__(self, cfg: config.Moco, dim: int, seed: int, shuffle: bool):
+    def __init__(self, cfg: config.Moco, dim: int, seed: int, shuffle: str):
         super().__init__()
         self.cfg, self.seed, self.shuffle = cfg, seed, shuffle
         self.weights = {"contrast": cfg.contrast, "distill": cfg.distill}
@@ -25,38 +28,47 @@ class Moco(Method):
         cfg = self.cfg
         seen = views if nets.teacher and cfg.distill else views[:1]  # without distillation nothing is asked of the student on view B
         teacher = nets.teacher(seen) if nets.teacher else None  # may run beside the student's forward, until its z is read
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step))  # before the student: they travel while it computes
         z = nets.student(seen).z  # [V,B,d]
         q = z[0]
-        keys = encode(nets.ema, views[1], dist.mix(self.seed, progress.step) if self.shuffle else None)  # [B*ranks,d]
-        k = keys[dist.rank() * len(q):][:len(q)]  # the positives of this rank's queries
         t = teacher.z if teacher else None  # [V,B,d]
-        contrast, distill = kernels.moco(z, k, self.queue.rows, cfg.temp, t if cfg.distill else None)
+        contrast, distill = kernels.moco(z, keys.own(), self.queue.rows, cfg.temp, t if cfg.distill else None)
         terms = {"contrast": contrast, "feat/std": spread(q)}
         if teacher and cfg.distill:
             terms |= distilled(distill, z)
         if teacher and "rkd_angle" in self.weights:
             terms["rkd_distance"], terms["rkd_angle"] = kernels.rkd(q, t[0])
-        self.keys.append(keys)
+        self.keys.append(keys.every)
         return terms
 
     def after_step(self):
         """All micro batches of a step saw the same queue; the next step sees their keys."""
-        self.queue.enqueue(torch.cat(self.keys))
+        self.queue.enqueue(torch.cat([every() for every in self.keys]))
         self.keys.clear()
 
 
 METHOD = Moco
 
 
+class Keys(NamedTuple):
+    """Raw keys under way between the ranks: calling waits for them."""
+
+    own: Callable[[], Tensor]  # [B,d]: the positives of this rank's queries
+    every: Callable[[], Tensor]  # [B*ranks,d]: of the whole global batch, in its order on every rank
+
+
 @torch.no_grad()
-def encode(ema, view: Tensor, order: int | None) -> Tensor:
-    """[B,3,S,S] -> [B*ranks,d]: the keys of the whole global batch, raw, in its order on every rank; encoded in the order of that seed."""
+def encode(ema, view: Tensor, shuffle: str, seed: int) -> Keys:
+    """The keys of the global batch of view B, encoded in its own order (shuffle off) or in that of the seed.
+
+    view  [B,3,S,S] of this rank's images, which gather sends around; with load, the loader has handed out the permuted batch's share"""
     # MoCo moves the mean student right here, towards the weights that the student has before this step's update.  The loop moves it
     # after the optimizer's step instead: the same sequence, for the first mean student is a copy, which no move would change.
-    if order is None:
-        return dist.all_gather(ema([view]).z[0])
-    shuffle = dist.Shuffle(len(view), order)
-    return shuffle.join(ema([shuffle.split(view)]).z[0])
+    order = None if shuffle == "off" else dist.Shuffle(len(view), seed)
+    out = ema([order.split(view) if shuffle == "gather" else view])
+    send = lambda: (order.join if order else dist.all_gather_async)(out.z[0])
+    every = functools.cache(send() if dist.world() > 1 else lambda: send()())  # alone nothing travels: z is read, and waited for, late
+    return Keys(lambda: every()[dist.rank() * len(view):][:len(view)] if order else out.z[0], every)
 
 
 def queue_dtype(name: str) -> torch.dtype:

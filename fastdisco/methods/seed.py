@@ -10,7 +10,7 @@ from fastdisco.methods.moco import encode, queue_dtype
 
 
 class Seed(Method):
-    def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: bool):
+    def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: str):
         super().__init__()
         self.cfg, self.seed, self.shuffle = cfg, seed, shuffle
         self.weights = {"seed": cfg.distill, "contrast": cfg.contrast}
@@ -26,24 +26,24 @@ class Seed(Method):
         """views: one [B,3,S,S], with contrast two.  Terms seed and contrast; logged beside them feat/std and distill/cosine."""
         cfg = self.cfg
         teacher = nets.teacher(views[:1])
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step)) if cfg.contrast else None
         z = nets.student(views[:1]).z[0]  # [B,d]
         terms = {"feat/std": spread(z)}
         if cfg.contrast:
-            keys = encode(nets.ema, views[1], dist.mix(self.seed, progress.step) if self.shuffle else None)  # [B*ranks,d]
-            terms["contrast"] = kernels.info_nce(z, keys[dist.rank() * len(z):][:len(z)], self.negatives.rows, cfg.temp)
-            self.keys.append(keys)
+            terms["contrast"] = kernels.info_nce(z, keys.own(), self.negatives.rows, cfg.temp)
+            self.keys.append(keys.every)
         t = teacher.z[0]
         terms["seed"] = kernels.seed(z, t, self.queue.rows, cfg.temp, cfg.temp_teacher)
         terms["distill/cosine"] = torch.cosine_similarity(z.detach().float(), t.float()).mean()
-        self.targets.append(dist.all_gather(t))
+        self.targets.append(dist.all_gather_async(t))
         return terms
 
     def after_step(self):
         """All micro batches of a step saw the same queues; the next step sees what they add."""
-        self.queue.enqueue(torch.cat(self.targets))
+        self.queue.enqueue(torch.cat([targets() for targets in self.targets]))
         self.targets.clear()
         if self.cfg.contrast:
-            self.negatives.enqueue(torch.cat(self.keys))
+            self.negatives.enqueue(torch.cat([keys() for keys in self.keys]))
             self.keys.clear()
 
 

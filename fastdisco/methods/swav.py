@@ -10,7 +10,7 @@ CODED = 2  # the first views, which are the large ones
 
 
 class Swav(Method):
-    def __init__(self, cfg: config.Swav, dim: int, seed: int, shuffle: bool):
+    def __init__(self, cfg: config.Swav, dim: int, seed: int, shuffle: str):
         super().__init__()
         self.cfg = cfg
         self.weights = {"swav": 1.0, "distill": cfg.distill}
