@@ -13,10 +13,11 @@ test: .venv/done
 test-slow: .venv/done
 	$(BIN)/python -m pytest tests -m slow -rs
 
-PARTS := data train engine
-gpu: .venv/done  # make gpu PART=data: the tests of a part that need a GPU
+PARTS := data train engine kernels
+gpu: .venv/done  # make gpu PART=data: the tests of a part that need a GPU, and of the kernels their bench
 	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit 2; }
 	$(BIN)/python -m pytest tests/test_$(PART).py -m gpu -rs
+	$(if $(filter kernels,$(PART)),$(BIN)/python bench/kernels.py --minutes 6)
 
 results: .venv/done  # the tables of README and docs from bench/results
 	$(BIN)/python bench/report.py
