@@ -1,10 +1,12 @@
 """bench/kernels.py and bench/tune.py as far as they need no GPU: the contenders' formulas, the float64 reference, floors, rows, candidates, the table."""
+import contextlib
 import importlib.util
 import json
 import math
 import random
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,54 @@ def test_rounds_are_interleaved_and_their_median_counts(monkeypatch):
     assert set(rounds) == {"ab", "ba"}
 
 
+class Event:
+    """torch.cuda.Event on the host's clock."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def test_the_gpu_part_on_a_pretended_gpu(monkeypatch, tmp_path):
+    """Every step but the device: shapes, contenders, one that does not fit, graphs that record nothing, rows, the file."""
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    for name, what in dict(get_device_properties=lambda i: SimpleNamespace(L2_cache_size=1 << 16, multi_processor_count=4), Event=Event,
+                           synchronize=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, memory_allocated=lambda: 100,
+                           max_memory_allocated=lambda: 1100, graph_pool_handle=nothing, graph=lambda graph, pool: contextlib.nullcontext(),
+                           CUDAGraph=lambda: SimpleNamespace(replay=lambda: time.sleep(1e-3)), is_available=lambda: True).items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    small = [(128, 2048, 16), (8, 256, 16)]
+    monkeypatch.setattr(bench, "SHAPES", small)
+    monkeypatch.setattr(bench, "AIMED", small[:1])
+    monkeypatch.setattr(bench, "ROUNDS", {True: 3, False: 2})
+    monkeypatch.setattr(bench, "ROUND_MS", 1)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda: dict(bytes_per_s=1e12, flop_per_s=1e14, exp_per_s=1e12))
+    monkeypatch.setattr(bench, "inputs", lambda loss, b, k, d, device, seed=0, inputs=bench.inputs: inputs(loss, b, k, d, "cpu", seed))
+    monkeypatch.setattr(bench, "on_cpu", nothing)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *x: (_ for _ in ()).throw(torch.OutOfMemoryError("too large")))
+    monkeypatch.setattr(bench.signal, "signal", nothing)
+    monkeypatch.setattr(sys, "argv", ["bench/kernels.py"])
+    monkeypatch.setitem(bench.write.__globals__, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert bench.main() is None
+    kept = json.loads((tmp_path / "kernels-gpu.json").read_text())
+    shapes = kept["samples"]["shapes"]
+    assert [(x["loss"], x["shape"][0]) for x in shapes] == [("moco", 128), ("seed", 128), ("moco", 8), ("seed", 8)] and len(kept["summary"]) == 18
+    for one in shapes:
+        ours = one["contenders"]["ours"]
+        assert ours["memory_bytes"] == 1000 and ours["graph_us"] > 0 and ours["eager_us"] > 0 and ours["grad_error"] < 1e-2
+        assert "eager fp32" in one["contenders"] and one["floors_us"]["tensor"] > 0
+    assert shapes[0]["contenders"]["compile bf16"] == {"oom": True} and "compile bf16" not in shapes[2]["contenders"]
+
+
 # ---- the tuner
 
 tune = pytest.importorskip("tune", reason="gpu: Triton is not installed, which comes with torch for CUDA")
@@ -206,6 +256,31 @@ def test_a_real_spill_is_refused():
 def test_the_fastest_by_the_median_wins():
     clock = {"slow": iter([9, 2, 9, 9, 9]), "fast": iter([8, 8, 30, 8, 8])}
     assert tune.winner(["slow", "fast"], lambda how: how, lambda how: next(clock[how]), rounds=5) == ("fast", 8)
+
+
+def test_the_tuner_on_a_pretended_gpu(monkeypatch, tmp_path):
+    """It writes the fastest of what fits, row by row, and leaves other architectures and what it had no time for alone."""
+    file, before = tmp_path / "launch.json", dict(launch.table())
+    monkeypatch.setattr(launch, "FILE", file)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune.concurrent.futures, "ProcessPoolExecutor", lambda mp_context: contextlib.nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(tune, "fits_of", lambda arch, bits, d, running, how: [] if how.keys == 64 else [how])
+    monkeypatch.setattr(tune, "prepared", lambda name, how: None if how.stages == 4 else how)
+    monkeypatch.setattr(tune, "clocked", lambda how: 100.0 - how.rows / 10 - how.stages)
+    monkeypatch.setattr(sys, "argv", ["bench/tune.py"])
+    assert tune.main() is None
+    after = {n: launch.Launch(**row) for n, row in json.loads(file.read_text()).items()}
+    assert {n for n in after if after[n].timed} == {n for n in after if n.startswith("sm_90")} and list(after) == list(before)
+    best = after["sm_90 16-bit d128 many fixed"]
+    assert (best.rows, best.keys, best.stages) == (128, 128, 3) and all(after[n] == before[n] for n in after if not n.startswith("sm_90"))
+    file.unlink()
+    monkeypatch.setattr(sys, "argv", ["bench/tune.py", "--minutes", "0"])
+    assert tune.main() is None and not file.exists()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert "borrows sm_80's rows" in tune.main()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in tune.main()
 
 
 def test_the_loop_of_exponentials_is_nothing_else():
