@@ -21,11 +21,12 @@ loader := tests/test_data.py tests/test_shards.py tests/test_check.py
 step := tests/test_step.py tests/test_train.py
 engine := tests/test_engine.py
 testbeds := tests/test_testbeds.py
-bench-step := throughput
+bench-step := throughput.py
+bench-kernels := kernels.py --minutes 6
 gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/done)
 	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit $(if $(PART),2,0); }
 	$(if $(PART),$(RUN) -m pytest $($(PART)) -m gpu -rs)
-	$(if $(PART),$(RUN) bench/$(or $(bench-$(PART)),$(PART)).py)
+	$(if $(PART),$(RUN) bench/$(or $(bench-$(PART)),$(PART).py))
 
 results: .venv/done  # the tables of README and docs from bench/results
 	$(BIN)/python bench/report.py

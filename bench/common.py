@@ -24,3 +24,20 @@ def write(bench: str, device: str, summary: list[dict], samples, **more) -> Path
     content = dict(bench=bench, device=device, date=datetime.date.today().isoformat(), summary=summary, samples=samples, **more, **about)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def untrained(run: Path):
+    """The network that a run began with, in eval mode."""
+    import torch
+    from fastdisco import config, models
+    cfg = config.load(run / "config.yaml")
+    torch.manual_seed(cfg.run.seed)
+    return models.of(cfg).to(memory_format=torch.channels_last).eval()
+
+
+def knn_top1(encode, cfg, device) -> float:
+    """The evaluation that a run of this configuration ends with, of any features."""
+    from fastdisco import data
+    from fastdisco.evals import knn
+    train, val = (data.listing(path, cfg.data.quarantine) for path in (cfg.data.train, cfg.data.val))
+    return knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)["knn_top1"]

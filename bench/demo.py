@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import ROOT, row, write
+from common import ROOT, knn_top1, row, untrained, write
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,6 @@ from rich.table import Table
 
 from fastdisco import config, data, models
 from fastdisco.data import demo
-from fastdisco.evals import knn
 
 EQUAL_EPOCHS = 20  # of the student alone: DisCo's time; the table shows what both took
 ARMS = {  # name -> what differs from the student's configuration; OUT and SEED are filled in
@@ -89,17 +88,8 @@ def fixed(out: Path, seed: int) -> dict[str, dict]:
     return rows
 
 
-def untrained(run: Path) -> models.Net:
-    """The network that a run began with."""
-    cfg = config.load(run / "config.yaml")
-    torch.manual_seed(cfg.run.seed)
-    return models.of(cfg).to(memory_format=torch.channels_last).eval()
-
-
 def evaluate(out: Path, seed: int, encode) -> float:
-    cfg = config.load(out / f"disco-{seed}" / "config.yaml")
-    return knn.score(encode, data.listing(cfg.data.train), data.listing(cfg.data.val), cfg.data, cfg.view, cfg.eval, cfg.run.seed,
-                     torch.device("cpu"))["knn_top1"]
+    return knn_top1(encode, config.load(out / f"disco-{seed}" / "config.yaml"), torch.device("cpu"))
 
 
 def show(scores: dict[int, dict]):

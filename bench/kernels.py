@@ -39,6 +39,7 @@ AIMED = [(1024, 65536, 128), (256, 65536, 128)]  # B, K, d
 SHAPES = AIMED + [(1024, 65536, 256)] + [s for s in itertools.product((64, 256, 1024, 4096), (4096, 65536, 1 << 20), (128,)) if s not in AIMED]
 CPU_SHAPE = (256, 65536, 128)
 ROUNDS = {True: 15, False: 5}  # where there are aims; elsewhere
+LATE = "the time was up"
 ROUND_MS = 15  # of a contender in a round
 
 
@@ -62,7 +63,7 @@ def main():
         print("kept in", write("kernels", device, rows, found, load_before=os.getloadavg()[0]))
     for r in rows:
         print(f"{r['name']:32}", f"{r['value']:.3g}" if r["value"] is not None else r["reason"], f"(aim {r['aim']:g})")
-    broken = [f"{s['loss']} {s['shape']}: {s['contenders']['ours']}" for s in found["shapes"] if "failed" in s["contenders"].get("ours", {})]
+    broken = [f"{s['loss']} {s['shape']}: {s['contenders']['ours']}" for s in found["shapes"] if s["contenders"].get("ours", {}).get("failed", LATE) != LATE]
     return "\n".join(broken) or None
 
 
@@ -233,7 +234,7 @@ def measure(one: dict, loss: str, shape: tuple[int, int, int], end: float):
     for name, (dtype, call) in list(runs.items()):
         one["contenders"][name] = result = {}
         if time.monotonic() > end:
-            result["failed"] = "out of time"
+            result["failed"] = LATE
             del runs[name]
             continue
         if not attempt(result, lambda: [call(*x) for x in data[dtype]]):  # compiles
@@ -313,9 +314,9 @@ def measure_ceilings() -> dict[str, float]:
     y, n = torch.empty_like(x), 8192
     a, b = torch.randn(2, n, n, device="cuda", dtype=torch.bfloat16)
     c = torch.empty_like(a)
-    exponentials, count = exp_loop()
+    exps, programs, block, loops = exponentials(), 132 * 64, 1024, 2048
     work = dict(bytes_per_s=(lambda: y.copy_(x), 2 * 4 * x.numel()), flop_per_s=(lambda: torch.mm(a, b, out=c), 2 * n**3),
-                exp_per_s=(lambda: exponentials(x), count))
+                exp_per_s=(lambda: exps[programs,](x, LOOPS=loops, BLOCK=block, num_warps=4), programs * block * loops))
     out = {}
     for name, (run, amount) in work.items():
         [run() for _ in range(3)]
@@ -323,21 +324,20 @@ def measure_ceilings() -> dict[str, float]:
     return out
 
 
-def exp_loop():
-    """A launch, given some memory, of nothing but exponentials, and how many they are."""
+def exponentials():
+    """A kernel that does nothing else."""
     import triton
     import triton.language as tl
-    programs, block, loops = 132 * 64, 1024, 2048
 
     @triton.jit
-    def many_exponentials(x, LOOPS: tl.constexpr, BLOCK: tl.constexpr):
+    def kernel(x, LOOPS: tl.constexpr, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         v = tl.load(x + at)
         for _ in range(LOOPS):
             v = tl.exp2(v - 1.0)
         tl.store(x + at, v)
 
-    return lambda x: many_exponentials[programs,](x, LOOPS=loops, BLOCK=block, num_warps=4), programs * block * loops
+    return kernel
 
 
 # ---- on the CPU
@@ -402,13 +402,13 @@ def at(found: dict, loss: str, b: int) -> dict:
     for s in found["shapes"]:
         if s["loss"] == loss and s["shape"] == [b, 65536, 128]:
             return s
-    raise Missing("the time was up")
+    raise Missing(LATE)
 
 
 def got(one: dict, name: str, key: str) -> float:
     result = one["contenders"].get(name, {})
     if key not in result:
-        raise Missing(f"{name}: {'oom' if 'oom' in result else result.get('failed', 'the time was up')}")
+        raise Missing(f"{name}: {'oom' if 'oom' in result else result.get('failed', LATE)}")
     return result[key]
 
 
@@ -427,7 +427,7 @@ def over_floor(b: int):
 
 def cpu(found: dict, loss: str, key: str) -> tuple:
     if loss not in found["cpu"]:
-        raise Missing("the time was up")
+        raise Missing(LATE)
     return found["cpu"][loss]["plain"][key], found["cpu"][loss]["ours"][key]
 
 

@@ -69,9 +69,10 @@ def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float, di
 
 
 def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor):
-    """See ops.enqueue; ptr is not moved."""
+    """See ops.enqueue."""
     where = (ptr + torch.arange(len(keys), device=ptr.device)) % len(queue)  # the pointer stays on the device
     queue.index_copy_(0, where, unit(keys).to(queue.dtype))
+    ptr.add_(len(keys)).remainder_(len(queue))
 
 
 def _column(x: Tensor, value: float) -> Tensor:

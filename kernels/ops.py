@@ -92,10 +92,9 @@ def _once(loss: str):
 
 @torch.library.custom_op("fastdisco::enqueue", mutates_args=("queue", "ptr"))
 def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
-    """Unit rows of keys [n,d] over queue [K,d] from row ptr on; n <= K."""
+    """Unit rows of keys [n,d] over queue [K,d] from row ptr on, which moves past them; n <= K."""
     with torch.cuda.device_of(queue):
         _form(keys, queue).enqueue(queue, ptr, keys)
-    ptr.add_(len(keys)).remainder_(len(queue))  # after the rows are written, for each of them reads it
 
 
 @enqueue.register_fake

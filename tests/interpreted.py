@@ -192,10 +192,11 @@ def test_enqueue_is_a_ring(size, d, dtype):
     plain = queue.clone()
     for n in (size, 1, 0, size - 1, 3, 3, size // 2):
         keys = torch.from_numpy(rng.normal(size=(n, d)) * 10.0 ** rng.integers(-3, 4)).to([torch.float32, torch.bfloat16][n % 2])
+        begin = int(ptr)
         triton_queue.enqueue(queue, ptr, keys)
         for i, row in enumerate(unit(keys.double())):
-            plain[(int(ptr) + i) % size] = row.to(dtype)
-        ptr = (ptr + n) % size
+            plain[(begin + i) % size] = row.to(dtype)
+        assert int(ptr) == (begin + n) % size
         step = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
         torch.testing.assert_close(queue, plain, rtol=step, atol=1e-7)
 

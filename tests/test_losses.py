@@ -164,6 +164,28 @@ def test_the_queue_may_be_overwritten_right_after_the_forward(temp):
     assert torch.equal(q.grad, want)
 
 
+class Exponentials(TorchDispatchMode):
+    """The smallest that is not 0, of all that are computed."""
+
+    smallest = math.inf
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "exp_":
+            self.smallest = min(self.smallest, out[out > 0].min().item())
+        return out
+
+
+@pytest.mark.parametrize("temp_s, temp_t", [(0.2, 0.01), (0.2, 0.015), (0.2, 1e-4), (0.02, 0.01)])
+def test_no_exponential_underflows(temp_s, temp_t):
+    """A processor takes many times as long for numbers below the smallest normal one; SEED's teacher is cold enough for them."""
+    zs, zt, queue = data(9, 500, 128, near=0.5)
+    with Exponentials() as seen:
+        chunked.seed(zs.detach(), zt, queue, temp_s, temp_t, True)
+        chunked.moco(zs[None].detach(), zt, None, queue, temp_t, True)
+    assert torch.finfo(torch.float32).tiny * 1e3 < seen.smallest < 1
+
+
 class Calls(TorchDispatchMode):
     """Counts matrix products, and keeps what the queue losses were asked for."""
 

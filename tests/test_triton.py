@@ -81,6 +81,7 @@ def test_the_other_kernels_compile_without_spills(arch):
         (triton_queue._seed_rows, seed, gather, 4),
         (triton_queue._units, dict(first="*fp32", second="*bf16", out="*bf16", n="i32"), dict(C=128, CP=128), 1),
         (triton_queue._enqueue, dict(queue="*bf16", ptr="*i64", keys="*fp32", size="i32"), dict(C=128, CP=128), 1),
+        (triton_queue._advance, dict(ptr="*i64", n="i32", size="i32"), {}, 1),
     ]:
         found = compiled(kernel, arch, types, constants, dict(num_warps=warps, **triton_queue.OPTIONS))
         assert found["stack"] == 0, kernel.fn.__name__
