@@ -95,3 +95,81 @@ def test_the_twin_differs_by_the_distillation_alone():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_load(path):
     assert config.load(path).run.name
+
+
+# ---- methods, crops, recipes
+
+def test_a_method_knows_its_own_keys_alone(tmp_path):
+    assert load(tmp_path, BASE, "method.queue=512").method == config.Moco(queue=512)  # moco where no name is given
+    cfg = load(tmp_path, BASE, "method.name=dino", "method.temp_mean=0.07")
+    assert isinstance(cfg.method, config.Dino) and cfg.method.temp_mean == 0.07
+    assert "no method is called 'dyno'; did you mean dino?" in error(tmp_path, BASE, "method.name=dyno")
+    assert "unknown key method.queue for method dino, which is one of moco and swav and seed" in error(tmp_path, BASE, "method.name=dino",
+                                                                                                       "method.queue=9")
+    assert "unknown key method.tmp; did you mean method.temp?" in error(tmp_path, BASE, "method.name=swav", "method.tmp=0.2")
+    assert "did you mean method.rkd.angle?" in error(tmp_path, BASE, "method.rkd.angel=1")
+    assert "did you mean method.freeze_steps?" in error(tmp_path, BASE, "optim.freeze_steps=1")
+    assert "method.temp: " in (said := error(tmp_path, BASE, "method.temp=-1")) and "moco" not in said
+    assert "method.prototypes: " in error(tmp_path, BASE, "method={name: swav, prototypes: many}")
+
+
+def test_crops_are_groups_over_the_view(tmp_path):
+    assert "views: moco takes 2 crops of an image here, found 3" in error(tmp_path, BASE, "views=[{count: 3}]")
+    cfg = load(tmp_path, BASE, "method.name=swav", "view.jitter_p=0.5", "view.blur_p=0.2", "views=[{count: 2, size: 64}, {scale: [0.1, 0.3], blur_p: 0}]")
+    found = [(c.size, c.scale, c.jitter_p, c.blur_p) for c in config.crops(cfg)]
+    assert found == [(64, (0.2, 1.0), 0.5, 0.2)] * 2 + [(224, (0.1, 0.3), 0.5, 0.0)]
+
+
+def test_the_recipes_are_the_published_ones(tmp_path):
+    swav, dino = (load(tmp_path, BASE, f"method.name={name}") for name in ("swav", "dino"))
+    seed = load(tmp_path, BASE, "method.name=seed", "teacher.file=/t")
+    crops = config.crops(swav)
+    assert [(c.size, c.scale) for c in crops] == [(224, (0.14, 1.0))] * 2 + [(96, (0.05, 0.14))] * 6
+    assert {(c.jitter, c.jitter_p, c.gray_p, c.blur_p, c.solarize_p, c.interpolation) for c in crops} == {
+        ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2, 0.5, 0.0, "linear")}
+    assert (swav.optim.name, swav.optim.lr, swav.optim.lr_min, swav.optim.weight_decay, swav.optim.lr_scale) == ("lars", 0.6, 6e-4, 1e-6, "none")
+    assert (swav.method.temp, swav.method.epsilon, swav.method.iterations, swav.method.prototypes, swav.method.queue) == (0.1, 0.05, 3, 3000, 3584)
+    assert swav.method.distill == pytest.approx(0.5 / (8 * 128)) and swav.student.head_bn and swav.bn.sync and swav.data.batch == 512
+    crops = config.crops(dino)
+    assert [(c.size, c.scale, c.blur_p, c.solarize_p) for c in crops] == [(224, (0.4, 1.0), 1.0, 0.0), (224, (0.4, 1.0), 0.1, 0.2)] + [
+        (96, (0.05, 0.4), 0.5, 0.0)] * 8
+    assert {(c.jitter, c.interpolation) for c in crops} == {((0.4, 0.4, 0.2, 0.1), "cubic")}
+    assert (dino.student.head, dino.student.dim, dino.student.kwargs, dino.method.prototypes) == ("dino", 256, {"drop_path_rate": 0.1}, 65536)
+    assert (dino.optim.name, dino.optim.clip, dino.optim.weight_decay_end, dino.run.epochs) == ("adamw", 3.0, 0.4, 100)
+    assert len(config.crops(seed)) == 1 and seed.optim.warmup_epochs == 5 and seed.method.temp_teacher == 0.01
+
+
+def test_what_a_configuration_says_goes_over_the_recipe(tmp_path):
+    cfg = load(tmp_path, BASE, "method.name=dino", "student.kwargs.img_size=64", "optim.clip=1.0", "view.jitter_p=0.1", "data.batch=64")
+    assert cfg.student.kwargs == {"drop_path_rate": 0.1, "img_size": 64} and cfg.optim.clip == 1.0 and cfg.optim.name == "adamw"
+    assert {c.jitter_p for c in config.crops(cfg)} == {0.1} and cfg.data.batch == 64
+    assert "view.size: the crops of dino have a size of their own" in error(tmp_path, BASE, "method.name=dino", "view.size=32")
+    cfg = load(tmp_path, BASE, "method.name=dino", "view.size=32", "views=[{count: 3}]")
+    assert [c.size for c in config.crops(cfg)] == [32] * 3
+
+
+@pytest.mark.parametrize("name", config.RECIPES)
+def test_a_dumped_method_reads_back_equal(tmp_path, name):
+    cfg = load(tmp_path, BASE, f"method.name={name}", "teacher.file=/a", "view.jitter_p=0.3")
+    again = load(tmp_path, config.dump(cfg))
+    assert again == cfg and config.crops(again) == config.crops(cfg) and config.dump(again) == config.dump(cfg)
+    assert {c.jitter_p for c in config.crops(again)} == {0.3}
+
+
+@pytest.mark.parametrize("overrides, says", [
+    (["method.name=seed"], "teacher.file: SEED learns from a teacher alone"),
+    (["method.name=seed", "teacher.file=/t", "method.contrast=1"], "views: seed takes 2 crops of an image here, found 1"),
+    (["method.name=seed", "teacher.file=/t", "method.temp_teacher=1e-4", "method.queue_dtype=bf16"], "method.queue_dtype: bf16 does not resolve"),
+    (["method.name=swav", "views=[{}]"], "views: swav takes 2 or more crops of an image, found 1"),
+    (["method.name=swav", "data.batch=96"], "method.queue: 3584 embeddings are no multiple of data.batch 96; nearest: 3552 or 3648"),
+    (["method.name=swav", "bn.groups=2"], "bn.sync: "),
+    (["method.name=swav", "optim.name=sgd", "engine.stage=1"], "set method.freeze_steps=0 or engine.stage=0"),
+    (["method.name=dino", "method.freeze_epochs=0", "engine.stage=1"], "optim.clip_each: at engine.stage 1"),
+    (["optim.weight_decay=0", "optim.weight_decay_end=0.4"], "optim.weight_decay_end: a schedule from 0"),
+    (["optim.lr_min=1e-6", "optim.schedule=step"], "optim.lr_min: the schedule step does not end at 1e-06"),
+    (["views=[{size: 32, sise: 3}]"], "unknown key views.0.sise; did you mean views.0.size?"),
+    (["views=[]"], "views: "),
+], ids=lambda v: v if isinstance(v, str) else v[-1])
+def test_what_a_method_cannot_do_is_refused(tmp_path, overrides, says):
+    said = error(tmp_path, BASE, *overrides)
+    assert says in said and said.count("found {") == 0

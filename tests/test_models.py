@@ -6,7 +6,7 @@ import torch
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
-from fastdisco import heads, models
+from fastdisco import config, heads, models
 from fastdisco.config import UserError
 
 WIDTHS = {"mobilenetv3_large_100": 1280, "mobilenetv3_small_050": 1024, "efficientnet_b0": 1280, "resnet18": 512, "resnet50": 2048,
@@ -256,3 +256,133 @@ def test_loading_names_what_is_missing_unexpected_and_of_another_shape():
                             "of another shape: 0.weight (3, 4) for (3, 2); do that")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert models.shorten([str(i) for i in range(9)]) == "0, 1, 2, 3 and 5 more"
+
+
+# ---- several resolutions, heads and prototypes
+
+STUDENTS = ["mobilenetv3_large_100", "efficientnet_b0", "efficientnet_b1", "resnet18", "resnet34", "vit_tiny_patch16_224", "xcit_tiny_12_p16_224"]
+
+
+@pytest.mark.parametrize("arch", STUDENTS)
+def test_every_student_trains_on_two_resolutions_at_once(arch):
+    torch.manual_seed(0)
+    kwargs = {} if arch.startswith("mobilenet") or "res" in arch else {"drop_path_rate": 0.1}
+    net = models.create(arch, lambda dim: heads.dino_mlp(dim, 16, 8), kwargs, sizes=(64, 32))
+    net.prototypes, net.joint = heads.Prototypes(8, 5), True
+    z, scores = net([images(2, 1, 64), images(2, 2, 32), images(2, 3, 64)])
+    assert z.shape == (3, 2, 8) and scores.shape == (3, 2, 5)
+    (scores * torch.randn(3, 2, 5)).sum().backward()
+    assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "xcit_tiny_12_p16_224"])
+def test_positions_are_interpolated_for_small_crops(arch):
+    torch.manual_seed(0)
+    net = models.create(arch, nn.Identity, sizes=(64, 32)).eval()
+    big, little = images(1, 1, 64), images(1, 2, 32)
+    with torch.no_grad():
+        joint = net([big, little]).z
+        assert torch.equal(joint[0], net.backbone(big)) and torch.equal(joint[1], net.backbone(little))
+        if arch.startswith("vit"):
+            embed = net.backbone.pos_embed  # [1,1+16,192]: a class token, and a grid of 4 x 4 for 64 px
+            assert embed.shape == (1, 17, 192)
+            grid = nn.functional.interpolate(embed[:, 1:].transpose(1, 2).view(1, 192, 4, 4), (2, 2), mode="bicubic", antialias=True)
+            plain = models.create(arch, nn.Identity, {"img_size": 32}).eval()
+            plain.load_state_dict(net.state_dict() | {"backbone.pos_embed": torch.cat([embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)})
+            torch.testing.assert_close(plain([little]).z[0], joint[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_size_that_patches_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="student.arch: vit_tiny_patch16_224 cannot take crops of 40 px"):
+        models.create("vit_tiny_patch16_224", nn.Identity, sizes=(32, 40))
+
+
+def test_a_joint_forward_has_the_statistics_of_all_views_of_a_size_and_one_head():
+    torch.manual_seed(0)
+    net = models.create("resnet10t", lambda dim: heads.mlp(dim, 32, 8, bn=True)).double()
+    net.joint = True
+    plain = copy.deepcopy(net)
+    a, c = images(6).double(), 3 * images(6, 2).double() + 1
+    b = images(6, 3, 48).double()
+    z = net([a, b, c]).z  # sizes mixed: order must come back
+    large = plain.backbone(torch.cat([a, c]))
+    want = plain.head(torch.cat([large, plain.backbone(b)])).view(3, 6, 8)[[0, 2, 1]]
+    torch.testing.assert_close(z, want)
+    assert torch.equal(net.backbone.bn1.running_mean, plain.backbone.bn1.running_mean)
+    torch.testing.assert_close(net.eval()([a, b, c]).z, torch.stack([plain.eval()([v]).z[0] for v in (a, b, c)]))
+
+
+def test_groups_of_a_joint_forward_are_images_with_all_their_views():
+    torch.manual_seed(0)
+    whole = models.create("resnet10t", lambda dim: heads.mlp(dim, 32, 8, bn=True)).double()
+    whole.joint = True
+    halves = copy.deepcopy(whole)
+    models.split_bn(whole, 2)
+    views = [images(6).double(), images(6, 2).double(), images(6, 3, 48).double()]
+    want = torch.cat([halves([v[part] for v in views]).z for part in (slice(3), slice(3, 6))], 1)  # as two ranks would
+    torch.testing.assert_close(whole(views).z, want)
+
+
+def test_prototypes_are_cosines_and_nothing_edits_them():
+    torch.manual_seed(0)
+    layer, z = heads.Prototypes(4, 3), torch.randn(2, 5, 4)
+    before, w = layer.weight.detach().clone(), layer.weight.detach()
+    want = (z / z.norm(dim=2, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(layer(z), want)
+    layer(z).square().sum().backward()
+    assert torch.equal(layer.weight, before) and (layer.weight.grad * w).sum(1).abs().max() < 1e-6  # along the sphere
+    long = heads.Prototypes(4, 3, gain=True)
+    long.load_state_dict({"weight": w, "gain": torch.tensor([1.0, 2.0, 3.0])})
+    torch.testing.assert_close(long(z), want * torch.tensor([1.0, 2.0, 3.0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(z.bfloat16() * 1e-3).float().sub(want).abs().max() < 0.03
+
+
+def test_dinos_head_is_three_linear_layers_with_gelu():
+    torch.manual_seed(0)
+    head, x = heads.dino_mlp(5, 7, 3), torch.randn(4, 5)
+    w = head.state_dict()
+    assert list(w) == [f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")]  # the published keys
+    gelu = lambda x: x * 0.5 * (1 + torch.erf(x / 2 ** 0.5))  # noqa: E731
+    hidden = gelu(gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"])
+    torch.testing.assert_close(head(x), hidden @ w["4.weight"].T + w["4.bias"])
+    assert [k.split(".")[0] for k in heads.dino_mlp(5, 7, 3, bn=True).state_dict() if k.endswith("bias")] == ["0", "1", "3", "4", "6"]
+    big = heads.dino_mlp(64, 512, 64)
+    assert big[2].weight.std().item() == pytest.approx(0.02, rel=0.02) and all(m.bias.abs().max() == 0 for m in (big[0], big[2], big[4]))
+    assert heads.dino_mlp(5, 0, 3).weight.shape == (3, 5)
+
+
+BASE = {"run": {"name": "x"}, "data": {"train": "t"}, "teacher": {"file": "t"}}
+
+
+@pytest.mark.parametrize("method, head, prototypes, joint", [
+    ({"name": "moco"}, ["0.weight", "0.bias", "2.weight", "2.bias"], None, False),
+    ({"name": "seed"}, ["0.weight", "0.bias", "2.weight", "2.bias"], None, False),
+    ({"name": "swav"}, ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "3.weight", "3.bias"],
+     (3000, 128), True),
+    ({"name": "dino", "prototypes": 70}, ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"], (70, 256), True),
+], ids=lambda v: v["name"] if isinstance(v, dict) else "")
+def test_a_configuration_says_the_whole_network(method, head, prototypes, joint):
+    net = models.of(config.validate(BASE | {"method": method, "student": {"arch": "test_resnet"}}, "test"), train=True)
+    assert list(net.head.state_dict()) == head and net.joint == joint and next(net.head.parameters()).shape[0] == 2048
+    assert (net.prototypes and tuple(net.prototypes.weight.shape)) == prototypes
+    assert net.prototypes is None or net.prototypes.gain is None
+
+
+def test_synchronised_batch_norm_is_refused_on_cpus(monkeypatch):
+    net = small()
+    assert models.sync_bn(net) is net  # nothing to do on one rank
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="bn.sync: .*CPU.*bn.sync=false"):
+            models.sync_bn(net)
+
+
+@pytest.mark.gpu
+def test_synchronised_batch_norm_keeps_names_and_activations(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plain = small(arch="mobilenetv3_small_050")
+    keys = list(plain.state_dict())
+    net = models.sync_bn(copy.deepcopy(plain))
+    assert list(net.state_dict()) == keys and any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+    torch.testing.assert_close(net.eval()([images(2)]).z, plain.eval()([images(2)]).z)

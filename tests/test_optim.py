@@ -33,6 +33,49 @@ def test_warm_up_is_linear_and_the_cosine_takes_the_rest():
     assert whole == pytest.approx([0.25, 0.5, 0.75, 1])  # never an epoch at 0
 
 
+def test_the_cosine_can_end_above_0_and_the_warm_up_does_not_begin_there():
+    cfg = Optim(warmup_epochs=10, lr_min=0.02)
+    assert [optim.rate(cfg, 0.1, e, 110) for e in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.05, 0.1, 0.06, 0.02])
+    assert [optim.rate(Optim(lr_min=0.02, per="epoch"), 0.1, e, 2) for e in (0, 0.9, 1.5)] == pytest.approx([0.1, 0.1, 0.06])
+
+
+def test_the_decay_follows_its_own_cosine_and_spares_what_has_none():
+    cfg = Optim(name="adamw", weight_decay=0.04, weight_decay_end=0.4, decay_norm_and_bias=False)
+    assert [optim.decay(cfg, e, 100) for e in (0, 25, 50, 100)] == pytest.approx([0.04, 0.4 - 0.18 * (1 + math.cos(math.pi / 4)), 0.22, 0.4])
+    assert optim.decay(Optim(), 50, 100) == 1e-4
+    made = optim.create(net(), cfg, 0.1)
+    for lr, decay in ((0.3, 0.1), (0.2, 0.4)):
+        optim.move(made, lr, decay)
+        assert sorted((g["weight_decay"], g["lr"]) for g in made.param_groups) == [(0.0, lr), (decay, lr)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_frozen_weights_keep_still_and_have_neither_decay_nor_momentum(name):
+    frozen, free = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in range(2))
+    free.load_state_dict(frozen.state_dict())
+    made = [optim.create(n, Optim(name=name, weight_decay=0.1), 0.1) for n in (frozen, free)]
+    x = torch.randn(5, 3)
+    for n, opt in zip((frozen, free), made):
+        n(x).square().sum().backward()
+        optim.freeze(n, ("1.",) if n is frozen else ())
+        opt.step()
+    assert torch.equal(frozen[0].weight, free[0].weight) and not torch.equal(frozen[1].weight, free[1].weight)
+    assert [n for n, p in frozen.named_parameters() if p in made[0].state] == ["0.weight", "0.bias"]
+
+
+def test_each_gradient_is_cut_by_itself():
+    n = net()
+    made = optim.create(n, Optim(weight_decay=0, momentum=0, clip=0.5, clip_each=True), 1.0)
+    before, grads = [p.detach().clone() for p in n.parameters()], []
+    for i, p in enumerate(n.parameters()):
+        p.grad = torch.randn_like(p) * 10.0 ** (i - 2)
+        grads.append(p.grad.clone())
+    made.step()
+    for b, g, p in zip(before, grads, n.parameters()):
+        torch.testing.assert_close(b - p.detach(), g * min(1.0, 0.5 / (g.norm().item() + 1e-6)))
+    assert {g.norm().item() > 0.5 for g in grads} == {True, False}
+
+
 @pytest.mark.parametrize("rule, lr", [("none", 0.03), ("linear", 0.12), ("sqrt", 0.06)])
 def test_the_scaling_rule(rule, lr):
     assert optim.base_lr(Optim(lr_scale=rule), 1024) == pytest.approx(lr)

@@ -161,6 +161,39 @@ def test_resume_is_exact(whole, folder):
     assert models.read(checkpoint.last(out / "whole/tiny") / "state.pt")["method"]["queue.ptr"] == 14 * 8 % 24
 
 
+METHODS = {  # tiny recipes: queues that fill and wrap, layers that are frozen at first, crops of two sizes
+    "swav": ["method={name: swav, prototypes: 20, freeze_steps: 3, queue: 16, queue_epoch: 0, distill: 1.0}", "bn.sync=false",
+             "views=[{count: 2, size: 32}, {count: 2, size: 24, scale: [0.1, 0.3]}]", "optim.name=lars"],
+    "dino": ["method={name: dino, prototypes: 30, temp_warmup_epochs: 3}", "student.dim=8", "student.kwargs.drop_path_rate=0.2",
+             "views=[{size: 32}, {size: 32, blur_p: 0.1}, {count: 2, size: 24}]", "optim={warmup_epochs: 1, lr: 0.1}"],
+    "seed": ["method={name: seed, queue: 24, contrast: 1.0}", "views=[{count: 2}]", "optim={warmup_epochs: 0}"],
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher")
+    ranks(1, _train, tiny(folder, out, "run.max_steps=1", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
+    return out / "teacher"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resumes_exactly(name, folder, teacher_run, tmp_path):
+    """From step 7 of 14, in the second epoch; swav on two ranks."""
+    n = 2 if name == "swav" else 1
+    args = [*METHODS[name], "teacher.arch=test_resnet", f"teacher.file={teacher_run}", "run.max_steps=14", "checkpoint.every=7"]
+    ranks(n, _train, tiny(folder, tmp_path / "whole", *args))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts/tiny/checkpoints/last").write_text("step_00000007")
+    shutil.rmtree(tmp_path / "parts/tiny/checkpoints/step_00000014")
+    ranks(n, _train, tiny(folder, tmp_path / "parts", *args))
+    assert _differences(tmp_path / "whole/tiny", tmp_path / "parts/tiny", n) == []
+    saved = models.read(checkpoint.last(tmp_path / "parts/tiny") / "state.pt")
+    assert ("ema" in saved) == (name != "swav")
+    net, _ = models.from_run(tmp_path / "parts/tiny")  # its head and prototypes by the configuration alone
+    assert (net.prototypes is not None) == (name != "seed")
+
+
 @pytest.mark.parametrize("whole", [2], indirect=True)
 @pytest.mark.parametrize("item", ["student", "ema", "method", "optimizer", "data", "student_buffers", "ema_buffers", "rng"])
 def test_resume_needs_every_item(whole, folder, item):
