@@ -146,16 +146,17 @@ class Config(Block):
 def load(path: Path | str, overrides: list[str] = ()) -> Config:
     """Config of a YAML file with `block.key=value` overrides laid over it; value is YAML (`1e-3` is a number, `null` is none).
 
+    A key `base` names a file, relative to this one, that the file itself is laid over; one level, so that two files tell all.
     Raises UserError naming the file or override, the key, what is wrong and, for an unknown key, the nearest right one."""
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give --config an existing YAML file") from None
-    except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
+    raw = _read(path)
+    if "base" in raw:
+        if not isinstance(base := raw.pop("base"), str):
+            raise UserError(f"{path}: base: the name of a YAML file beside it is expected (found {base!r})")
+        below = _read(path.parent / base)
+        if "base" in below:
+            raise UserError(f"{path.parent / base}: is the base of {path} and names one itself; write what it needs into one of the two")
+        raw = _over(below, raw)
     for item in overrides:
         _override(raw, item)
     return validate(raw, path)
@@ -172,6 +173,11 @@ def validate(raw: dict, source: Path | str) -> Config:
 def dump(cfg: Config) -> str:
     """The whole resolved configuration as YAML that `load` reads back to an equal Config."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def crops(cfg: Config) -> tuple[Crop, ...]:
+    """The crops of an image, one by one."""
+    return cfg.view, cfg.view
 
 
 def flatten(d: dict, prefix: str = "") -> dict[str, Any]:
@@ -197,6 +203,18 @@ def micro_batch(cfg: Config, world: int) -> int:
     return batch
 
 
+def _read(path: Path) -> dict:
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give --config an existing YAML file") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
+    return raw
+
+
 def _override(raw: dict, item: str):
     key, eq, value = item.partition("=")
     if not eq or not key:
@@ -211,6 +229,11 @@ def _override(raw: dict, item: str):
         node[last] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"override '{item}': the value is not valid YAML") from None
+
+
+def _over(below: dict, above: dict) -> dict:
+    """`above` laid over `below`, block by block; null blocks stay null."""
+    return below | {k: _over(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}
 
 
 def _sentence(err: dict) -> str:

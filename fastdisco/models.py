@@ -55,6 +55,14 @@ class Net(nn.Module):
         return self.backbone(x)
 
 
+def of(cfg: config.Config, train: bool = False) -> Net:
+    """The student that a configuration describes, its weights drawn from torch's global generator.
+
+    train  its batch norms are split as `bn` says"""
+    s = cfg.student
+    return create(s.arch, lambda dim: heads.mlp(dim, s.hidden, s.dim), s.kwargs, cfg.bn.groups if train else 1)
+
+
 def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1) -> Net:
     """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
 

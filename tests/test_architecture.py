@@ -11,6 +11,7 @@ LEVELS = [
     {"data", "models", "memory"},
     {"teacher", "methods", "optim", "evals", "engine"},
     {"checkpoint", "runs", "export"},
+    {"plan"},
     {"cli", "train"},
 ]
 OWNERS = {"nvidia": {"data"}, "deepspeed": {"engine"}, "timm.optim": {"optim"}, "timm": {"models", "optim"}, "triton": {"kernels"}}
