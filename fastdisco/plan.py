@@ -6,7 +6,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from fastdisco import config, data, models, optim, runs
+from fastdisco import config, data, models, optim
 from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
 from fastdisco.teacher import formats
@@ -14,22 +14,21 @@ from fastdisco.teacher import formats
 GIB = 2**30
 
 
-def lines(cfg: Config, world: int) -> Iterator[str]:
-    """The plan for `world` ranks, line by line; the last says what is missing.
+def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
+    """The plan for `world` ranks and that output folder, line by line; the last says what is missing.
 
     Data and teacher may be missing; what is there is read as the run would read it, the teacher with every weight.
-    Raises UserError for all that the run would refuse: a batch that does not divide, an optimizer or a network that cannot be, a teacher that
-    does not fit, an output folder of another run."""
+    Raises UserError for what the run would refuse: a batch that does not divide, an optimizer or a network that cannot be, a teacher that does
+    not fit."""
     missing = []
     micro = config.micro_batch(cfg, world)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
-    folder = runs.agree(cfg)
-    yield f"run         {folder}: {'continues what is there' if (folder / 'config.yaml').exists() else 'new'}"
+    yield f"run         {folder} by {cfg.method.name}: {'continues what is there' if (folder / 'config.yaml').exists() else 'new'}"
 
     with torch.device("meta"):
         net = models.of(cfg, train=True)
     parts = ", ".join(f"{weights(m) / 1e6:.2f} M in {name}" for name, m in net.named_children())
-    yield f"student     {cfg.student.arch} {cfg.student.kwargs or ''}".rstrip() + f": {weights(net) / 1e6:.2f} M weights, {parts}; method {cfg.method.name}"
+    yield f"student     {cfg.student.arch} {cfg.student.kwargs or ''}".rstrip() + f": {weights(net) / 1e6:.2f} M weights, {parts}"
 
     teacher = 0
     if cfg.teacher is None:
@@ -95,8 +94,9 @@ def memory(cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         net([torch.empty(micro, 3, size, size, device="meta") for size in crops])
     saved = sum(x.untyped_storage().nbytes() for x in kept.values())
-    return (f"memory      {held / GIB:.2f} GiB of weights, gradients and states (student {own / GIB:.2f}, its optimizer {state / GIB:.2f}, mean student "
-            f"{ema / GIB:.2f}, teacher {4 * teacher / GIB:.2f}) and at most {saved / GIB:.2f} GiB saved by the student's forward, on each rank in fp32")
+    gib = lambda n: f"{n / GIB:.2f}"  # noqa: E731
+    return (f"memory      {gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
+            f"teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
 
 
 def weights(net: nn.Module) -> int:

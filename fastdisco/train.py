@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = config.load(args.config, args.overrides)
         if args.dry_run:
-            for line in plan.lines(cfg, dist.world()):
+            for line in plan.lines(cfg, dist.world(), runs.agree(cfg)):
                 say(line)
         else:
             train(cfg, args.overwrite)

@@ -10,8 +10,7 @@ LEVELS = [
     {"kernels", "config", "dist", "log", "views", "heads"},
     {"data", "models", "memory"},
     {"teacher", "methods", "optim", "evals", "engine"},
-    {"checkpoint", "runs", "export"},
-    {"plan"},
+    {"checkpoint", "runs", "plan", "export"},
     {"cli", "train"},
 ]
 OWNERS = {"nvidia": {"data"}, "deepspeed": {"engine"}, "timm.optim": {"optim"}, "timm": {"models", "optim"}, "triton": {"kernels"}}

@@ -20,7 +20,7 @@ def test_with_data_and_teacher_nothing_is_missing_and_nothing_is_written(folder,
     file = save(tmp_path, small_swav()[0])
     before = sorted(tmp_path.rglob("*"))
     out = dry(capsys, *tiny(folder, tmp_path, f"teacher.file={file}", "student.dim=16", "run.max_steps=18"))
-    assert re.search(r"run +\S+/tiny: new\n", out) and re.search(r"data.train +\S+: 43 images of 3 classes, 0 left out", out)
+    assert re.search(r"run +\S+/tiny by moco: new\n", out) and re.search(r"data.train +\S+: 43 images of 3 classes, 0 left out", out)
     assert "data.val    " in out and "12 images of 3 classes" in out
     assert re.search(r"teacher +resnet18: 11\.19 M weights, linear, batch norm, ReLU, linear: 512 -> 24 -> 16; a SwAV", out)
     assert "batch       8 = 1 ranks x 8 images x 1 accumulated; crops of 2 x 32 px; lr 0.05" in out
@@ -45,7 +45,7 @@ def test_a_teacher_of_another_width_and_the_folder_of_another_run_are_refused(fo
     cfg = config.load(arguments[1], arguments[2:])
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/config.yaml").write_text(config.dump(cfg))
-    assert "tiny: continues what is there" in dry(capsys, *arguments)
+    assert "tiny by moco: continues what is there" in dry(capsys, *arguments)
     assert "optim.lr (0.05 there, 0.1 here)" in dry(capsys, *arguments, "optim.lr=0.1", code=2)
 
 
