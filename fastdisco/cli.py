@@ -116,7 +116,8 @@ def _probe(args):
                for listing, indices in ((train, bank), (val, queries))]
     torch.manual_seed(0)
     untrained = models.create(found.arch, lambda features: torch.nn.Identity(), found.kwargs)
-    say(f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among {len(bank)} {f'of {args.bank}' if args.bank else 'others'}")
+    say(f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among {len(bank)} "
+        f"{f'of {args.bank}' if args.bank else 'others'}")
     shares = probe.run(*(n.eval().to(device) for n in (found.net, untrained)), *loaders, len(val.classes))
     print(json.dumps({f"teacher/{k}": v for k, v in shares.items()}))
     if against := probe.verdict(shares, len(queries)):

@@ -329,16 +329,17 @@ class Config(Block):
 def load(path: Path | str, overrides: list[str] = ()) -> Config:
     """Config of a YAML file with `block.key=value` overrides laid over it; value is YAML (`1e-3` is a number, `null` is none).
 
+    A key `base` names a file, relative to this one, that the file itself is laid over; one level, so that two files tell all.
     Raises UserError naming the file or override, the key, what is wrong and, for an unknown key, the nearest right one."""
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give --config an existing YAML file") from None
-    except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
+    raw = _read(path)
+    if "base" in raw:
+        if not isinstance(base := raw.pop("base"), str):
+            raise UserError(f"{path}: base: the name of a YAML file beside it is expected (found {base!r})")
+        below = _read(path.parent / base)
+        if "base" in below:
+            raise UserError(f"{path.parent / base}: is the base of {path} and names one itself; write what it needs into one of the two")
+        raw = _over(below, raw)
     for item in overrides:
         _override(raw, item)
     return validate(raw, path)
@@ -386,6 +387,18 @@ def micro_batch(cfg: Config, world: int) -> int:
     if batch // cfg.bn.groups < 2:
         raise UserError("data.batch: batch norm sees 1 image in each group and needs 2; enlarge data.batch or lower bn.groups")
     return batch
+
+
+def _read(path: Path) -> dict:
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give --config an existing YAML file") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
+    return raw
 
 
 def _override(raw: dict, item: str):

@@ -23,15 +23,21 @@ def claim(cfg: Config, overwrite: bool = False) -> Path:
     """The folder out/name, where this command may start or continue a run; with `overwrite` the run there is deleted.  Called by every rank.
 
     Raises UserError where the folder holds a run of another configuration, naming what differs and the two ways out, or holds no run at all."""
+    folder = agree(cfg, overwrite)
+    dist.barrier()  # every rank has looked
+    if overwrite and dist.rank() == 0 and folder.exists():
+        shutil.rmtree(folder)
+    dist.barrier()
+    return folder
+
+
+def agree(cfg: Config, overwrite: bool = False) -> Path:
+    """As `claim`, but only looks."""
     folder = cfg.run.out / cfg.run.name
     if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted there; take another run.name or run.out")
     if not overwrite:
         _agree(cfg, folder)
-    dist.barrier()  # every rank has looked
-    if overwrite and dist.rank() == 0 and folder.exists():
-        shutil.rmtree(folder)
-    dist.barrier()
     return folder
 
 

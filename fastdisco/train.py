@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from fastdisco import checkpoint, compiled, config, cudagraph, data, dist, engine, methods, models, optim, runs, teacher
+from fastdisco import checkpoint, compiled, config, cudagraph, data, dist, engine, methods, models, optim, plan, runs, teacher
 from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
 from fastdisco.log import Log, Meter, say
@@ -113,12 +113,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train.py", description="Trains a student with DisCo, or resumes the run of the same command.")
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     parser.add_argument("--overwrite", action="store_true", help="start over, deleting the run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would be and what it lacks, and start nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
     parser.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06")
     args = parser.parse_intermixed_args(argv)
     dist.defaults()
     try:
-        train(config.load(args.config, args.overrides), args.overwrite)
+        cfg = config.load(args.config, args.overrides)
+        if args.dry_run:
+            for line in plan.lines(cfg, dist.world(), runs.agree(cfg)):
+                say(line)
+        else:
+            train(cfg, args.overwrite)
     except UserError as e:
         if dist.rank() == 0 or getattr(e, "anywhere", False):  # most are found by every rank alike
             print(f"fastdisco: error: {e}", file=sys.stderr, flush=True)

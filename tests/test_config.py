@@ -56,6 +56,19 @@ def test_missing_file(tmp_path):
         config.load(tmp_path / "nothere.yaml")
 
 
+def test_a_file_is_laid_over_its_base(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("data: {train: /t, val: /v}\noptim: {lr: 1, clip: 2}\nteacher: {file: /a, arch: resnet18}")
+    (tmp_path / "sub/c.yaml").write_text("base: ../base.yaml\nrun: {name: x}\noptim: {lr: 3, per: epoch}\nteacher: null")
+    cfg = config.load(tmp_path / "sub/c.yaml", ["data.val=/w"])
+    assert cfg == config.validate({"run": {"name": "x"}, "data": {"train": "/t", "val": "/w"}, "optim": {"lr": 3, "clip": 2, "per": "epoch"}}, "here")
+    assert config.load(tmp_path / "sub/c.yaml", ["teacher.file=/b"]).teacher.arch is None  # of a block that was put away nothing comes back
+    assert "none.yaml: cannot be read" in error(tmp_path, BASE | {"base": "none.yaml"})
+    assert "a YAML file beside it is expected (found 3)" in error(tmp_path, BASE | {"base": 3})
+    (tmp_path / "d.yaml").write_text("base: sub/c.yaml")
+    assert "names one itself" in error(tmp_path, BASE | {"base": "d.yaml"})
+
+
 def test_impossible_combinations(tmp_path):
     assert "method.queue" in error(tmp_path, BASE, "data.batch=512", "method.queue=256")
     assert "data.val" in error(tmp_path, BASE, "eval.every=10")

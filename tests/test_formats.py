@@ -63,12 +63,12 @@ def norm(state, name, width, batch=True):
                   f"{name}.num_batches_tracked": torch.tensor(99)}
 
 
-def resnet50(times=1):
-    """torchvision's names; every width multiplied."""
+def resnet50(times=1, depth=(3, 4, 6, 3)):
+    """torchvision's names; every width multiplied; of any depth."""
     state, width = {}, 64 * times
     conv(state, "conv1", width, 3, 7)
     norm(state, "bn1", width)
-    for layer, blocks in enumerate((3, 4, 6, 3)):
+    for layer, blocks in enumerate(depth):
         inner = 64 * times * 2**layer
         for b in range(blocks):
             name = f"layer{layer + 1}.{b}"

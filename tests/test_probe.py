@@ -40,7 +40,8 @@ def test_the_shares_are_the_vote_written_out():
         return (rng.normal(size=(n, 3 * 32 * 32)) + 0.1 * centre[y]).astype(np.float32), y
 
     bank, query = made(120), made(60)
-    batches = [[Batch(torch.tensor(x[i:i + 50]).view(-1, 3, 32, 32), torch.tensor(y[i:i + 50])) for i in range(0, len(x), 50)] for x, y in (bank, query)]
+    batches = [[Batch(torch.tensor(x[i:i + 50]).view(-1, 3, 32, 32), torch.tensor(y[i:i + 50])) for i in range(0, len(x), 50)]
+               for x, y in (bank, query)]
     net, untrained = Fake(slice(0, 600), lambda f: f[:, :50]), Fake(slice(600, 800), None)
     got = probe.run(net, untrained, *batches, classes=5, k=7, temp=0.1)
     small = lambda x: F.avg_pool2d(torch.tensor(x).view(-1, 3, 32, 32), 2).flatten(1).numpy()  # noqa: E731 - 32 to 16

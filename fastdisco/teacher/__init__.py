@@ -32,9 +32,7 @@ def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, run: Ho
     run           how and where it runs, see `how`
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is no such thing as a random teacher."""
     try:
-        found = formats.read(Path(file), arch, kwargs)
-        if found.dim != dim:
-            raise UserError(f"{file}: embeds into {found.dim} numbers and the student into {dim}; set student.dim={found.dim} or another teacher")
+        net = formats.read(file, arch, kwargs, dim).net
     except UserError as e:
         raise UserError(f"teacher: {e}; training stops here, for a teacher with random weights is never used") from None
-    return Teacher(found.net, run)
+    return Teacher(net, run)

@@ -56,14 +56,18 @@ ARCHS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", *models.W
          "mobilenetv3_large_100", "efficientnet_b0", "efficientnet_b1")
 
 
-def read(path: Path, arch: str | None = None, kwargs: dict[str, Any] = {}) -> Source:
+def read(path: Path, arch: str | None = None, kwargs: dict[str, Any] = {}, dim: int | None = None) -> Source:
     """The teacher of a checkpoint file of the kinds in FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
 
     arch, kwargs  the timm model that its backbone belongs to; None: told by the file
+    dim           width of the student's embedding, which the teacher's must have; None: any
     Raises UserError naming every weight that is missing, unexpected or of another shape, and a missing head."""
     if kwargs and arch is None:
         raise UserError(f"teacher.kwargs: {kwargs} belong to an architecture; name it as teacher.arch")
-    return _from_run(path, arch, kwargs) if Path(path).is_dir() else _from_file(path, arch, kwargs)
+    found = _from_run(path, arch, kwargs) if Path(path).is_dir() else _from_file(path, arch, kwargs)
+    if dim not in (None, found.dim):
+        raise UserError(f"{path}: embeds into {found.dim} numbers and the student into {dim}; set student.dim={found.dim} or another teacher")
+    return found
 
 
 def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:

@@ -1,0 +1,103 @@
+"""What a run would be and need, found without starting it: `train.py --dry-run`.  Networks are made without memory."""
+import math
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch import nn
+
+from fastdisco import config, data, models, optim
+from fastdisco.config import Config, UserError
+from fastdisco.evals import knn
+from fastdisco.teacher import formats
+
+GIB = 2**30
+
+
+def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
+    """The plan for `world` ranks and that output folder, line by line; the last says what is missing.
+
+    Data and teacher may be missing; what is there is read as the run would read it, the teacher with every weight.
+    Raises UserError for what the run would refuse: a batch that does not divide, an optimizer or a network that cannot be, a teacher that does
+    not fit."""
+    missing = []
+    micro = config.micro_batch(cfg, world)
+    lr = optim.base_lr(cfg.optim, cfg.data.batch)
+    yield f"run         {folder} by {cfg.method.name}: {'continues what is there' if (folder / 'config.yaml').exists() else 'new'}"
+
+    with torch.device("meta"):
+        net = models.of(cfg, train=True)
+    parts = ", ".join(f"{weights(m) / 1e6:.2f} M in {name}" for name, m in net.named_children())
+    yield f"student     {cfg.student.arch} {cfg.student.kwargs or ''}".rstrip() + f": {weights(net) / 1e6:.2f} M weights, {parts}"
+
+    teacher = 0
+    if cfg.teacher is None:
+        yield "teacher     none"
+    elif not cfg.teacher.file.exists():
+        missing.append(f"teacher.file {cfg.teacher.file}")
+        if cfg.teacher.arch:
+            teacher = sum(map(math.prod, models.shapes(cfg.teacher.arch).values()))
+        yield f"teacher     {cfg.teacher.arch or 'of an architecture that the file will tell'}: not found"
+    else:
+        found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim)
+        teacher = weights(found.net)
+        yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
+
+    listings = {}
+    for key, path in (("train", cfg.data.train), ("val", cfg.data.val)):
+        if path is None:
+            yield f"data.{key:<7}none"
+        elif not path.exists() and not any(c in path.name for c in "*?[{"):  # those stand for several tars
+            missing.append(f"data.{key} {path}")
+            yield f"data.{key:<7}{path}: not found"
+        else:
+            listings[key] = x = data.listing(path, cfg.data.quarantine)
+            yield f"data.{key:<7}{path}: {len(x.kept)} images of {len(x.classes)} classes, {len(x.left_out)} left out by the quarantine"
+    if len(listings) == 2:
+        knn.check(*listings.values())
+
+    crops = [crop.size for crop in config.crops(cfg)]
+    yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "
+           f"crops of {', '.join(f'{crops.count(s)} x {s}' for s in dict.fromkeys(crops))} px; lr {lr:.4g}")
+    if "train" in listings:
+        steps = len(listings["train"].kept) // cfg.data.batch
+        if not steps:
+            raise UserError(f"data.batch: {cfg.data.batch} images, but {cfg.data.train} has {len(listings['train'].kept)}; lower it")
+        yield f"cost        {cfg.run.epochs} epochs x {steps:,} steps = {min(cfg.run.epochs * steps, cfg.run.max_steps or math.inf):,} steps"
+    else:
+        yield f"cost        {cfg.run.epochs} epochs; steps are known when the data is there"
+    yield memory(cfg, net, lr, teacher, crops, micro, world)
+    yield f"missing     {', '.join(missing) or 'nothing'}"
+
+
+def memory(cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int], micro: int, world: int) -> str:
+    """Bytes on each rank in float32: exact for weights, gradients and the optimizer's state at the ZeRO stage, the most for what the student's
+    forward saves for its backward, by a forward on the meta device; without queue, data pipeline and workspace of libraries."""
+    optim.create(nn.Linear(1, 1), cfg.optim, lr, cfg.engine.stage)  # whether the optimizer works at that stage is tried with numbers
+    optimizer = optim.create(net, cfg.optim, lr)
+    for p in net.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor) and x.ndim)
+    own = sum(p.numel() * p.element_size() for p in net.parameters())
+    share = lambda stage: world if cfg.engine.stage >= stage else 1  # noqa: E731 - ZeRO parts the state from stage 1 on, gradients 2, weights 3
+    ema = 0 if cfg.method.name == "seed" and not cfg.method.contrast else own
+    held = own / share(3) + own / share(2) + state / share(1) + ema + 4 * teacher
+    at = lambda x: x.untyped_storage()._cdata  # noqa: E731
+    held_anyway, kept = {at(x) for x in net.state_dict(keep_vars=True).values()}, {}
+
+    def pack(x):
+        if at(x) not in held_anyway:
+            kept[at(x)] = x  # the tensor, so that no other storage takes its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        net([torch.empty(micro, 3, size, size, device="meta") for size in crops])
+    saved = sum(x.untyped_storage().nbytes() for x in kept.values())
+    gib = lambda n: f"{n / GIB:.2f}"  # noqa: E731
+    return (f"memory      {gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
+            f"teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
+
+
+def weights(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
