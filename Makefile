@@ -13,7 +13,7 @@ test: .venv/done
 test-slow: .venv/done
 	$(BIN)/python -m pytest tests -m slow -rs
 
-PARTS := data train engine
+PARTS := data train engine step
 gpu: .venv/done  # make gpu PART=data: the tests of a part that need a GPU
 	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit 2; }
 	$(BIN)/python -m pytest tests/test_$(PART).py -m gpu -rs

@@ -204,6 +204,7 @@ def _reads(args):
 
     for name in READS:
         setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    torch.tensor = watched(torch.tensor)  # on a GPU, a copy from memory that is not pinned
     _between_log_points(args, lambda: watching.append(1), watching.clear)
     return sorted(found)
 
@@ -216,7 +217,7 @@ def distilled(folder, tmp_path_factory):
     return [f"teacher.file={out}/teacher", "teacher.arch=test_resnet", "log.every=2", "run.max_steps=6", "data.accumulate=2", "bn.groups=1"]
 
 
-CLIPPED = [("utils.py", "is_invalid_grad_norm")]  # of DeepSpeed; docs/speed.md names it
+CLIPPED = [("utils.py", "is_invalid_grad_norm"), ("utils.py", "mask_nan_or_inf_with_val_inplace")]  # of DeepSpeed; docs/speed.md names them
 
 
 @pytest.mark.parametrize("stage, clip, where", [(0, 0, []), (0, 1, []), (1, 0, []), (2, 0, []), (2, 1, CLIPPED)])
@@ -239,7 +240,7 @@ def busy():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=2)], ids=str)
+@pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=4)], ids=str)
 def test_a_graphed_teacher_equals_the_eager_one_over_many_steps(said, how):
     graphed, eager = (Teacher(net("resnet18"), How(CUDA, graph=g, **how)) for g in (True, False))
     kept, want = [], []
@@ -282,7 +283,7 @@ def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, pr
     other = net("test_efficientnet").to(CUDA)
     near = dict(rtol=1e-4, atol=1e-4) if precision == "fp32" else dict(rtol=5e-2, atol=5e-2)
     for seed in range(6):
-        x = cuda(*views(1, 8, 32, seed))
+        x = cuda(*views(1, 8, 64, seed))
         a = graphed(x)
         busy()
         torch.testing.assert_close(a.z, eager(x).z, **near)

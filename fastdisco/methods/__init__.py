@@ -9,7 +9,9 @@ from fastdisco.views import Crop
 
 
 class Nets(NamedTuple):
-    """Three callables of one signature, list[Tensor] -> Out."""
+    """Three callables of one signature, list[Tensor] -> Out.
+
+    ema and teacher may give a cudagraph.Later, whose fields are computed beside what follows: call early, read late."""
 
     student: Callable[[list[Tensor]], Out]  # the engine; called once a micro batch with all views
     ema: Callable[[list[Tensor]], Out]  # the mean student: no grad, own batch-norm statistics
