@@ -53,7 +53,7 @@ def train(cfg: Config, overwrite: bool = False):
     _announce(cfg, listing, ema, micro, lr, steps, start, folder)
 
     nets = Nets(student, _frozen(ema, cfg, device), teacher_net)
-    if cfg.perf.compile or cfg.perf.graphs and device.type == "cuda":
+    if start < steps and (cfg.perf.compile or cfg.perf.graphs and device.type == "cuda"):
         nets = _prepare(nets, net, ema, method, cfg, micro, device)
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
     with Log(folder, start, steps) as log:
