@@ -24,7 +24,7 @@ def compile(what: str, backbone: nn.Module, step: Callable[[], object], backend:
             backbone.compile(backend=backend, dynamic=False)
             step()
         except Exception as e:  # whatever the compiler, or the C++ compiler below it, trips over
-            raise UserError(f"perf.compile: the {what} cannot be compiled by {backend} ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); "
+            raise UserError(f"perf.compile: the {what} cannot be compiled by {backend} ({type(e).__name__}: {' '.join(str(e).split())[:200]}); "
                             "set perf.compile=false, or install what it asks for (inductor needs a C++ compiler)") from e
         _wait()
         took = time.perf_counter() - begin
@@ -35,7 +35,8 @@ def compile(what: str, backbone: nn.Module, step: Callable[[], object], backend:
 
 def forward_backward(backbone: nn.Module, views: Sequence[Tensor]) -> tuple:
     """The gradients of one micro batch, handed back instead of added to those of the weights, where an engine would see them."""
-    return torch.autograd.grad(sum(backbone(v).float().mean() for v in views), [p for p in backbone.parameters() if p.requires_grad], allow_unused=True)
+    weights = [p for p in backbone.parameters() if p.requires_grad]
+    return torch.autograd.grad(sum(backbone(v).float().mean() for v in views), weights, allow_unused=True)
 
 
 def _seconds(step: Callable[[], object]) -> float:

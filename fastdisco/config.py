@@ -383,7 +383,8 @@ def micro_batch(cfg: Config, world: int) -> int:
     if batch % cfg.bn.groups:
         raise UserError(f"bn.groups: {cfg.bn.groups} does not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
     if cfg.teacher and cfg.teacher.bn == "batch" and batch % min(cfg.teacher.bn_group, batch):
-        raise UserError(f"teacher.bn_group: {cfg.teacher.bn_group} does not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
+        raise UserError(f"teacher.bn_group: {cfg.teacher.bn_group} does not divide the {batch} images of a rank's micro batch; "
+                        f"take a divisor of {batch}")
     if batch // cfg.bn.groups < 2:
         raise UserError("data.batch: batch norm sees 1 image in each group and needs 2; enlarge data.batch or lower bn.groups")
     return batch

@@ -148,7 +148,8 @@ def load_optimizer_state(engine, state: dict[str, dict]):
     for i, settings in state["groups"].items():
         base.param_groups[i].update({k: v.clone() if torch.is_tensor(v) else v for k, v in settings.items() if k not in _NO_STATE})
     if not engine.zero_optimization():
-        base.state.update({p: {k: _like(v, p, fused) for k, v in saved[name].items()} for name, p in engine.module.named_parameters() if name in saved})
+        base.state.update({p: {k: _like(v, p, fused) for k, v in saved[name].items()}
+                           for name, p in engine.module.named_parameters() if name in saved})
         return
     for flat, pieces in _flat_groups(engine):
         for key, value in saved.get(pieces[0].name, {}).items():

@@ -55,7 +55,7 @@ def train(cfg: Config, overwrite: bool = False):
     _announce(cfg, listing, net, micro, lr, steps, start, folder)
 
     nets = Nets(student, ema and _frozen(ema, cfg, device), teacher_net, net.prototypes and _frozen(net.prototypes, cfg, device))
-    if cfg.perf.compile or cfg.perf.graphs and device.type == "cuda":
+    if start < steps and (cfg.perf.compile or cfg.perf.graphs and device.type == "cuda"):
         nets = _prepare(nets, net, ema, method, loader, cfg)
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
     with Log(folder, start, steps) as log:

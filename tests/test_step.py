@@ -30,6 +30,14 @@ def said(monkeypatch):
     return lines
 
 
+@pytest.fixture(scope="module")
+def distilled(folder, tmp_path_factory):
+    """Overrides that distil from a run of our own, and log at every second step."""
+    out = tmp_path_factory.mktemp("teacher")
+    ranks(1, _train, tiny(folder, out, "run.max_steps=1", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
+    return [f"teacher.file={out}/teacher", "teacher.arch=test_resnet", "log.every=2", "run.max_steps=6", "data.accumulate=2"]
+
+
 # ---- which calls are replays
 
 class Replays:
@@ -117,12 +125,10 @@ class Replayed(Replays):
 
 # ---- torch.compile
 
-def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder, tmp_path):
-    run = lambda *more: ranks(1, _told, tiny(folder, tmp_path, "run.max_steps=3", *more))[0]  # noqa: E731
-    run("run.name=teacher", "student.arch=test_resnet", "student.kwargs={}")
-    distilled = (f"teacher.file={tmp_path}/teacher", "teacher.arch=test_resnet")
-    assert "perf.compile" not in run("run.name=plain", *distilled)
-    text = run("run.name=both", "perf.compile=both", "perf.backend=aot_eager", *distilled)
+def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder, tmp_path, distilled):
+    run = lambda *more: ranks(1, _told, tiny(folder, tmp_path, *distilled, "log.every=1", "run.max_steps=3", *more))[0]  # noqa: E731
+    assert "perf.compile" not in run("run.name=plain")
+    text = run("run.name=both", "perf.compile=both", "perf.backend=aot_eager")
     for what in ("student", "teacher"):
         assert f"perf.compile: {what} in " in text and text.count("ms instead of") == 2 and text.count("paid back") == 2
     plain, both = losses(tmp_path / "plain"), losses(tmp_path / "both")
@@ -204,22 +210,15 @@ def _reads(args):
 
     for name in READS:
         setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    torch.tensor = watched(torch.tensor)  # on a GPU, a copy from memory that is not pinned
     _between_log_points(args, lambda: watching.append(1), watching.clear)
     return sorted(found)
 
 
-@pytest.fixture(scope="module")
-def distilled(folder, tmp_path_factory):
-    """Overrides that distil from a run of our own, and log at every second step."""
-    out = tmp_path_factory.mktemp("teacher")
-    ranks(1, _train, tiny(folder, out, "run.max_steps=1", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
-    return [f"teacher.file={out}/teacher", "teacher.arch=test_resnet", "log.every=2", "run.max_steps=6", "data.accumulate=2", "bn.groups=1"]
+CLIPPED = [("utils.py", "is_invalid_grad_norm"), ("utils.py", "mask_nan_or_inf_with_val_inplace")]  # of DeepSpeed; docs/speed.md names them
 
 
-CLIPPED = [("utils.py", "is_invalid_grad_norm")]  # of DeepSpeed; docs/speed.md names it
-
-
-@pytest.mark.parametrize("stage, clip, where", [(0, 0, []), (0, 1, []), (1, 0, []), (2, 0, []), (2, 1, CLIPPED)])
+@pytest.mark.parametrize("stage, clip, where", [(0, 0, []), (0, 1, []), (1, 0, []), (2, 1, CLIPPED)])
 def test_between_log_points_the_loop_reads_no_tensor(folder, tmp_path, distilled, stage, clip, where):
     """On a CPU nothing waits, but the same calls are made as on a GPU, where each of them would."""
     assert ranks(1, _reads, tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled))[0] == where
@@ -239,7 +238,7 @@ def busy():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=2)], ids=str)
+@pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=4)], ids=str)
 def test_a_graphed_teacher_equals_the_eager_one_over_many_steps(said, how):
     graphed, eager = (Teacher(net("resnet18"), How(CUDA, graph=g, **how)) for g in (True, False))
     kept, want = [], []
@@ -282,7 +281,7 @@ def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, pr
     other = net("test_efficientnet").to(CUDA)
     near = dict(rtol=1e-4, atol=1e-4) if precision == "fp32" else dict(rtol=5e-2, atol=5e-2)
     for seed in range(6):
-        x = cuda(*views(1, 8, 32, seed))
+        x = cuda(*views(1, 8, 64, seed))
         a = graphed(x)
         busy()
         torch.testing.assert_close(a.z, eager(x).z, **near)
@@ -328,7 +327,7 @@ def test_dropout_in_a_graph_draws_anew_and_from_the_seed():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "adamw"])
-def test_fused_optimizers_are_the_plain_ones_and_their_state_can_be_loaded(name, monkeypatch):
+def test_fused_optimizers_are_the_plain_ones(name, monkeypatch):
     def train_(moves, fused):
         monkeypatch.setattr(optim, "_fused", fused)
         student = net().to(CUDA)
@@ -386,8 +385,8 @@ def _waits(args, mode):
 def test_at_stage_0_nothing_waits_for_the_gpu_between_log_points(folder, tmp_path, distilled, precision):
     for name in ("sgd", "adamw"):
         for clip in (0, 1):
-            args = tiny(folder, tmp_path, f"run.name={name}{clip}", f"engine.precision={precision}", f"optim.name={name}", f"optim.clip={clip}", *distilled)
-            assert ranks(1, _waits, args, "error")[0] == []
+            overrides = f"run.name={name}{clip}", f"engine.precision={precision}", f"optim.name={name}", f"optim.clip={clip}"
+            assert ranks(1, _waits, tiny(folder, tmp_path, *overrides, *distilled), "error")[0] == []
 
 
 @pytest.mark.gpu
@@ -401,7 +400,8 @@ def test_at_stages_1_and_2_what_waits_is_known(folder, tmp_path, distilled, stag
 @pytest.mark.gpu
 def test_training_with_graphs_is_training_without(folder, tmp_path, distilled):
     for name, graphs in (("with", "true"), ("without", "false")):
-        ranks(1, _train, tiny(folder, tmp_path, f"run.name={name}", f"perf.graphs={graphs}", "student.kwargs={}", *distilled, "log.every=1"))
+        overrides = *distilled, f"run.name={name}", f"perf.graphs={graphs}", "student.kwargs={}", "log.every=1", "data.accumulate=1"
+        ranks(1, _train, tiny(folder, tmp_path, *overrides))
     a, b = losses(tmp_path / "with"), losses(tmp_path / "without")
     assert [a[s] for s in (1, 2, 3)] == pytest.approx([b[s] for s in (1, 2, 3)], rel=2e-2)
 

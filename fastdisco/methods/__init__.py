@@ -10,7 +10,9 @@ from fastdisco.models import Out
 
 
 class Nets(NamedTuple):
-    """Callables of one signature, list[Tensor] -> Out, and the prototypes' own."""
+    """Callables of one signature, list[Tensor] -> Out, and the prototypes' own.
+
+    ema and teacher may give a cudagraph.Later, whose fields are computed beside what follows: call early, read late."""
 
     student: Callable[[list[Tensor]], Out]  # the engine; called once a micro batch with all views
     ema: Callable[[list[Tensor]], Out] | None  # the mean student: no grad, own batch-norm statistics; None where the method's momentum is
