@@ -6,6 +6,7 @@ if __name__ == "__main__" and not __package__:  # started as a script: sys.path 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import copy
 import math
 
 import torch
@@ -153,11 +154,15 @@ def _prepare(nets: Nets, net: models.Net, ema: models.Net | None, method: method
         compiled.compile("teacher", nets.teacher.net.backbone, lambda: nets.teacher.eager(views), cfg.perf.backend)
     if cfg.perf.graphs and device.type == "cuda":
         nets = nets._replace(ema=ema and cudagraph.Graphed("mean student", nets.ema, ema.buffers()))
-        with cudagraph.rehearsal(*filter(None, (ema,))), torch.no_grad():  # one step of a copy: graphs are of what training will call them with
-            stand_in = copy.deepcopy(ema) if ema else models.of(cfg, train=True).to(device)
-            called = nets._replace(student=_frozen(stand_in, cfg, device), teacher=nets.teacher if live else None)
-            copy.deepcopy(method).step(called, views, Progress(0, 0.0))
+        stand_in = copy.deepcopy(ema) if ema else models.of(cfg, train=True).to(device)
+        _rehearse(nets._replace(student=_frozen(stand_in, cfg, device), teacher=nets.teacher if live else None), ema, method, views)
     return nets
+
+
+def _rehearse(nets: Nets, ema: models.Net | None, method: methods.Method, views: list[torch.Tensor]):
+    """One step of a copy of the method, so that teacher and mean student are called with what training will call them with."""
+    with cudagraph.rehearsal(*filter(None, (ema,))), torch.no_grad():
+        copy.deepcopy(method).step(nets, views, Progress(0, 0.0))
 
 
 def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, start: int, folder: Path):
