@@ -1,5 +1,7 @@
 """The step's runtime: what becomes a CUDA graph and what does not, torch.compile, and that the loop never waits for the device between log points."""
+import contextlib
 import copy
+import io
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -8,16 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from pydantic import ValidationError
 
 from conftest import ranks, tiny
-from fastdisco import compiled, config, cudagraph, data, engine, heads, log, methods, models, optim, train
+from fastdisco import compiled, config, cudagraph, data, log, methods, models, optim, train
 from fastdisco.config import Optim, UserError
 from fastdisco.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets
 from fastdisco.models import Out
 from fastdisco.teacher import How, Teacher
-from test_teacher_runtime import drawn, net, views
+from test_teacher_runtime import net, views
 from test_train import _train, losses
 
 CUDA = torch.device("cuda")
@@ -81,6 +82,71 @@ def test_an_error_of_the_forward_itself_is_not_swallowed(said):
         Graphed("mean student", lambda views: models.split_bn(x := net(), 3) or x.train()(views), capture=capture)(views(1, 4))
 
 
+class Streams:
+    """As much of torch.cuda as Capture uses, on a CPU: work is done where it is queued, and `order` notes what waited for what."""
+
+    def __init__(self, monkeypatch):
+        self.order, self.now = [], "caller"
+        outer, fakes = self, contextlib.nullcontext()
+
+        class Stream:
+            device_index = 0
+
+            def __init__(self, name="graph"):
+                self.name = name
+
+            def wait_stream(self, other):
+                outer.order.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                outer.order.append(f"{self.name} waits for {event}")
+
+            def record_event(self):
+                return f"the {self.name}'s event"
+
+        @contextlib.contextmanager
+        def on(stream):
+            before, outer.now = outer.now, stream.name
+            yield
+            outer.now = before
+
+        class Graph:
+            def replay(self):
+                outer.order.append(f"replay on {outer.now}")
+                for mine, new in zip(self.capture.out, self.capture.forward(self.capture.inputs)):
+                    if mine is not None:
+                        mine.copy_(new)
+
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(self.now))
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: on(stream))
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fakes)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: outer.order.append(f"{s.name} holds"))
+
+
+def test_a_replay_is_ordered_with_its_caller_and_keeps_nothing_of_it(monkeypatch):
+    streams, total = Streams(monkeypatch), torch.zeros(())
+
+    def forward(views):
+        total.add_(1)  # a statistic
+        return Out(torch.stack([v.mean((1, 2, 3)) for v in views])[..., None], None)
+
+    x, y = views(2, 4), views(2, 4, seed=5)
+    captured = cudagraph.Capture(forward, x, [total], torch.float64)
+    captured.graph.capture, captured.forward = captured, forward
+    assert total == 0 and captured.inputs[0].dtype == torch.float64  # three warm-ups and the capture are undone
+    assert streams.order == ["graph waits for caller", "caller waits for graph"]
+    streams.order.clear()
+    first, second = captured(x), captured(y)
+    assert streams.order == 2 * ["caller waits for the graph's event", "graph waits for caller", "replay on graph"]
+    streams.order.clear()
+    for later, sent in ((first, x), (second, y)):  # the second replay has not written over what the first gave
+        torch.testing.assert_close(later.z, torch.stack(sent).double().mean((2, 3, 4))[..., None], rtol=1e-6, atol=1e-8)
+    assert streams.order == 2 * ["caller waits for the graph's event", "caller holds"] and first.scores is None and total == 2
+
+
 # ---- rehearsing
 
 def test_a_rehearsal_leaves_statistics_and_random_streams():
@@ -100,7 +166,7 @@ def test_a_rehearsal_leaves_statistics_and_random_streams():
 def test_a_rehearsed_step_makes_the_graphs_that_training_replays_and_changes_nothing(with_teacher):
     student = net("test_efficientnet").train()
     ema, teacher = models.ema_copy(student), Teacher(net())
-    method = methods.create("moco", cfg=config.Moco(queue=24), dim=16, seed=0, shuffle="gather")
+    method = methods.create("moco", cfg=config.Moco(queue=24), dim=16, hidden=24, crop=config.Crop(size=32), seed=0, shuffle=True)
     state = copy.deepcopy([method.state_dict(), ema.state_dict()])
     graphs = [Graphed(what, forward, capture=Replayed) for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))]
     nets = Nets(torch.no_grad()(copy.deepcopy(ema)), graphs[0], graphs[1] if with_teacher else None)
@@ -126,7 +192,7 @@ class Replayed(Replays):
 # ---- torch.compile
 
 def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder, tmp_path, distilled):
-    run = lambda *more: ranks(1, _told, tiny(folder, tmp_path, *distilled, "log.every=1", "run.max_steps=3", "optim.lr=0.005", *more))[0]  # noqa: E731
+    run = lambda *more: ranks(1, _told, tiny(folder, tmp_path, *distilled, "log.every=1", "run.max_steps=3", "data.accumulate=1", *more))[0]  # noqa: E731
     assert "perf.compile" not in run("run.name=plain")
     text = run("run.name=both", "perf.compile=both", "perf.backend=aot_eager")
     for what in ("student", "teacher"):
@@ -136,8 +202,6 @@ def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder
 
 
 def _told(args):
-    import contextlib
-    import io
     with contextlib.redirect_stdout(io.StringIO()) as out:
         log.console.file = out
         _train(args)

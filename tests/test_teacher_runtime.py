@@ -132,6 +132,13 @@ def test_an_overflow_in_half_precision_is_found_at_the_start():
         Teacher(hot, How(dtype=torch.float16, fold=True))
 
 
+def test_a_network_of_another_image_size_is_refused_at_the_start():
+    vit = net("vit_tiny_patch16_224", bn=False, depth=1)
+    with pytest.raises(UserError, match="teacher.arch: .* views of 64 px .*224.*view.size"):
+        Teacher(copy.deepcopy(vit), How(dtype=torch.float32, size=64))
+    assert Teacher(vit, How(dtype=torch.float32, size=224))(views(1, 2, 224)).z.shape == (1, 2, 16)
+
+
 def test_the_fingerprint_is_of_the_weights_as_loaded():
     prints = {Teacher(net(), how).fingerprint for how in (How(), How(fold=True), How(dtype=torch.bfloat16, fold=True), How(bn_group=2))}
     assert len(prints) == 1

@@ -46,13 +46,18 @@ class Teacher:
     running statistics left alone.  SEED's and SwAV+DisCo's teachers are in eval mode."""
 
     def __init__(self, net: models.Net, how: How = How()):
-        """net: on the CPU, as loaded.  Raises UserError where its embeddings of noise in half precision are not near those of before."""
+        """net: on the CPU, as loaded.  Raises UserError where it does not take views of that size, or its embeddings of noise in half
+        precision are not near those of before."""
         self.net, self.how, self.fingerprint = net.eval().requires_grad_(False), how, fingerprint(net)
         probe = [torch.randn(2, 3, how.size, how.size, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).dtype)]
-        with torch.no_grad():
-            want = net(probe).z if how.dtype and not how.bn_group else None
-            if how.fold:
-                fold(net, probe)
+        try:
+            with torch.no_grad():
+                want = net(probe).z if how.dtype and not how.bn_group else None
+        except (AssertionError, RuntimeError) as e:
+            raise UserError(f"teacher.arch: this network cannot take views of {how.size} px ({e}); set view.size to what it takes, or img_size in "
+                            "teacher.kwargs") from e
+        if how.fold:
+            fold(net, probe)
         for m in net.modules():
             if how.bn_group and isinstance(m, _BatchNorm):
                 m.train()
