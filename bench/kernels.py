@@ -63,7 +63,7 @@ def main():
         print("kept in", write("kernels", device, rows, found, load_before=os.getloadavg()[0]))
     for r in rows:
         print(f"{r['name']:32}", f"{r['value']:.3g}" if r["value"] is not None else r["reason"], f"(aim {r['aim']:g})")
-    ours = {f"{s['loss']} {s['shape']}": s["contenders"].get("ours", {}).get("failed", LATE) for s in found["shapes"]}
+    ours = {f"{s['loss']} {s['shape']}": s.get("failed") or s["contenders"].get("ours", {}).get("failed", LATE) for s in found["shapes"]}
     return "\n".join(f"{where}: {why}" for where, why in ours.items() if why != LATE) or None
 
 
@@ -219,7 +219,7 @@ def on_gpu(found: dict, end: float):
             found["out_of_time"] = True
             return print("out of time")
         found["shapes"].append(one := dict(loss=loss, shape=list(shape), floors_us=floors(loss, *shape, found["ceilings"]), contenders={}))
-        measure(one, loss, shape, end)
+        attempt(one, lambda: measure(one, loss, shape, end))  # whatever happens at one shape, the others are measured
         print(loss, *shape, {n: c.get("graph_us") or c for n, c in one["contenders"].items()}, flush=True)
 
 

@@ -176,24 +176,26 @@ def test_the_gpu_part_on_a_pretended_gpu(monkeypatch, tmp_path):
                            max_memory_allocated=lambda: 1100, graph_pool_handle=nothing, graph=lambda graph, pool: contextlib.nullcontext(),
                            CUDAGraph=lambda: SimpleNamespace(replay=lambda: time.sleep(1e-3)), is_available=lambda: True).items():
         monkeypatch.setattr(torch.cuda, name, what)
-    small = [(128, 2048, 16), (8, 256, 16)]
+    small = [(128, 2048, 16), (8, 256, 16), (8, 255, 16)]
     monkeypatch.setattr(bench, "SHAPES", small)
     monkeypatch.setattr(bench, "AIMED", small[:1])
     monkeypatch.setattr(bench, "ROUNDS", {True: 3, False: 2})
     monkeypatch.setattr(bench, "ROUND_MS", 1)
     monkeypatch.setattr(bench, "measure_ceilings", lambda: dict(bytes_per_s=1e12, flop_per_s=1e14, exp_per_s=1e12))
-    monkeypatch.setattr(bench, "inputs", lambda loss, b, k, d, device, seed=0, inputs=bench.inputs: inputs(loss, b, k, d, "cpu", seed))
+    inputs = bench.inputs
+    monkeypatch.setattr(bench, "inputs", lambda loss, b, k, d, device, seed=0: inputs(loss, b, k, d, "cpu" if k != 255 else "nowhere", seed))
     monkeypatch.setattr(bench, "on_cpu", nothing)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *x: (_ for _ in ()).throw(torch.OutOfMemoryError("too large")))
     monkeypatch.setattr(bench.signal, "signal", nothing)
     monkeypatch.setattr(sys, "argv", ["bench/kernels.py"])
     monkeypatch.setitem(bench.write.__globals__, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert bench.main() is None
+    assert "moco [8, 255, 16]: RuntimeError" in bench.main()  # the data of a shape that cannot be
     kept = json.loads((tmp_path / "kernels-gpu.json").read_text())
     shapes = kept["samples"]["shapes"]
-    assert [(x["loss"], x["shape"][0]) for x in shapes] == [("moco", 128), ("seed", 128), ("moco", 8), ("seed", 8)] and len(kept["summary"]) == 18
-    for one in shapes:
+    assert [(x["loss"], x["shape"][1]) for x in shapes] == [(loss, k) for k in (2048, 256, 255) for loss in ("moco", "seed")]
+    assert len(kept["summary"]) == 18
+    for one in shapes[:4]:
         ours = one["contenders"]["ours"]
         assert ours["memory_bytes"] == 1000 and ours["graph_us"] > 0 and ours["eager_us"] > 0 and ours["grad_error"] < 1e-2
         assert "eager fp32" in one["contenders"] and one["floors_us"]["tensor"] > 0
