@@ -5,7 +5,8 @@
 
 A teacher by MoCo-v2, then for each seed the student alone (MoCo-v2), with DisCo, alone for as many epochs as fit DisCo's measured training time, and
 with SEED; every arm is the real command, and all share every setting but the term.  kNN and linear accuracy (logistic regression on frozen features)
-are those of the last epoch on the test split, by which nothing was chosen.  Finished arms are not run again."""
+are those of the last epoch on the test split, by which nothing was chosen.  SEED looks at one crop of an image where the others look at two.
+Finished arms are not run again."""
 import argparse
 import json
 import statistics
@@ -27,14 +28,15 @@ from fastdisco import config, data, models
 
 CIFAR = ROOT.parent / "shared/data/cifar10-jpeg.tar.xz"
 SHARED = dict(method=dict(name="moco", queue=4096, momentum=0.99), checkpoint=dict(every=100, keep=1))
+PLAIN = dict(lr_scale="none", warmup_epochs=0)  # in words, for a method may bring a recipe of its own
 PRESETS = {  # the student's configuration; the teacher's network; its step size; how many steps tell the speed
-    "cpu": dict(cfg=SHARED | dict(data=dict(batch=128, threads=2, eval_resize=32, eval_size=32, eval_batch=256), bn=dict(groups=4),
-                                  view=dict(size=32, scale=[0.5, 1.0], blur_sigma=[0.1, 1.0]), student=dict(arch="mobilenetv3_small_050", hidden=2048),
-                                  optim=dict(lr=0.03)), teacher="resnet18", teacher_lr=0.06, probe=40),
-    "gpu": dict(cfg=SHARED | dict(data=dict(batch=256, threads=12, eval_resize=64, eval_size=64, eval_batch=512), bn=dict(groups=8),
-                                  view=dict(size=64, scale=[0.3, 1.0], blur_sigma=[0.1, 1.0]), student=dict(arch="mobilenetv3_large_100", hidden=2048),
-                                  optim=dict(lr=0.06), engine=dict(precision="bf16"), checkpoint=dict(every=1000, keep=1)),
-                teacher="resnet50", teacher_lr=0.06, probe=200),
+    "cpu": dict(teacher="resnet18", teacher_lr=0.06, probe=40, cfg=SHARED | dict(
+        data=dict(batch=128, threads=2, eval_resize=32, eval_size=32, eval_batch=256), view=dict(size=32, scale=[0.5, 1.0], blur_sigma=[0.1, 1.0]),
+        student=dict(arch="mobilenetv3_small_050", hidden=2048), bn=dict(groups=4), optim=dict(lr=0.03, **PLAIN))),
+    "gpu": dict(teacher="resnet50", teacher_lr=0.06, probe=200, cfg=SHARED | dict(
+        data=dict(batch=256, threads=12, eval_resize=64, eval_size=64, eval_batch=512), view=dict(size=64, scale=[0.3, 1.0], blur_sigma=[0.1, 1.0]),
+        student=dict(arch="mobilenetv3_large_100", hidden=2048), bn=dict(groups=8), optim=dict(lr=0.06, **PLAIN), engine=dict(precision="bf16"),
+        checkpoint=dict(every=1000, keep=1))),
 }
 TEACHER_EPOCHS = 2  # of the teacher for each of a student's: what it has not learned it cannot pass on
 ARMS = {  # what differs from the student's configuration; OUT and TEACHER are filled in, and the queue's length
@@ -43,8 +45,8 @@ ARMS = {  # what differs from the student's configuration; OUT and TEACHER are f
     "alone_equal_time": [],  # and the epochs
     "seed": ["teacher={file: OUT/teacher, arch: TEACHER}", "method={name: seed, queue: QUEUE}"],
 }
-TITLES = {"teacher": "teacher, MoCo-v2", "alone": "student alone, MoCo-v2", "alone_equal_time": "student alone, DisCo's time", "disco": "student with DisCo",
-          "seed": "student with SEED"}
+TITLES = {"teacher": "teacher, MoCo-v2", "alone": "student alone, MoCo-v2", "alone_equal_time": "student alone, DisCo's time",
+          "disco": "student with DisCo", "seed": "student with SEED"}
 
 
 def main(argv: list[str] | None = None):
@@ -87,7 +89,8 @@ def main(argv: list[str] | None = None):
     rows = summary(scores, missing, "cifar10" if args.data == CIFAR else folder.name)
     if args.keep:
         device = "gpu" if torch.cuda.is_available() else "cpu"
-        print("kept in", write("accuracy", device, rows, scores, preset=args.preset, config=json.loads(base.read_text()), plan=plan, seeds=args.seeds))
+        about = dict(preset=args.preset, config=json.loads(base.read_text()), plan=plan, seeds=args.seeds)
+        print("kept in", write("accuracy", device, rows, scores, **about))
     return rows
 
 
@@ -171,8 +174,12 @@ def arm(out: Path, base: Path, preset: dict, name: str, seed: int, epochs: int, 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         net, cfg = models.from_run(run)
         scores["linear"] = linear(net.to(device).features, cfg, device)
-        first = untrained(run).to(device)
-        scores |= dict(untrained_knn=knn_top1(first.features, cfg, device), untrained_linear=linear(first.features, cfg, device))
+        if name in ("teacher", "alone"):
+            first = untrained(run).to(device)
+            scores |= dict(untrained_knn=knn_top1(first.features, cfg, device), untrained_linear=linear(first.features, cfg, device))
+        else:  # a seed's students all begin as one network
+            alone = json.loads((out / f"alone-{seed}/accuracy.json").read_text())
+            scores |= {key: alone[key] for key in ("untrained_knn", "untrained_linear")}
         file.write_text(json.dumps(scores))
     return json.loads(file.read_text())
 
@@ -227,8 +234,8 @@ def trained_minutes(lines: list[dict]) -> float:
 
 @torch.no_grad()
 def features(encode, listing: data.Listing, cfg: config.Config, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    d = cfg.data
-    batches = data.EvalLoader(listing, d.eval_resize, d.eval_size, d.eval_batch, d.threads, device, listing.kept, mean=cfg.view.mean, std=cfg.view.std)
+    d, v = cfg.data, cfg.view
+    batches = data.EvalLoader(listing, d.eval_resize, d.eval_size, d.eval_batch, d.threads, device, listing.kept, v.mean, v.std)
     pairs = [(encode(b.views[0]).float().cpu(), b.label.cpu()) for b in batches]
     return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 

@@ -63,8 +63,8 @@ def main():
         print("kept in", write("kernels", device, rows, found, load_before=os.getloadavg()[0]))
     for r in rows:
         print(f"{r['name']:32}", f"{r['value']:.3g}" if r["value"] is not None else r["reason"], f"(aim {r['aim']:g})")
-    broken = [f"{s['loss']} {s['shape']}: {s['contenders']['ours']}" for s in found["shapes"] if s["contenders"].get("ours", {}).get("failed", LATE) != LATE]
-    return "\n".join(broken) or None
+    ours = {f"{s['loss']} {s['shape']}": s.get("failed") or s["contenders"].get("ours", {}).get("failed", LATE) for s in found["shapes"]}
+    return "\n".join(f"{where}: {why}" for where, why in ours.items() if why != LATE) or None
 
 
 # ---- the contenders: raw rows [B,d], the key's or teacher's raw rows [B,d], the queue's unit rows [K,d] -> loss, gradient to the first [B,d]
@@ -114,7 +114,7 @@ def sdpa_moco(z: Tensor, key: Tensor, queue: Tensor, splits: int = 1) -> tuple[T
 
 @torch.no_grad()
 def sdpa_seed(zs: Tensor, zt: Tensor, queue: Tensor, splits: int = 1) -> tuple[Tensor, Tensor]:
-    """Student and teacher attend to the queue together, each row over its temperature; the teacher's own feature is added as in kernels/chunked.py."""
+    """Student and teacher attend to the queue together, each row over its temperature; the teacher's own feature joins as in kernels/chunked.py."""
     s, t = F.normalize(zs, dim=1), F.normalize(zt, dim=1)
     n = len(s)
     lse, mean = attend(torch.cat([s / TEMP_S, t / TEMP_T]), queue, splits)
@@ -149,7 +149,8 @@ def contenders(loss: str, shape: tuple[int, int, int], aimed: bool, multiprocess
     blocks = math.ceil((1 if loss == "moco" else 2) * b / 128)  # of a flash attention's rows
     splits = min(1 << max(0, math.ceil(math.log2(multiprocessors / blocks))), k // 256)
     fp32, bf16, sdpa = torch.float32, torch.bfloat16, SDPA[loss]
-    out = {"ours": (bf16, graded(OURS[loss])), "eager fp32": (fp32, graded(PLAIN[loss])), "eager bf16": (bf16, graded(PLAIN[loss])), "sdpa": (bf16, sdpa)}
+    plain, ours = graded(PLAIN[loss]), graded(OURS[loss])
+    out = {"ours": (bf16, ours), "eager fp32": (fp32, plain), "eager bf16": (bf16, plain), "sdpa": (bf16, sdpa)}
     if splits > 1:
         out["sdpa split"] = bf16, lambda *x: sdpa(*x, splits=splits)
     if aimed:
@@ -218,7 +219,7 @@ def on_gpu(found: dict, end: float):
             found["out_of_time"] = True
             return print("out of time")
         found["shapes"].append(one := dict(loss=loss, shape=list(shape), floors_us=floors(loss, *shape, found["ceilings"]), contenders={}))
-        measure(one, loss, shape, end)
+        attempt(one, lambda: measure(one, loss, shape, end))  # whatever happens at one shape, the others are measured
         print(loss, *shape, {n: c.get("graph_us") or c for n, c in one["contenders"].items()}, flush=True)
 
 
@@ -425,15 +426,18 @@ def over_floor(b: int):
     return lambda found, loss: got(at(found, loss, b), "ours", "graph_us") / max(at(found, loss, b)["floors_us"].values())
 
 
-def cpu(found: dict, loss: str, key: str) -> tuple:
-    if loss not in found["cpu"]:
-        raise Missing(LATE)
-    return found["cpu"][loss]["plain"][key], found["cpu"][loss]["ours"][key]
+def cpu(key: str, ratio):
+    """ratio(plain's, ours)"""
+    def number(found, loss):
+        if loss not in found["cpu"]:
+            raise Missing(LATE)
+        return ratio(*(found["cpu"][loss][name][key] for name in ("plain", "ours")))
+    return number
 
 
 ROWS = {  # aim, what is better, unit, value; the aims for SEED are MoCo's
-    "cpu_speedup_b256": (2, "higher", "x plain torch's speed, on the CPU", lambda f, loss: statistics.median(p / o for p, o in zip(*cpu(f, loss, "times_s")))),
-    "cpu_memory_ratio_b256": (10, "higher", "x less memory than plain torch, on the CPU", lambda f, loss: operator.truediv(*cpu(f, loss, "memory_bytes"))),
+    "cpu_speedup_b256": (2, "higher", "x plain torch's speed, on the CPU", cpu("times_s", lambda *t: statistics.median(map(operator.truediv, *t)))),
+    "cpu_memory_ratio_b256": (10, "higher", "x less memory than plain torch, on the CPU", cpu("memory_bytes", operator.truediv)),
     "over_floor_b1024": (2, "lower", "x the time of the binding floor", over_floor(1024)),
     "over_floor_b256": (3, "lower", "x the time of the binding floor", over_floor(256)),
     "vs_eager_b1024": (10, "higher", "x the speed of eager fp32", versus("eager fp32")),

@@ -77,7 +77,7 @@ def parse(name: str) -> tuple[int, int, int, bool, bool]:
 
 def order(arch: int) -> list[str]:
     """This architecture's rows, those that training uses first: bfloat16, d=128."""
-    return sorted((n for n in launch.table() if parse(n)[0] == arch), key=lambda n: (n.split()[1], n.split()[2] != "d128", "running" in n, "few" in n))
+    return sorted((n for n in launch.table() if parse(n)[0] == arch), key=lambda n: (parse(n)[1], parse(n)[2] != 128, parse(n)[4], parse(n)[3]))
 
 
 def candidates(arch: int, bits: int, d: int, few: bool, present: launch.Launch) -> list[launch.Launch]:
@@ -137,8 +137,8 @@ def sweep(how: launch.Launch, arch: int, dtype: torch.dtype, d: int, k: int, run
     constants = triton_queue.sweep(how, d, k, running, True)
     options = {n: constants.pop(n) for n in list(constants) if n not in triton_queue._moments.arg_names}
     rows = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    types = dict(units=rows, queue=rows, total="*fp32", top="*fp32", mean="*fp32", n="i32", rows="i32", k="i32", span="i32", c_first="fp32", c_second="fp32")
-    return compiled(triton_queue._moments, arch, types, constants, options)
+    types = dict(units=rows, queue=rows) | dict.fromkeys(("total", "top", "mean"), "*fp32") | dict.fromkeys(("n", "rows", "k", "span"), "i32")
+    return compiled(triton_queue._moments, arch, types | dict(c_first="fp32", c_second="fp32"), constants, options)
 
 
 def faults(found: dict, arch: int, how: launch.Launch, even: bool):
@@ -205,7 +205,8 @@ def inputs(name: str) -> tuple[list, float]:
     n, g = FEW if few else MANY, torch.Generator("cuda").manual_seed(0)
     new = lambda *shape: torch.randn(*shape, device="cuda", generator=g)
     count = max(2, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / (KEYS * d * dtype.itemsize)))
-    return [(new(1, n, d), new(n, d), None, F.normalize(new(KEYS, d), dim=1).to(dtype)) for _ in range(count)], 0.01 if running and bits == 32 else 0.2
+    sets = [(new(1, n, d), new(n, d), None, F.normalize(new(KEYS, d), dim=1).to(dtype)) for _ in range(count)]
+    return sets, 0.01 if running and bits == 32 else 0.2
 
 
 def clocked(run) -> float:

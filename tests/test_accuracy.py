@@ -14,9 +14,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import accuracy  # noqa: E402
 import common  # noqa: E402
 
-TINY = dict(cfg=accuracy.SHARED | dict(data=dict(batch=8, threads=1, eval_resize=32, eval_size=32, eval_batch=16), bn=dict(groups=2), log=dict(every=1),
-                                       view=dict(size=32), student=dict(arch="mobilenetv3_small_050", hidden=16),
-                                       method=dict(name="moco", queue=16, momentum=0.9)), teacher="resnet10t", teacher_lr=0.06, probe=4)
+TINY = dict(teacher="resnet10t", teacher_lr=0.06, probe=4, cfg=accuracy.SHARED | dict(
+    data=dict(batch=8, threads=1, eval_resize=32, eval_size=32, eval_batch=16), bn=dict(groups=2), log=dict(every=1), view=dict(size=32),
+    student=dict(arch="mobilenetv3_small_050", hidden=16), method=dict(name="moco", queue=16, momentum=0.9)))
 
 
 def settings(name, tmp_path, preset="cpu", epochs=7):
@@ -53,7 +53,8 @@ def test_a_run_is_finished_when_its_last_checkpoint_was_evaluated(tmp_path):
     assert not accuracy.finished(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last").write_text("step_00000020\n")
-    for lines, want in [([{"step": 20}], False), ([{"step": 20}, {"step": 20, "eval/knn_top1": 0.1}], True), ([{"step": 30, "eval/knn_top1": 0.1}], False)]:
+    evaluated = lambda step: {"step": step, "eval/knn_top1": 0.1}  # noqa: E731
+    for lines, want in [([{"step": 20}], False), ([{"step": 20}, evaluated(20)], True), ([evaluated(30)], False)]:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         assert accuracy.finished(tmp_path) == want
 
@@ -76,7 +77,8 @@ def test_linear_accuracy_of_features_that_tell_the_class_and_of_none(tmp_path):
             for i in range(n):  # a dark image with one bright channel
                 Image.fromarray(np.full((32, 32, 3), 10 * i, np.uint8) + np.uint8(120) * np.eye(3, dtype=np.uint8)[label]).save(
                     tmp_path / part / f"class{label}" / f"{i}.png")
-    cfg = config.validate(dict(run=dict(name="x"), data=dict(train=f"{tmp_path}/train", val=f"{tmp_path}/val", eval_resize=32, eval_size=32, threads=1)), "here")
+    where = dict(train=f"{tmp_path}/train", val=f"{tmp_path}/val", eval_resize=32, eval_size=32, threads=1)
+    cfg = config.validate(dict(run=dict(name="x"), data=where), "here")
     assert accuracy.linear(lambda x: x.mean((2, 3)), cfg, torch.device("cpu")) == 1
     assert accuracy.linear(lambda x: torch.ones(len(x), 2), cfg, torch.device("cpu")) == pytest.approx(1 / 3)
 

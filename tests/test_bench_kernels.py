@@ -1,4 +1,4 @@
-"""bench/kernels.py and bench/tune.py as far as they need no GPU: the contenders' formulas, the float64 reference, floors, rows, candidates, the table."""
+"""bench/kernels.py and bench/tune.py as far as they need no GPU: the contenders' formulas, the float64 reference, floors, rows, candidates, table."""
 import contextlib
 import importlib.util
 import json
@@ -81,9 +81,9 @@ def test_floors():
 
 def found():
     """What a GPU might have measured, of one loss: round numbers."""
-    contenders = {"ours": dict(graph_us=100.0, memory_bytes=10), "eager fp32": dict(graph_us=2000.0, memory_bytes=900), "eager bf16": dict(graph_us=900.0),
-                  "compile fp32": dict(failed="RuntimeError: no"), "compile bf16": dict(graph_us=300.0), "sdpa": dict(graph_us=180.0),
-                  "sdpa split": dict(graph_us=150.0)}
+    contenders = {"ours": dict(graph_us=100.0, memory_bytes=10), "eager fp32": dict(graph_us=2000.0, memory_bytes=900),
+                  "eager bf16": dict(graph_us=900.0), "compile fp32": dict(failed="RuntimeError: no"), "compile bf16": dict(graph_us=300.0),
+                  "sdpa": dict(graph_us=180.0), "sdpa split": dict(graph_us=150.0)}
     one = lambda b, c: dict(loss="moco", shape=[b, 65536, 128], floors_us=dict(hbm=4.0, tensor=b / 20, exp=3.0), contenders=c)  # noqa: E731
     cpu = dict(plain=dict(times_s=[0.4, 0.6, 0.9], memory_bytes=200), ours=dict(times_s=[0.2, 0.2, 0.2], memory_bytes=10))
     return dict(shapes=[one(1024, contenders), one(256, {"ours": dict(graph_us=25.6)})], cpu=dict(moco=cpu))
@@ -95,8 +95,9 @@ def test_the_rows():
         "cpu_speedup_b256", "cpu_memory_ratio_b256", "over_floor_b1024", "over_floor_b256", "vs_eager_b1024", "vs_compile_fp32_b1024",
         "vs_compile_bf16_b1024", "vs_sdpa_b1024", "memory_ratio_b1024")]
     value = {n.removeprefix("moco_"): r["value"] for n, r in rows.items() if n.startswith("moco")}
-    assert value == pytest.approx(dict(cpu_speedup_b256=3, cpu_memory_ratio_b256=20, over_floor_b1024=100 / 51.2, over_floor_b256=2, vs_eager_b1024=20,
-                                       vs_compile_fp32_b1024=None, vs_compile_bf16_b1024=3, vs_sdpa_b1024=1.5, memory_ratio_b1024=90))
+    assert value == pytest.approx(dict(cpu_speedup_b256=3, cpu_memory_ratio_b256=20, over_floor_b1024=100 / 51.2, over_floor_b256=2,
+                                       vs_eager_b1024=20, vs_compile_fp32_b1024=None, vs_compile_bf16_b1024=3, vs_sdpa_b1024=1.5,
+                                       memory_ratio_b1024=90))
     assert rows["moco_vs_compile_fp32_b1024"]["reason"] == "compile fp32: RuntimeError: no"
     assert rows["seed_vs_sdpa_b1024"]["reason"] == rows["seed_cpu_speedup_b256"]["reason"] == "the time was up"
     aims = [2, 10, 2, 3, 10, 4, 2, 1.3, 50]
@@ -175,24 +176,26 @@ def test_the_gpu_part_on_a_pretended_gpu(monkeypatch, tmp_path):
                            max_memory_allocated=lambda: 1100, graph_pool_handle=nothing, graph=lambda graph, pool: contextlib.nullcontext(),
                            CUDAGraph=lambda: SimpleNamespace(replay=lambda: time.sleep(1e-3)), is_available=lambda: True).items():
         monkeypatch.setattr(torch.cuda, name, what)
-    small = [(128, 2048, 16), (8, 256, 16)]
+    small = [(128, 2048, 16), (8, 256, 16), (8, 255, 16)]
     monkeypatch.setattr(bench, "SHAPES", small)
     monkeypatch.setattr(bench, "AIMED", small[:1])
     monkeypatch.setattr(bench, "ROUNDS", {True: 3, False: 2})
     monkeypatch.setattr(bench, "ROUND_MS", 1)
     monkeypatch.setattr(bench, "measure_ceilings", lambda: dict(bytes_per_s=1e12, flop_per_s=1e14, exp_per_s=1e12))
-    monkeypatch.setattr(bench, "inputs", lambda loss, b, k, d, device, seed=0, inputs=bench.inputs: inputs(loss, b, k, d, "cpu", seed))
+    inputs = bench.inputs
+    monkeypatch.setattr(bench, "inputs", lambda loss, b, k, d, device, seed=0: inputs(loss, b, k, d, "cpu" if k != 255 else "nowhere", seed))
     monkeypatch.setattr(bench, "on_cpu", nothing)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *x: (_ for _ in ()).throw(torch.OutOfMemoryError("too large")))
     monkeypatch.setattr(bench.signal, "signal", nothing)
     monkeypatch.setattr(sys, "argv", ["bench/kernels.py"])
     monkeypatch.setitem(bench.write.__globals__, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert bench.main() is None
+    assert "moco [8, 255, 16]: RuntimeError" in bench.main()  # the data of a shape that cannot be
     kept = json.loads((tmp_path / "kernels-gpu.json").read_text())
     shapes = kept["samples"]["shapes"]
-    assert [(x["loss"], x["shape"][0]) for x in shapes] == [("moco", 128), ("seed", 128), ("moco", 8), ("seed", 8)] and len(kept["summary"]) == 18
-    for one in shapes:
+    assert [(x["loss"], x["shape"][1]) for x in shapes] == [(loss, k) for k in (2048, 256, 255) for loss in ("moco", "seed")]
+    assert len(kept["summary"]) == 18
+    for one in shapes[:4]:
         ours = one["contenders"]["ours"]
         assert ours["memory_bytes"] == 1000 and ours["graph_us"] > 0 and ours["eager_us"] > 0 and ours["grad_error"] < 1e-2
         assert "eager fp32" in one["contenders"] and one["floors_us"]["tensor"] > 0
