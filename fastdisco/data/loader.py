@@ -80,8 +80,10 @@ class TrainLoader:
         self._files_at = ahead[:shards.at_once(self.listing, ahead, self.batch)]
         words = np.concatenate([draws.words(o, e) for o, e in zip(orders, epochs)])[begin:begin + len(self._files_at)].reshape(-1, self.batch)
 
+        crops, seed, augment = self.crops, self.seed, self.way.augment  # feed without self, which would live as long as its pipeline
+
         def feed(i):
-            return draws.feed(self.crops, self.seed, words[i % len(words)], self.way.augment)  # the reader, too, begins anew after the last
+            return draws.feed(crops, seed, words[i % len(words)], augment)  # the reader, too, begins anew after the last
 
         self._chunk_start, self._chunk_end = self.position, self.position + len(self._files_at) // self.batch
         self._pipe = None  # two at once would hold twice the buffers
@@ -192,4 +194,4 @@ def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device
                           f"`fastdisco data check {source} --only {shlex.join(names)}`; the same command then continues from the last checkpoint")
         error.anywhere = True  # only this rank knows of it
         raise error from e
-    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views], torch.from_numpy(indices[i * batch:(i + 1) * batch])
+    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views], torch.from_numpy(indices[i * batch:(i + 1) * batch].copy())
