@@ -1,4 +1,4 @@
-"""What hashing every draw inside the graph costs, against the same graph fed by DALI's native random operators; on the CPU.
+"""What hashing every draw costs, against the same graph fed by DALI's native random operators; on the CPU.
 
     python bench/hash_cost.py [--threads 1] [--rounds 8]     the demo's photographs at 224 px and its patches at 32 px
 
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from common import row, write
 
+import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from fastdisco import data
-from fastdisco.data import demo, graph, loader
+from fastdisco.data import demo, draws, graph, loader
 from fastdisco.views import Crop
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def measure(listing: data.Listing, size: int, images: int, threads: int, rounds:
     crops = (Crop(size=size),) * 2
     hashed = data.TrainLoader(listing, crops, BATCH, 0, 10**6, 1, threads, CPU)
     files = hashed._order(0)
-    native = _native(crops, loader._reader(listing, files, files, BATCH, ""), **loader._pipe(BATCH, threads, CPU))
+    native = _native(crops, loader._reader(listing, files, ""), hashed.way, **loader._pipe(BATCH, threads, CPU, hashed.way))
     run = {"hashed": lambda: next(hashed), "native": native.run}
     for f in run.values():
         for _ in range(4):
@@ -72,27 +73,23 @@ def measure(listing: data.Listing, size: int, images: int, threads: int, rounds:
 
 
 @pipeline_def(enable_conditionals=True)
-def _native(crops, reader):
+def _native(crops, reader, way):
     """The same work on pixels, drawn by fn.random and random_resized_crop."""
-    encoded, label = fn.readers.file(**reader)
+    encoded = fn.readers.file(**reader)[0]
     image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
     views = []
     for crop in crops:
-        low, high = graph.ranges((crop,))
+        low, high = draws.ranges((crop,))
         draw = lambda row, col: fn.random.uniform(range=[float(low[0, row, col]), float(high[0, row, col])])
+        coin = lambda p: fn.random.coin_flip(probability=p, dtype=types.BOOL)
+        d = dict(brightness=draw(draws.LIGHT, 0), contrast=draw(draws.LIGHT, 1), saturation=draw(draws.COLOUR, 0), hue=draw(draws.COLOUR, 1),
+                 light_first=coin(0.5), jitter=coin(crop.jitter_p), gray=coin(crop.gray_p), blur=coin(crop.blur_p),
+                 flip=fn.random.coin_flip(probability=crop.flip_p))
+        taps = types.Constant(draws.gaussian(np.float32([crop.blur_sigma[1]]), crop))
+        d |= dict(across=taps, down=fn.reshape(taps, shape=[-1, 1]))
         x = fn.random_resized_crop(image, size=[crop.size, crop.size], random_area=crop.scale, random_aspect_ratio=crop.ratio)
-        if fn.random.coin_flip(probability=crop.jitter_p, dtype=types.BOOL):
-            b, c, s, h = draw(graph.LIGHT, 0), draw(graph.LIGHT, 1), draw(graph.COLOUR, 0), draw(graph.COLOUR, 1)
-            if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
-                x = fn.hsv(graph._light(x, b, c, "cpu"), saturation=s, hue=h)
-            else:
-                x = graph._light(fn.hsv(x, saturation=s, hue=h), b, c, "cpu")
-        if fn.random.coin_flip(probability=crop.gray_p, dtype=types.BOOL):
-            x = graph._gray(x)
-        if fn.random.coin_flip(probability=crop.blur_p, dtype=types.BOOL):
-            x = fn.gaussian_blur(x, sigma=draw(graph.BLUR, 0))
-        views.append(graph._normalise(x, crop.mean, crop.std, fn.random.coin_flip(probability=crop.flip_p)))
-    return *views, label
+        views.append(graph._augment(x, crop, d, way))
+    return tuple(views)
 
 
 if __name__ == "__main__":

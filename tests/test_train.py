@@ -71,7 +71,7 @@ def test_what_a_run_leaves(folder, tmp_path):
 
 
 def test_two_ranks_agree_with_the_evaluation_afterwards(folder, tmp_path):
-    ranks(2, _train, tiny(folder, tmp_path, "run.max_steps=4"))
+    ranks(2, _train, tiny(folder, tmp_path, "run.max_steps=4", "run.seed=1"))  # of seed 0 all features are one, but for rounding
     knn = json.loads(run(sys.executable, "-m", "fastdisco.cli", "eval", "knn", tmp_path / "tiny").splitlines()[-1])
     assert knn["eval/knn_top1"] == metrics(tmp_path / "tiny")[-1]["eval/knn_top1"]
 

@@ -3,11 +3,12 @@
 Departures from torchvision's transforms, on which MoCo-v2's augmentation is defined:
 - Hue turns the colours in YIQ, not in HSV: same direction and angle, other lightness of what comes out.
 - Brightness and contrast are one step, as are saturation and hue, clipped after each; the two steps come in a random order.  torchvision
-  clips after each of the four and draws one of 24 orders.  The grey mean of contrast is taken before brightness is clipped.
+  clips after each of the four and draws one of 24 orders.  The grey mean of contrast is taken before anything is clipped.
+- Where a view has the colour step, grey is a saturation of 0 there, so it comes before that step's clipping.
 - Blur is a true Gaussian cut at 3 sigma, as torchvision's; MoCo's is PIL's, three box filters that approximate it.
 - Where the resizing filter reaches past a crop's border, it sees the image beyond, and at the image's border the outermost pixel again; PIL
   crops first and shortens the filter.
-- From the second colour step on values are not rounded to whole ones.
+- From the second colour step on, and in the blur, values are not rounded to whole ones.
 - EXIF orientation is ignored, as by torchvision's ImageFolder.
 """
 from typing import Callable

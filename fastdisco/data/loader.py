@@ -93,10 +93,11 @@ class TrainLoader:
 
     def _pipeline(self, first: int, crops: tuple[Crop, ...], reader: dict, words: np.ndarray, batch: int, threads: int):
         """Of some of the method's views, from number `first` on, of the images with these words."""
-        words = words.reshape(-1, batch)
+        words, seed, augment = words.reshape(-1, batch), self.seed, self.way.augment  # feed without self, which would live as long as its pipeline
 
         def feed(i):
-            return draws.feed(crops, self.seed, words[i % len(words)], self.way.augment, first)  # the reader, too, begins anew after the last
+            return draws.feed(crops, seed, words[i % len(words)], augment, first)  # the reader, too, begins anew after the last
+
         return graphs().train(crops, reader, feed, self.way, **_pipe(batch, threads, self.device, self.way))
 
     def _round(self, epoch: int) -> int:
@@ -234,4 +235,4 @@ def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device
                           f"`fastdisco data check {source} --only {shlex.join(names)}`; the same command then continues from the last checkpoint")
         error.anywhere = True  # only this rank knows of it
         raise error from e
-    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views], torch.from_numpy(indices[i * batch:(i + 1) * batch])
+    return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views], torch.from_numpy(indices[i * batch:(i + 1) * batch].copy())
