@@ -30,6 +30,7 @@ def train(cfg: Config, overwrite: bool = False):
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed,
                             shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
     net = models.of(cfg, train=True).to(device)
+    size = sum(p.numel() for p in net.parameters())
     teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)  # before the engine hooks into the net's forward
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)
@@ -46,7 +47,7 @@ def train(cfg: Config, overwrite: bool = False):
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
-    _announce(cfg, listing, net, micro, lr, steps, start, folder)
+    _announce(cfg, listing, size, micro, lr, steps, start, folder)
 
     nets = Nets(student, *(n and _frozen(n, cfg, device) for n in (ema, teacher_net, net.prototypes)))
     meter, stop = Meter(method.weights, cfg.data.batch, folder, start), runs.Stop()
@@ -124,9 +125,8 @@ def _frozen(net, cfg: Config, device: torch.device):
     return call
 
 
-def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, start: int, folder: Path):
-    weights = sum(p.numel() for p in net.parameters()) / 1e6
-    say(f"{folder}: {cfg.student.arch} ({weights:.1f} M weights with its head), {f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}")
+def _announce(cfg: Config, listing, size: int, micro: int, lr: float, steps: int, start: int, folder: Path):
+    say(f"{folder}: {cfg.student.arch} ({size / 1e6:.1f} M weights with its head), {f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}")
     say(f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = {dist.world()} ranks x {micro} images x "
         f"{cfg.data.accumulate} accumulated, {steps} steps, {cfg.engine.precision}, ZeRO stage {cfg.engine.stage}")
     if left := len(listing.left_out):

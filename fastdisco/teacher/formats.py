@@ -64,6 +64,7 @@ def from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int) -> model
         raise UserError(f"{folder}: trained {cfg.student.arch} with {cfg.student.kwargs}, not teacher.arch {arch} with {kwargs}; "
                         f"set teacher.arch={cfg.student.arch} and teacher.kwargs to the same")
     _same_dim(folder, cfg.student.dim, dim)
+    net.prototypes = None  # what is distilled comes before them
     return net
 
 
