@@ -34,6 +34,7 @@ def train(cfg: Config, overwrite: bool = False):
     torch.manual_seed(cfg.run.seed)  # the same weights on every rank
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle=shuffle).to(device)
     net = models.of(cfg, train=True).to(device)
+    size = sum(p.numel() for p in net.parameters())
     loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
                               way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher), permuted=shuffle == "load")
     teacher_net = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs)
@@ -53,7 +54,7 @@ def train(cfg: Config, overwrite: bool = False):
     if recorded:
         teacher_net.complete()
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
-    _announce(cfg, listing, net, micro, lr, steps, start, folder)
+    _announce(cfg, listing, size, micro, lr, steps, start, folder)
 
     nets = Nets(student, ema and _frozen(ema, cfg, device), teacher_net, net.prototypes and _frozen(net.prototypes, cfg, device))
     if start < steps and (cfg.perf.compile or cfg.perf.graphs and device.type == "cuda"):
@@ -165,9 +166,8 @@ def _rehearse(nets: Nets, ema: models.Net | None, method: methods.Method, views:
         copy.deepcopy(method).step(nets, views, Progress(0, 0.0))
 
 
-def _announce(cfg: Config, listing, net, micro: int, lr: float, steps: int, start: int, folder: Path):
-    weights = sum(p.numel() for p in net.parameters()) / 1e6
-    say(f"{folder}: {cfg.student.arch} ({weights:.1f} M weights with its head), {f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}")
+def _announce(cfg: Config, listing, size: int, micro: int, lr: float, steps: int, start: int, folder: Path):
+    say(f"{folder}: {cfg.student.arch} ({size / 1e6:.1f} M weights with its head), {f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}")
     say(f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = {dist.world()} ranks x {micro} images x "
         f"{cfg.data.accumulate} accumulated, {steps} steps, {cfg.engine.precision}, ZeRO stage {cfg.engine.stage}")
     if left := len(listing.left_out):

@@ -194,6 +194,13 @@ def test_every_method_resumes_exactly(name, folder, teacher_run, tmp_path):
     assert (net.prototypes is not None) == (name != "seed")
 
 
+def test_prototypes_and_their_queue_work_with_zero(folder, teacher_run, tmp_path):
+    for stage in (0, 3):
+        more = ["method.freeze_steps=0", "optim.name=sgd", "optim.lr=0.05", f"engine.stage={stage}", f"run.name=stage{stage}", "run.max_steps=5"]
+        ranks(1, _train, tiny(folder, tmp_path, *METHODS["swav"], "teacher.arch=test_resnet", f"teacher.file={teacher_run}", *more))
+    assert losses(tmp_path / "stage3") == pytest.approx(losses(tmp_path / "stage0"), rel=1e-5)
+
+
 @pytest.mark.parametrize("whole", [2], indirect=True)
 @pytest.mark.parametrize("item", ["student", "ema", "method", "optimizer", "data", "student_buffers", "ema_buffers", "rng"])
 def test_resume_needs_every_item(whole, folder, item):

@@ -102,6 +102,7 @@ def _from_run(folder: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
     which = "ema" if cfg.method.name == "dino" else "student"  # DINO's mean student is the better network, which its authors publish and we distil
     if which == "ema":
         net, cfg = models.from_run(folder, which)
+    net.prototypes = None  # what is distilled comes before them
     if arch is not None and (cfg.student.arch, cfg.student.kwargs) != (arch, kwargs):
         raise UserError(f"{folder}: trained {cfg.student.arch} with {cfg.student.kwargs}, not teacher.arch {arch} with {kwargs}; "
                         f"set teacher.arch={cfg.student.arch} and teacher.kwargs to the same, or teacher.arch=null")
