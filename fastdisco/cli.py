@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdisco import config, data, dist, engine, models, teacher
+from fastdisco import config, data, dist, engine, models
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
 from fastdisco.log import say
-from fastdisco.teacher import formats
+from fastdisco.teacher import formats, runtime
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +101,7 @@ def _show(args):
     say(f"used          {len(found.net.state_dict())} tensors, all that the network has")
     for why, names in found.ignored.items():
         say(f"ignored       {why}: {models.shorten(names)}")
-    say(f"fingerprint   {teacher.Teacher(found.net).fingerprint}")
+    say(f"fingerprint   {runtime.fingerprint(found.net)}")
 
 
 @torch.no_grad()
@@ -112,6 +112,8 @@ def _probe(args):
     knn.check(train, val)
     bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])  # sorted by class, or mixed: halves alike in both
     bank, queries = (draw.permutation(x)[:args.images] for x in (bank, queries))
+    if not len(bank) or not len(queries):
+        raise UserError(f"{args.data}: {len(queries)} images to ask and {len(bank)} to answer are too few; give more, or a larger --images")
     loaders = [data.EvalLoader(listing, args.resize, args.size, args.batch, args.threads, device, data.reading_order(listing, np.sort(indices)))
                for listing, indices in ((train, bank), (val, queries))]
     torch.manual_seed(0)

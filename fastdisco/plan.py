@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdisco import config, data, models, optim
 from fastdisco.config import Config, UserError
+from fastdisco.data import shards
 from fastdisco.evals import knn
 from fastdisco.teacher import formats
 
@@ -60,6 +61,7 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "
            f"crops of {', '.join(f'{crops.count(s)} x {s}' for s in dict.fromkeys(crops))} px; lr {lr:.4g}")
     if "train" in listings:
+        shards.refuse_sorted(listings["train"])
         steps = len(listings["train"].kept) // cfg.data.batch
         if not steps:
             raise UserError(f"data.batch: {cfg.data.batch} images, but {cfg.data.train} has {len(listings['train'].kept)}; lower it")

@@ -114,8 +114,9 @@ def evaluate(weights: dict[str, torch.Tensor], listing: data.Listing, val: data.
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train.py", description="Trains a student with DisCo, or resumes the run of the same command.")
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
-    parser.add_argument("--overwrite", action="store_true", help="start over, deleting the run's folder")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would be and what it lacks, and start nothing")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--overwrite", action="store_true", help="start over, deleting the run's folder")
+    either.add_argument("--dry-run", action="store_true", help="say what the run would be and what it lacks, and start nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
     parser.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06")
     args = parser.parse_intermixed_args(argv)

@@ -3,6 +3,7 @@ import argparse
 import math
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -432,3 +433,12 @@ def test_an_evil_command_line_in_dinos_args_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "mark").exists()
     torch.load(file, weights_only=False)  # the test's file does run code where it is allowed to
     assert (tmp_path / "mark").exists()
+
+
+def test_of_a_dino_run_the_mean_student_teaches_and_of_others_the_student(tmp_path, monkeypatch):
+    made = {which: models.Net(torch.nn.Identity(), torch.nn.Linear(4, 3)) for which in ("student", "ema")}
+    for method, which in (("dino", "ema"), ("moco", "student"), ("swav", "student")):
+        cfg = types.SimpleNamespace(method=types.SimpleNamespace(name=method), student=types.SimpleNamespace(arch="resnet18", kwargs={}, dim=3))
+        monkeypatch.setattr(models, "from_run", lambda folder, net="student": (made[net], cfg))
+        found = formats.read(tmp_path)
+        assert found.net is made[which] and (found.arch, found.head, found.dim) == ("resnet18", "4 -> 3", 3) and method in found.format

@@ -119,3 +119,9 @@ def test_check_lets_a_teacher_pass_that_tells_the_classes_and_refuses_one_that_d
         shares = json.loads(out.splitlines()[-1])
         assert ("80 images" in out and "among 60 of" in out) if bank else ("30 images" in out and "among 30 others" in out)
         assert (kind, shares["teacher/features"]) == ("told", 1) or kind == "broken" and "do not train with it" in err
+
+
+def test_too_few_images_are_refused(stripes, tmp_path, capsys):
+    file = save(tmp_path, small_swav()[0])
+    assert cli.main(["teacher", "check", str(file), "--data", str(stripes / "val"), "--images", "0"]) == 2
+    assert "0 images to ask and 0 to answer are too few" in capsys.readouterr().err
