@@ -57,9 +57,9 @@ class Builder(nn.Module):
 class Official:
     """One training step on views; call it once a step."""
 
-    def __init__(self, student: models.Net, teacher: models.Net, queue: int, dim: int, device: torch.device, temp: float = 0.2, momentum: float = 0.999,
-                 lr: float = 0.03, eval_teacher: bool = False):
-        """eval_teacher: not as published, but comparable with ours."""
+    def __init__(self, student: models.Net, teacher: models.Net, queue: int, dim: int, device: torch.device, temp: float = 0.2,
+                 momentum: float = 0.999, lr: float = 0.03, eval_teacher: bool = False):
+        """queue: a multiple of the global batch, as the official code asserts.  eval_teacher: not as published, but comparable with ours."""
         self.builder = Builder(student, teacher, queue, dim, momentum, temp).to(device, memory_format=torch.contiguous_format).train()
         if eval_teacher:
             self.builder.teacher_q.eval()
@@ -85,8 +85,9 @@ class Official:
 def loader(root: str, size: int, batch: int, workers: int, steps: int) -> torch.utils.data.DataLoader:
     """Two views of each image of the class folders, MoCo-v2's augmentation; an epoch has `steps` batches of random images."""
     blur = T.RandomApply([T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))], p=0.5)
-    view = T.Compose([T.RandomResizedCrop(size, scale=(0.2, 1.0)), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(p=0.2),
-                      blur, T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    view = T.Compose([T.RandomResizedCrop(size, scale=(0.2, 1.0)), jitter, T.RandomGrayscale(p=0.2), blur, T.RandomHorizontalFlip(), T.ToTensor(),
+                      T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     images = torchvision.datasets.ImageFolder(root, lambda x: [view(x), view(x)])
     order = torch.utils.data.RandomSampler(images, replacement=True, num_samples=steps * batch)
     return torch.utils.data.DataLoader(images, batch, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available(), drop_last=True,

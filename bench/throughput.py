@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             values = figures(found, batch)
             summary += [row(names[k], values[k], *(ROWS[k][0], AIMS[kind].get(k), ROWS[k][1])) for k in ROWS if k in values]
             samples[batch], details[batch] = found["seconds"], {k: v for k, v in found.items() if k != "seconds"} | dict(
-                rates={k: ips(found, k, batch) for k in found["seconds"]}, verdict=found["verdict"].text)
+                rates={k: ips(found, k, batch) for k in found["seconds"] if k != "matmul"}, verdict=found["verdict"].text)
             if dist.rank() == 0:
                 show(found, batch, kind, values)
     if dist.rank():
@@ -243,11 +243,11 @@ class Ours:
     """A training as train.py makes it, whose step can be taken apart."""
 
     def __init__(self, cfg: config.Config, listing: data.Listing, micro: int, device: torch.device):
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.done = cfg, device, 0
         lr = optim.base_lr(cfg.optim, cfg.data.batch)
         torch.manual_seed(cfg.run.seed)
-        self.method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
-                                     shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
+        self.method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view,
+                                     seed=cfg.run.seed, shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
         self.net = models.create(cfg.student.arch, self.method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
         self.loader = data.TrainLoader(listing, self.method.views, micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, rounds=1)
         self.live = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, self.loader)
@@ -278,6 +278,7 @@ class Ours:
         with engine.gathered(self.student):
             models.ema_update(self.ema, self.net, self.method.momentum(self.progress))
         self.method.after_step()
+        self.done += 1
         return loss
 
     def compute(self, views: list[Tensor]) -> Tensor:
@@ -296,7 +297,7 @@ class Ours:
 
     @property
     def progress(self) -> Progress:
-        return Progress(self.loader.position, 0.5)
+        return Progress(self.done, 0.5)
 
 
 def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | None, ready: data.Batch, half: Ours | None, size: int, workers: int,
@@ -367,10 +368,11 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | Non
             published(*(x.to(device, non_blocking=True) for x in batch))
         return (now(device) - begin) / steps, 0.0
 
-    found = {"loader": loaded(lambda batch: None, ours.loader), "teacher": repeat(lambda: ours.nets.teacher(views).z), "student": repeat(train_student),
-             "ema": repeat(lambda: ours.nets.ema(views[-1:])), "loss": repeat(loss), "optimizer": repeat(update),
+    found = {"loader": loaded(lambda batch: None, ours.loader), "teacher": repeat(lambda: ours.nets.teacher(views).z),
+             "student": repeat(train_student), "ema": repeat(lambda: ours.nets.ema(views[-1:]).z), "loss": repeat(loss), "optimizer": repeat(update),
              "compute": repeat(lambda: ours.compute(views)), "ready": repeat(lambda: ours.step(views)),
-             "full": loaded(lambda batch: ours.step(batch.views), ours.loader), "cached": loaded(replay, ours.loader), "matmul": repeat(matmul(device))}
+             "full": loaded(lambda batch: ours.step(batch.views), ours.loader), "cached": loaded(replay, ours.loader),
+             "matmul": repeat(matmul(device))}
     if theirs:
         found |= {"official": published_loaded, "official_ready": repeat(lambda: published(*flat))}
     if dist.world() > 1:
@@ -499,8 +501,7 @@ def figures(found: dict, batch: int) -> dict[str, float]:
 
 def show(found: dict, batch: int, kind: str, values: dict[str, float]):
     """The table and the verdict."""
-    table = Table(title=f"{found['teacher']} -> {found['student']}, {found['size']} px, batch {batch} on each of {dist.world()} rank{'s'[:dist.world() > 1]}, "
-                        f"{found['precision']}")
+    table = Table(title=f"{found['teacher']} -> {found['student']}, {found['size']} px, {found['precision']}, {dist.world()} x {batch} images")
     for name, justify in (("", "left"), ("ms a step", "right"), ("spread", "right"), ("images/s", "right")):
         table.add_column(name, justify=justify, no_wrap=True)
     label = {"loader": "read, decode, augment", "student": "student, both ways", "ema": "mean student's forward", "exchange": "gradient exchange",
@@ -532,7 +533,8 @@ def picture(details: dict, kind: str, path: Path):
             axis.barh("parts alone", ms[part], left=at, label=part)
             at += ms[part]
         for name, key in (("loader alone", "loader"), ("full step", "full"), ("teacher replayed", "cached"), ("official recipe", "official")):
-            axis.barh(name, ms[key], color="0.7")
+            if key in ms:
+                axis.barh(name, ms[key], color="0.7")
         axis.invert_yaxis()
         axis.set(xlabel="ms a step", title=f"{found['teacher']} to {found['student']}, {found['size']} px, batch {batch} a rank, {kind}")
         axis.legend(ncol=len(PARTS), fontsize=8)
