@@ -9,6 +9,7 @@ Each part is measured alone, then all together.  A round runs every arm for some
 Writes throughput-<device>.json and .png into bench/results, or --out."""
 import argparse
 import copy
+import gc
 import io
 import os
 import random
@@ -41,6 +42,7 @@ from fastdisco.methods import Nets, Progress
 from fastdisco.models import Out
 
 PHOTOS = ("astronaut", "chelsea", "china", "coffee", "flower", "hubble", "immuno", "motorcycle", "retina", "rocket")  # those in colour
+FEW = 8  # batches of images: of synthetic ones, and of one's own those that are recorded and that the official recipe reads
 DISTINCT = 256  # images that are encoded; the rest are links to them
 SIZES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 333), (500, 400), (640, 480), (333, 500))  # pixels; ImageNet's median is the first
 BYTES = 107_000  # median of a file
@@ -109,7 +111,7 @@ def verdict(rates: dict[str, float], parts: dict[str, float], full: float) -> Ve
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/mobv3.yaml")
-    parser.add_argument("--data", type=Path, help="class folders")
+    parser.add_argument("--data", type=Path, help="as data.train; without it that of --config, or synthetic images")
     parser.add_argument("--batch", type=int, nargs="+", help="images per rank and step; on a GPU 256 and 1024, on a CPU 16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each arm in a round, at least a step")
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(shared(folder))
         for n, batch in enumerate(batches):
             until = time.monotonic() + args.minutes * 60 / len(batches)
-            cfg = configuration(args, folder, batch, kind)
+            cfg = configuration(args, folder, batch, batches, kind)
             found = measure(cfg, batch, folder, device, args.rounds, args.seconds, until)
             names = {name: f"{name}_b{batch}_{kind}" if n else f"{name}_{kind}" for name in ROWS}
             values = figures(found, batch)
@@ -160,13 +162,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def configuration(args, folder: Path, batch: int, kind: str) -> config.Config:
+def configuration(args, folder: Path, batch: int, batches: list[int], kind: str) -> config.Config:
     """The run's configuration, with images and a teacher where it was given none; rank 0 makes them in the folder."""
     mine = [f"data.batch={batch * dist.world()}", "data.accumulate=1", "data.val=null", "eval.every=0", f"run.out={folder}/out", "run.epochs=1000000",
             "teacher.cache=off", f"teacher.cache_folder={folder}/cache-{batch}", "teacher.cache_rounds=1"]
-    if args.data is None:
-        mine.append(f"data.train={folder}/images")
     own = args.config != ROOT / "configs/mobv3.yaml"
+    synthetic = args.data is None and not own
+    if synthetic:
+        mine.append(f"data.train={folder}/images")
     if not own:
         mine += [f"teacher.file={folder}/teacher.pth.tar", f"data.threads={len(os.sched_getaffinity(0))}"]
         mine += ["engine.precision=bf16"] if kind == "gpu" else []
@@ -175,8 +178,8 @@ def configuration(args, folder: Path, batch: int, kind: str) -> config.Config:
     if cfg.teacher is None:
         raise UserError(f"{args.config}: has no teacher; the bench measures distillation, set teacher.file and teacher.arch")
     if dist.rank() == 0:
-        if args.data is None and not (folder / "images").exists():
-            jpegs(folder / "images", 8 * batch * dist.world(), scale=0.3 if args.quick else 1.0)
+        if synthetic and not (folder / "images").exists():
+            jpegs(folder / "images", FEW * max(batches) * dist.world(), scale=0.3 if args.quick else 1.0)
         if not own and not cfg.teacher.file.exists():
             random_teacher(cfg)
     dist.barrier()
@@ -249,7 +252,7 @@ class Ours:
         self.method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view,
                                      seed=cfg.run.seed, shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
         self.net = models.create(cfg.student.arch, self.method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
-        self.loader = data.TrainLoader(listing, self.method.views, micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, rounds=1)
+        self.loader = data.TrainLoader(listing, self.method.views, micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device)
         self.live = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, self.loader)
         self.ema, self.twin = models.ema_copy(self.net), copy.deepcopy(self.net)  # twin: the student without the engine
         optimizer = optim.create(self.net, cfg.optim, lr, cfg.engine.stage)
@@ -371,7 +374,7 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | Non
     found = {"loader": loaded(lambda batch: None, ours.loader), "teacher": repeat(lambda: ours.nets.teacher(views).z),
              "student": repeat(train_student), "ema": repeat(lambda: ours.nets.ema(views[-1:]).z), "loss": repeat(loss), "optimizer": repeat(update),
              "compute": repeat(lambda: ours.compute(views)), "ready": repeat(lambda: ours.step(views)),
-             "full": loaded(lambda batch: ours.step(batch.views), ours.loader), "cached": loaded(replay, ours.loader),
+             "full": loaded(lambda batch: ours.step(batch.views), ours.loader), "cached": loaded(replay, recorded.loader),
              "matmul": repeat(matmul(device))}
     if theirs:
         found |= {"official": published_loaded, "official_ready": repeat(lambda: published(*flat))}
@@ -384,27 +387,35 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | Non
 
 def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, rounds: int, seconds: float, until: float) -> dict:
     """Seconds a step of every arm and round, and what is needed to judge them."""
+    gc.collect()  # what measured another batch
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
+    few = listing._replace(left_out=np.setdiff1d(np.arange(len(listing.files)), listing.kept[:FEW * cfg.data.batch]))
     micro = config.micro_batch(cfg, dist.world())
     ours = Ours(cfg, listing, micro, device)
     workers = max(1, len(os.sched_getaffinity(0)) // (dist.world() if device.type == "cpu" else max(1, torch.cuda.device_count())))
     for _ in range(2):
         ready = next(ours.loader)
         ours.step(ready.views)
-    memory = (torch.cuda.max_memory_reserved() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
+    peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     half = None
     if device.type == "cpu" and cfg.engine.precision == "fp32":
         half = Ours(cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"precision": "bf16"})}), listing, micro, device)
-    recorded = teacher.create(cfg.teacher.model_copy(update={"cache": "record"}), cfg.student.dim, cfg.engine.precision, ours.loader)
+    replayed = data.TrainLoader(few, ours.method.views, micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, rounds=1)
+    recorded = teacher.create(cfg.teacher.model_copy(update={"cache": "record"}), cfg.student.dim, cfg.engine.precision, replayed)
     recorded.complete()
-    recorded.at(ready.index, ready.epoch)
-    near = torch.nn.functional.cosine_similarity(recorded(ready.views).z, ours.nets.teacher(ready.views).z.float(), dim=-1).min().item()
+    seen = next(replayed)
+    recorded.at(seen.index, seen.epoch)
+    near = torch.nn.functional.cosine_similarity(recorded(seen.views).z, ours.nets.teacher(seen.views).z.float(), dim=-1).min().item()
     net = teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device).net
     theirs = None
     if cfg.method.name == "moco":  # else there is no official recipe to compare with
         queue = cfg.method.queue // cfg.data.batch * cfg.data.batch
         theirs = official.Official(copy.deepcopy(ours.twin), copy.deepcopy(net), queue, cfg.student.dim, device, cfg.method.temp, cfg.method.momentum)
-    run = arms(ours, recorded, theirs, ready, half, cfg.view.size, workers, str(cfg.data.train))
+    run = arms(ours, recorded, theirs, ready, half, cfg.view.size, workers, plain_folder(few, folder))
     steps = {}
     for name in sorted(run):
         run[name](1)  # warm-up: first shapes, graphs, workers
@@ -422,11 +433,24 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
                 waits.append(waited / seconds_)
             if name in ("loader", "full", "cached", "bf16"):
                 time.sleep(idle)  # the loader fills up again, beside nobody
-    found = dict(seconds=took, steps=steps, waits=waits, memory=memory, cached_cosine=near, **work(ours, net, device), workers=workers,
+    found = dict(seconds=took, steps=steps, waits=waits, memory=(peak - before) / 1e9, cached_cosine=near, **work(ours, net, device), workers=workers,
                  student=cfg.student.arch, teacher=cfg.teacher.arch, size=cfg.view.size, precision=cfg.engine.precision, threads=cfg.data.threads)
     rates = {k: ips(found, k, batch) for k in ("loader", "compute", "exchange") if k in took}
     found["verdict"] = verdict(rates, {k: statistics.median(took[k]) for k in PARTS if k in took and k != "exchange"}, ips(found, "full", batch))
     return found
+
+
+def plain_folder(few: data.Listing, folder: Path) -> str:
+    """Class folders of these images, as the official recipe reads them."""
+    if few.source == folder / "images":
+        return str(few.source)
+    if dist.rank() == 0:
+        for i in few.kept.tolist():
+            path = folder / "few" / f"{few.labels[i]:06}" / f"{i}{Path(few.files[i]).suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(few.read(i))
+    dist.barrier()
+    return str(folder / "few")
 
 
 def work(ours: Ours, net: models.Net, device: torch.device) -> dict:

@@ -196,6 +196,17 @@ def test_operations_are_counted():
     assert alone["flops"]["student"] == pytest.approx(3 * found["flops"]["teacher"], rel=0.05)  # but for the images' gradient
 
 
+def test_ones_own_images_are_measured(folder, tmp_path):
+    """Of any kind: the official recipe gets some as class folders."""
+    images = sorted((folder / "train").rglob("*.jpg"))
+    (tmp_path / "list.txt").write_text("".join(f"{p.relative_to(folder)} {p.parent.name}\n" for p in images))
+    (tmp_path / "list.txt").replace(folder / "list.txt")
+    listing = data.listing(folder / "list.txt")
+    few = listing._replace(left_out=listing.kept[5:])
+    plain = data.listing(throughput.plain_folder(few, tmp_path))
+    assert sorted(map(plain.read, range(5))) == sorted(map(listing.read, range(5))) and len(plain.files) == 5
+
+
 @pytest.mark.gpu
 def test_quick_on_a_gpu(tmp_path):
     run(sys.executable, "bench/throughput.py", "--quick", "--out", tmp_path, timeout=300)
