@@ -15,11 +15,11 @@ def row(name: str, value: float | None, unit: str, aim: float | None, better: st
     return dict(name=name, value=value, unit=unit, aim=aim, better=better) | ({"reason": reason} if reason else {})
 
 
-def write(bench: str, device: str, summary: list[dict], samples, **more) -> Path:
-    """bench/results/<bench>-<device>.json: summary, raw samples, versions, commit, hardware, command, date."""
+def write(bench: str, device: str, summary: list[dict], samples, folder: Path | None = None, **more) -> Path:
+    """<bench>-<device>.json in bench/results or the folder: summary, raw samples, versions, commit, hardware, command, date."""
     from fastdisco import runs
-    path = RESULTS / f"{bench}-{device}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = (folder or RESULTS) / f"{bench}-{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {k: v for k, v in runs.environment().items() if k != "host"}
     content = dict(bench=bench, device=device, date=datetime.date.today().isoformat(), summary=summary, samples=samples, **more, **about)
     path.write_text(json.dumps(content, indent=1) + "\n")

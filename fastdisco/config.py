@@ -77,6 +77,11 @@ class Teacher(Block):
     cache_folder: Path = Path("out/teacher_cache")
     cache_rounds: int = Field(10, ge=1)  # epochs whose views are recorded; epoch e has the views of epoch e mod cache_rounds
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, value):
+        return "off" if value is False else value  # as YAML 1.1 reads off
+
     @model_validator(mode="after")
     def _recordable(self):
         if self.cache != "off" and self.bn == "batch":
