@@ -52,10 +52,28 @@ class Student(Block):
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
 
 
+class OneOfMany(Block):
+    """An entry of `students`: what differs from the student and optim blocks."""
+
+    name: str | None = None  # in metrics, checkpoints and --student; null: the architecture's
+    arch: str | None = None  # null, here and below: as in the student block
+    hidden: int | None = Field(None, ge=0)
+    kwargs: dict[str, Any] | None = None
+    lr: float | None = Field(None, ge=0)  # null: optim.lr
+
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, name):
+        if name is not None and not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError("a word of letters, digits and . _ + -")
+        return name
+
+
 class Teacher(Block):
     file: Path  # a MoCo-v2 .pth.tar, or the folder of a fastdisco run
     arch: str = "resnet50"  # the timm model that the file's backbone belongs to
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
+    student: str | None = None  # which of the students of a fastdisco run that has several
 
 
 class Bn(Block):
@@ -130,6 +148,7 @@ class Config(Block):
     data: Data
     view: Crop = Crop()
     student: Student = Student()
+    students: tuple[OneOfMany, ...] = ()  # several, trained side by side from one teacher on the same views; see docs/method.md
     teacher: Teacher | None = None  # null: no distillation
     bn: Bn = Bn()
     method: Moco = Moco()
@@ -141,6 +160,9 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _fits(self):
+        names = _names(self)
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"students: {len(twice)} are named {twice[0]}; give each its own, as in students: [{{name: ...}}]")
         if self.method.queue < self.data.batch:
             raise ValueError(f"method.queue: {self.method.queue} keys cannot hold one step's {self.data.batch} (data.batch); enlarge it")
         if self.data.eval_size > self.data.eval_resize:
@@ -178,6 +200,15 @@ def validate(raw: dict, source: Path | str) -> Config:
         raise UserError(f"{source}: " + "; ".join(_sentence(err) for err in e.errors())) from None
 
 
+def students(cfg: Config) -> dict[str, Config]:
+    """The configuration that each student would have alone, by name; without `students` the one there is, named ''."""
+    return {name: cfg.model_copy(update={
+        "students": (),
+        "student": cfg.student.model_copy(update={k: v for k in ("arch", "hidden", "kwargs") if (v := getattr(one, k)) is not None}),
+        "optim": cfg.optim.model_copy(update={} if one.lr is None else {"lr": one.lr}),
+    }) for name, one in zip(_names(cfg), cfg.students)} or {"": cfg}
+
+
 def dump(cfg: Config) -> str:
     """The whole resolved configuration as YAML that `load` reads back to an equal Config."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
@@ -204,6 +235,10 @@ def micro_batch(cfg: Config, world: int) -> int:
     if batch // cfg.bn.groups < 2:
         raise UserError("data.batch: batch norm sees 1 image in each group and needs 2; enlarge data.batch or lower bn.groups")
     return batch
+
+
+def _names(cfg: Config) -> list[str]:
+    return [one.name or one.arch or cfg.student.arch for one in cfg.students]
 
 
 def _override(raw: dict, item: str):
@@ -245,7 +280,7 @@ def _model_of(field) -> type[BaseModel] | None:
 def _keys_at(loc: list[str]) -> list[str]:
     model = Config
     for part in loc:
-        model = _model_of(model.model_fields[part])
+        model = model if part.isdigit() else _model_of(model.model_fields[part])  # a number: the place in a list
     return list(model.model_fields)
 
 

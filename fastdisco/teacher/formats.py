@@ -58,8 +58,8 @@ def from_file(file: Path, arch: str, kwargs: dict[str, Any], dim: int) -> models
     return net
 
 
-def from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int) -> models.Net:
-    net, cfg = models.from_run(folder)
+def from_run(folder: Path, arch: str, kwargs: dict[str, Any], dim: int, student: str | None = None) -> models.Net:
+    net, cfg = models.from_run(folder, student=student)
     if (cfg.student.arch, cfg.student.kwargs) != (arch, kwargs):
         raise UserError(f"{folder}: trained {cfg.student.arch} with {cfg.student.kwargs}, not teacher.arch {arch} with {kwargs}; "
                         f"set teacher.arch={cfg.student.arch} and teacher.kwargs to the same")
