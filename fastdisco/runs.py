@@ -15,8 +15,8 @@ from fastdisco import config, dist
 from fastdisco.config import Config, UserError
 
 # What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
-_FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.eval_batch", "teacher.file", "engine.stage",
-         "engine.overlap", "engine.bucket_mb", "eval.", "log.", "checkpoint.")
+_FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.eval_batch", "teacher.file",
+         "teacher.student", "engine.stage", "engine.overlap", "engine.bucket_mb", "eval.", "log.", "checkpoint.")
 
 
 def claim(cfg: Config, overwrite: bool = False) -> Path:

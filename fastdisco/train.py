@@ -31,7 +31,7 @@ def train(cfg: Config, overwrite: bool = False):
     teacher_net = cfg.teacher and teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device, cfg.teacher.student)
     pupils = [_pupil(name, own, micro, shuffle, device) for name, own in config.students(cfg).items()]
     loader = data.TrainLoader(listing, pupils[0].method.views, micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
-                              permuted=shuffle == "load")
+                              permuted=pupils[0].method.permuted)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
     folder = runs.claim(cfg, overwrite)

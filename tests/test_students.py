@@ -126,8 +126,8 @@ def test_what_makes_no_sense_is_refused(students, says):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_keeps_the_students_apart(folder, tmp_path, stage):
     for name, more in (("both", [PAIR]), ("small", ALONE["small"])):
-        args = tiny(folder, tmp_path, f"run.name={name}", "run.max_steps=3", "student.kwargs={}", f"engine.stage={stage}", "engine.precision=bf16", *more)
-        ranks(2, _train, args)
+        ranks(2, _train, tiny(folder, tmp_path, f"run.name={name}", "run.max_steps=3", "student.kwargs={}", f"engine.stage={stage}",
+                              "engine.precision=bf16", *more))
     together, alone = ([m[key] for m in metrics(tmp_path / run) if key in m] for run, key in (("both", "train/small/loss"), ("small", "train/loss")))
     assert together == alone and len(alone) == 3
 

@@ -304,7 +304,8 @@ def _plain(args, steps):
     assert torch.distributed.get_world_size() == 2
     device = torch.device("cpu")
     torch.manual_seed(cfg.run.seed)
-    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed, shuffle="gather")
+    method = methods.create("moco", cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view, seed=cfg.run.seed,
+                            shuffle="gather")
     net = models.create(cfg.student.arch, method.head, cfg.student.kwargs, cfg.bn.groups).to(memory_format=torch.channels_last)
     ema = models.ema_copy(net)
     ddp = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)

@@ -25,6 +25,7 @@ class Method(nn.Module):
     """Has no trainable parameters; its buffers are its whole resume state."""
 
     views: tuple[Crop, ...]  # which crops it wants
+    permuted: bool = False  # all views but the first are to be of this rank's share of the permuted batch, see data.TrainLoader
     weights: dict[str, float]  # what `step` returns under these names is weighed and added to the loss; the rest is logged
 
     def head(self, dim: int) -> nn.Module:

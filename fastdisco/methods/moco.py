@@ -18,7 +18,7 @@ class Moco(Method):
         """dim: width of the embedding; hidden: of the head's hidden layer, 0 for none; shuffle: as bn.shuffle says, see `encode`."""
         super().__init__()
         self.cfg, self.dim, self.hidden, self.seed, self.shuffle = cfg, dim, hidden, seed, shuffle
-        self.views = (crop, crop)
+        self.views, self.permuted = (crop, crop), shuffle == "load"
         self.weights = {"contrast": cfg.contrast, "distill": cfg.distill}
         auto = "bf16" if dist.device().type == "cuda" else "fp32"
         self.queue = Queue(cfg.queue, dim, seed, QUEUE_DTYPE[auto if cfg.queue_dtype == "auto" else cfg.queue_dtype])
