@@ -25,21 +25,25 @@ class Item(NamedTuple):
     own: bool = False  # each rank keeps its own
 
 
-def items(student, ema: nn.Module | None, method: nn.Module, loader) -> dict[str, Item]:
-    """The one list of a training's state.  `student` is the engine; `loader` has a settable `position`."""
+def items(student, ema: nn.Module | None, method: nn.Module, loader, name: str = "") -> dict[str, Item]:
+    """The one list of a training's state.  `student` is the engine; `loader` has a settable `position`.
+
+    name  of one of several students: its items are <name>/student ..., and the lists of all, joined, are the training's"""
     net, scaler = student.module, engine.scaler(student)
     mean = {
         "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
         "ema_buffers": Item(lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True),
     } if ema else {}
-    return mean | {
+    own = {
         "student": Item(lambda: engine.weights(student) | mean_buffers(net), lambda weights: engine.load_weights(student, weights)),
         "method": Item(method.state_dict, method.load_state_dict),
         "optimizer": Item(lambda: engine.optimizer_state(student), lambda state: engine.load_optimizer_state(student, state)),
         "scaler": Item(lambda: scaler and scaler.state_dict(), lambda state: scaler and scaler.load_state_dict(state)),  # None but for fp16
-        "data": Item(lambda: loader.position, lambda position: setattr(loader, "position", position)),
         # statistics differ from rank to rank, and with them the mean over ranks in "student" and "ema"
         "student_buffers": Item(lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True),
+    }
+    return {f"{name}/{item}" if name else item: value for item, value in (mean | own).items()} | {
+        "data": Item(lambda: loader.position, lambda position: setattr(loader, "position", position)),
         "rng": Item(_rng, _set_rng, own=True),
     }
 

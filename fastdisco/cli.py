@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     p = sub.add_parser("knn", help="weighted kNN accuracy of the last checkpoint, by the run's own configuration")
     p.add_argument("folder", type=Path, metavar="RUN", help="the run's folder, or one of its checkpoints/step_XXXXXXXX")
     p.add_argument("--net", choices=("student", "ema"), default="student")
+    p.add_argument("--student", metavar="NAME", help="which one, where the run has several students")
     p.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example eval.k=200 data.val=/data/other")
     p.set_defaults(run=_knn)
 
@@ -138,7 +139,7 @@ def _record(args):
 
 @torch.no_grad()
 def _knn(args):
-    net, cfg = models.from_run(args.folder, args.net, args.overrides)
+    net, cfg = models.from_run(args.folder, args.net, args.overrides, args.student)
     if cfg.data.val is None:
         raise UserError(f"{args.folder}: was trained without a validation folder; give one as data.val=FOLDER")
     device = dist.device()

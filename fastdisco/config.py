@@ -64,10 +64,28 @@ class Student(Block):
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
 
 
+class OneOfMany(Block):
+    """An entry of `students`: what differs from the student and optim blocks."""
+
+    name: str | None = None  # in metrics, checkpoints and --student; null: the architecture's
+    arch: str | None = None  # null, here and below: as in the student block
+    hidden: int | None = Field(None, ge=0)
+    kwargs: dict[str, Any] | None = None
+    lr: float | None = Field(None, ge=0)  # null: optim.lr
+
+    @field_validator("name")
+    @classmethod
+    def _one_word(cls, name):
+        if name is not None and not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError("a word of letters, digits and . _ + -")
+        return name
+
+
 class Teacher(Block):
     file: Path  # a checkpoint as its training wrote it, or the folder of a fastdisco run: docs/teachers.md
     arch: str | None = None  # the timm model that the file's backbone belongs to; null: told by the file
     kwargs: dict[str, Any] = {}  # handed to timm.create_model
+    student: str | None = None  # which of the students of a fastdisco run that has several
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and activations.  auto: fp16 on a GPU, engine.precision on a CPU
     bn: Literal["eval", "batch"] = "eval"  # batch: by the statistics of bn_group images of a view, as in the official code
     bn_group: int = Field(32, ge=2)
@@ -266,6 +284,7 @@ class Config(Block):
     view: Crop = Crop()  # what all crops share
     views: tuple[Crops, ...] = Field(min_length=1)  # the crops of an image, laid over `view`; by default the method's, see RECIPES
     student: Student = Student()
+    students: tuple[OneOfMany, ...] = ()  # several, trained side by side from one teacher on the same views; see docs/method.md
     teacher: Teacher | None = None  # null: no distillation
     bn: Bn = Bn()
     method: Annotated[Moco | Swav | Dino | Seed, Field(discriminator="name")] = Moco()
@@ -296,6 +315,9 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _fits(self):
+        names = _names(self)
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"students: {len(twice)} are named {twice[0]}; give each its own, as in students: [{{name: ...}}]")
         method, batch, crops = self.method, self.data.batch, sum(group.count for group in self.views)
         need = {"moco": 2, "seed": 2 if method.name == "seed" and method.contrast else 1}.get(method.name)
         if crops != need if need else crops < 2:
@@ -358,6 +380,15 @@ def validate(raw: dict, source: Path | str) -> Config:
         raise UserError(f"{source}: " + "; ".join(_sentence(err) for err in e.errors())) from None
 
 
+def students(cfg: Config) -> dict[str, Config]:
+    """The configuration that each student would have alone, by name; without `students` the one there is, named ''."""
+    return {name: cfg.model_copy(update={
+        "students": (),
+        "student": cfg.student.model_copy(update={k: v for k in ("arch", "hidden", "kwargs") if (v := getattr(one, k)) is not None}),
+        "optim": cfg.optim.model_copy(update={} if one.lr is None else {"lr": one.lr}),
+    }) for name, one in zip(_names(cfg), cfg.students)} or {"": cfg}
+
+
 def dump(cfg: Config) -> str:
     """The whole resolved configuration as YAML that `load` reads back to an equal Config."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
@@ -405,6 +436,10 @@ def _read(path: Path) -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
     return raw
+
+
+def _names(cfg: Config) -> list[str]:
+    return [one.name or one.arch or cfg.student.arch for one in cfg.students]
 
 
 def _override(raw: dict, item: str):

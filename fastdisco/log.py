@@ -6,6 +6,7 @@ import resource
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,12 +25,22 @@ def say(text: str):
         console.print(text, markup=False, soft_wrap=True)
 
 
+def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:
+    """Under their full names: loss -> train/loss, a term of the loss (in `weights`) -> train/loss_<term>, while others name their group themselves;
+    of one of several students train/<student>/loss."""
+    out = {}
+    for name, value in scalars.items():
+        group, _, rest = (name if "/" in name else f"train/loss_{name}" if name in weights else f"train/{name}").partition("/")
+        out[f"{group}/{student}/{rest}" if student else f"{group}/{rest}"] = value
+    return out
+
+
 class Meter:
     """The scalars of the micro batches since the last look, left on the device until then, and where the time went."""
 
-    def __init__(self, weights: dict[str, float], images: int, folder: Path, start: int):
-        """weights: the names that are losses; images: per step, over all ranks; start: the step the loop begins at."""
-        self.weights, self.images, self.folder = weights, images, folder
+    def __init__(self, images: int, folder: Path, start: int):
+        """images: per step, over all ranks; start: the step the loop begins at."""
+        self.images, self.folder = images, folder
         self.names: list[str] = []
         self._forget(start)
 
@@ -61,9 +72,9 @@ class Meter:
         for i, row in enumerate(table):
             for name, value in zip(self.names, row):
                 if not math.isfinite(value):
-                    raise UserError(f"step {self.last + 1 + i * n // len(table)}: {_full(name, self.weights)} is {value}; the last checkpoint, in "
+                    raise UserError(f"step {self.last + 1 + i * n // len(table)}: {name} is {value}; the last checkpoint, in "
                                     f"{self.folder / 'checkpoints'}, is from before it: lower optim.lr or set optim.clip, then train on")
-        means = {_full(name, self.weights): sum(column) / len(table) for name, column in zip(self.names, zip(*table))}
+        means = {name: sum(column) / len(table) for name, column in zip(self.names, zip(*table))}
         speed = {"perf/total_ips": n * self.images / took, "perf/compute_ips": n * self.images / max(took - self.waited, 1e-9),
                  "perf/step_time": took / n, "perf/data_time": self.waited / n, "perf/data_share": self.waited / took,
                  "perf/eta": took / n * (steps - done)}
@@ -82,7 +93,7 @@ class Log:
 
     def __init__(self, folder: Path, start: int, steps: int):
         """`start`: the step a resumed run continues at; later entries of an earlier attempt are dropped."""
-        self.steps, self.best = steps, None
+        self.steps, self.best = steps, {}  # the best kNN accuracy by its name
         self.file = self.tb = self.bar = None
         if dist.rank():
             return
@@ -90,7 +101,8 @@ class Log:
         self.tb = SummaryWriter(folder / "tb", purge_step=start + 1)
         path = folder / "metrics.jsonl"
         kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if start and path.exists() else []
-        self.best = max((m["eval/knn_top1"] for m in map(json.loads, kept) if "eval/knn_top1" in m), default=None)
+        for values in map(json.loads, kept):
+            self._remember(values)
         whole = path.with_suffix(".tmp")
         whole.write_text("".join(kept))
         os.replace(whole, path)
@@ -117,9 +129,9 @@ class Log:
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self.tb.add_scalar(name, value, step)
-        if (knn := values.get("eval/knn_top1")) is not None:
-            self.best = max(knn, self.best or 0.0)
-            say(f"step {step}/{self.steps}  kNN top-1 {knn:.2%}  best {self.best:.2%}")
+        if scores := self._remember(values):
+            for name, knn in scores.items():
+                say(f"step {step}/{self.steps}  {_student(name)}kNN top-1 {knn:.2%}  best {self.best[name]:.2%}")
             return
         line = self._line(values)
         if self.bar:
@@ -127,15 +139,23 @@ class Log:
         else:
             say(f"step {step}/{self.steps}  epoch {values['train/epoch']:.2f}  {line}  ETA {_hms(values['perf/eta'])}")
 
+    def _remember(self, values: dict[str, float]) -> dict[str, float]:
+        scores = {k: v for k, v in values.items() if k.endswith("/knn_top1")}
+        self.best |= {k: max(v, self.best.get(k, 0.0)) for k, v in scores.items()}
+        return scores
+
     def _line(self, v: dict[str, float]) -> str:
-        losses = "  ".join(f"{k.removeprefix('train/')} {x:.4g}" for k, x in v.items() if k.startswith("train/loss"))
-        best = f"  kNN {self.best:.1%}" if self.best is not None else ""
-        return f"{losses}  lr {v['train/lr']:.3g}  {v['perf/total_ips']:.0f} images/s  data wait {v['perf/data_share']:.0%}{best}"
+        several = "train/loss" not in v  # then the sums alone
+        losses = "  ".join(f"{k.removeprefix('train/')} {x:.4g}" for k, x in v.items()
+                           if (k.endswith("/loss") if several else k.startswith("train/loss")))
+        rate = "" if several else f"  lr {v['train/lr']:.3g}"
+        best = "".join(f"  {_student(name)}kNN {x:.1%}" for name, x in self.best.items())
+        return f"{losses}{rate}  {v['perf/total_ips']:.0f} images/s  data wait {v['perf/data_share']:.0%}{best}"
 
 
-def _full(name: str, weights: dict[str, float]) -> str:
-    """loss -> train/loss, a term of the loss -> train/loss_<term>; others name their group themselves."""
-    return name if "/" in name else f"train/loss_{name}" if name in weights else f"train/{name}"
+def _student(name: str) -> str:
+    """eval/<student>/knn_top1 -> '<student> '"""
+    return "".join(f"{part} " for part in name.split("/")[1:-1])
 
 
 def _hms(seconds: float) -> str:

@@ -147,18 +147,25 @@ def mean_buffers(net: nn.Module) -> dict[str, Tensor]:
     return {k: dist.all_mean(b.detach().clone()) for k, b in net.named_buffers() if b.is_floating_point()}
 
 
-def from_run(folder: Path, which: str = "student", overrides: list[str] = ()) -> tuple[Net, config.Config]:
-    """A network of one of our runs in eval mode, and the run's configuration with the overrides laid over it.
+def from_run(folder: Path, which: str = "student", overrides: list[str] = (), student: str | None = None) -> tuple[Net, config.Config]:
+    """A network of one of our runs in eval mode, and its configuration with the overrides laid over it.
 
     folder  the run (its last checkpoint is taken), or one of its folders checkpoints/step_XXXXXXXX
     which   student, or ema for the mean student
+    student the name of one where the run has several
     Raises UserError when the folder holds no checkpoint, or one that does not fit its config.yaml."""
     folder = Path(folder).absolute()  # "." has parents too
     step = folder if (folder / "state.pt").is_file() else last(folder)
     if step is None:
         raise UserError(f"{folder}: no checkpoint of fastdisco here (no {folder / 'checkpoints' / 'last'}); give the folder of a run that has saved one")
     cfg = config.load(step.parent.parent / "config.yaml", overrides)
-    weights = read(step / "state.pt").get(which)
+    alone = config.students(cfg)
+    if (student or "") not in alone:
+        names = ", ".join(n for n in alone if n)
+        raise UserError(f"{folder}: has {f'no student {student}' if student else 'several students'}; "
+                        + (f"name one of {names} (--student, or teacher.student)" if names else "it trained a single one: leave its name out"))
+    cfg = alone[student or ""]
+    weights = read(step / "state.pt").get(f"{student}/{which}" if student else which)
     if not isinstance(weights, dict):
         raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; give a checkpoint written by fastdisco train")
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream

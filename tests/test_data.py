@@ -708,12 +708,12 @@ def test_taking_batches_waits_for_nothing_and_copies_nothing(photos):
     train = data.TrainLoader(photos, SMALL, 4, 0, 40, 1, 1, gpu, way=GPU)
     kept = [next(train) for _ in range(3)]
     before = [v.clone() for b in kept for v in b.views]
-    train._pipe = Spy(train._pipe)
+    train._pipes = [Spy(*train._pipes)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(20):
             batch = next(train)
-            assert [v.data_ptr() for v in batch.views] == train._pipe.pointers
+            assert [v.data_ptr() for v in batch.views] == train._pipes[0].pointers
             (batch.views[0].float() * 2).sum()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -89,6 +89,40 @@ def test_buckets_go_out_while_the_backward_runs_and_only_in_the_last_micro_batch
     assert early[1] >= 2 and early[3] >= 2  # the last layer's weight and bias, when the first layer's gradient comes
 
 
+def _on_gpus():
+    """This rank's gradients of a second step in which the host may not wait, and the keys of a shuffled batch back in order."""
+    torch.cuda.set_device(dist.device())
+    torch.backends.cudnn.allow_tf32 = False
+    td.init_process_group("nccl")
+    net = Net().to(dist.device(), memory_format=torch.channels_last)
+    exchange = Exchange(net, 1, lambda: True)
+    inputs = [_batch(dist.rank(), i).to(dist.device()) for i in range(2)]
+    rows = torch.arange(8, device=dist.device()).view(2, 2, 2) + 8 * dist.rank()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        net.zero_grad()
+        sum((net(x) + i).square().mean() for i, x in enumerate(inputs)).backward()
+        exchange.finish()
+        order = dist.Shuffle(2, 1)
+        keys = order.join(order.split(rows))()
+    torch.cuda.set_sync_debug_mode("default")
+    out = [p.grad if p.grad is None else p.grad.tolist() for p in net.parameters()], keys.flatten().tolist()
+    td.destroy_process_group()
+    return out
+
+
+@pytest.mark.gpu
+def test_gpus_exchange_without_a_wait_of_the_host():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("gpu: needs two")
+    for grads, keys in ranks(2, _on_gpus):
+        assert keys == list(range(16))
+        for g, w in zip(grads, _expected(), strict=True):
+            assert (g is None) == (w is None)
+            if w is not None:
+                torch.testing.assert_close(torch.tensor(g), w, rtol=1e-3, atol=1e-5)
+
+
 def test_one_rank_exchanges_nothing():
     net = Net()
     exchange = Exchange(net, 1, lambda: True)

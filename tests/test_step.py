@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import ranks, tiny
-from fastdisco import compiled, config, cudagraph, data, log, methods, models, optim, train
+from fastdisco import compiled, config, cudagraph, data, log, methods, models, optim, pupils
 from fastdisco.config import Optim, UserError
 from fastdisco.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets
@@ -170,7 +170,7 @@ def test_a_rehearsed_step_makes_the_graphs_that_training_replays_and_changes_not
     state = copy.deepcopy([method.state_dict(), ema.state_dict()])
     graphs = [Graphed(what, forward, capture=Replayed) for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))]
     nets = Nets(torch.no_grad()(copy.deepcopy(ema)), graphs[0], graphs[1] if with_teacher else None)
-    train._rehearse(nets, ema, method, views(2, 4))
+    pupils.rehearse(nets, ema, method, views(2, 4))
     assert method.keys == [] and str([method.state_dict(), ema.state_dict()]) == str(state)
     for x, y in zip(state, [method.state_dict(), ema.state_dict()]):
         assert all(torch.equal(x[k], y[k]) for k in x)
@@ -340,7 +340,7 @@ def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, pr
         models.split_bn(s, groups)
         s.requires_grad_(False)
     cfg = config.validate({"run": {"name": "x"}, "data": {"train": "x"}, "engine": {"precision": precision}}, "here")
-    graphed, eager = (train._frozen(s, cfg, CUDA) for s in students)
+    graphed, eager = (pupils.frozen(s, cfg, CUDA) for s in students)
     graphed = Graphed("mean student", graphed, students[0].buffers())
     other = net("test_efficientnet").to(CUDA)
     near = dict(rtol=1e-4, atol=1e-4) if precision == "fp32" else dict(rtol=5e-2, atol=5e-2)

@@ -30,6 +30,7 @@ class Progress(NamedTuple):
 class Method(nn.Module):
     """Has no trainable parameters; its state dict is its whole resume state, the same on every rank."""
 
+    permuted: bool = False  # all views but the first are to be of this rank's share of the permuted batch, see data.TrainLoader
     weights: dict[str, float]  # what `step` returns under these names is weighed and added to the loss; the rest is logged
 
     def momentum(self, progress: Progress) -> float | None:

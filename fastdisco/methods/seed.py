@@ -12,7 +12,7 @@ from fastdisco.methods.moco import encode, queue_dtype
 class Seed(Method):
     def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: str):
         super().__init__()
-        self.cfg, self.seed, self.shuffle = cfg, seed, shuffle
+        self.cfg, self.seed, self.shuffle, self.permuted = cfg, seed, shuffle, shuffle == "load" and cfg.contrast > 0
         self.weights = {"seed": cfg.distill, "contrast": cfg.contrast}
         dtype = queue_dtype("fp32" if cfg.queue_dtype == "auto" and cfg.temp_teacher < 0.01 else cfg.queue_dtype)
         self.queue = Queue(cfg.queue, dim, seed, dtype)  # of the teacher's embeddings

@@ -15,7 +15,7 @@ __all__ = ["How", "Recorded", "Teacher", "create", "how", "load", "rounds"]
 def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, graphs: bool = True) -> Teacher | Recorded:
     """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, how and Recorded."""
     run = how(cfg, precision, loader.crops[0].size, loader.device, graphs)
-    here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run)
+    here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
     return here(run) if cfg.cache == "off" else Recorded(cfg, dim, run, loader, here)
 
 
@@ -24,15 +24,16 @@ def rounds(cfg: config.Teacher | None) -> int | None:
     return cfg.cache_rounds if cfg and cfg.cache != "off" else None
 
 
-def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, run: How = How()) -> Teacher:
+def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, run: How = How(), student: str | None = None) -> Teacher:
     """The teacher of a checkpoint of the kinds in formats.FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
 
     arch, kwargs  the timm model that its backbone belongs to; None: told by the file
     dim           width of the student's embedding, which the teacher's must have
     run           how and where it runs, see `how`
+    student       which one of a run that has several
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is no such thing as a random teacher."""
     try:
-        net = formats.read(file, arch, kwargs, dim).net
+        net = formats.read(file, arch, kwargs, dim, student).net
     except UserError as e:
         raise UserError(f"teacher: {e}; training stops here, for a teacher with random weights is never used") from None
     return Teacher(net, run)

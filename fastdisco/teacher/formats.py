@@ -56,15 +56,16 @@ ARCHS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", *models.W
          "mobilenetv3_large_100", "efficientnet_b0", "efficientnet_b1")
 
 
-def read(path: Path, arch: str | None = None, kwargs: dict[str, Any] = {}, dim: int | None = None) -> Source:
+def read(path: Path, arch: str | None = None, kwargs: dict[str, Any] = {}, dim: int | None = None, student: str | None = None) -> Source:
     """The teacher of a checkpoint file of the kinds in FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
 
     arch, kwargs  the timm model that its backbone belongs to; None: told by the file
     dim           width of the student's embedding, which the teacher's must have; None: any
+    student       which one of a run that has several
     Raises UserError naming every weight that is missing, unexpected or of another shape, and a missing head."""
     if kwargs and arch is None:
         raise UserError(f"teacher.kwargs: {kwargs} belong to an architecture; name it as teacher.arch")
-    found = _from_run(path, arch, kwargs) if Path(path).is_dir() else _from_file(path, arch, kwargs)
+    found = _from_run(path, arch, kwargs, student) if Path(path).is_dir() else _from_file(path, arch, kwargs)
     if dim not in (None, found.dim):
         raise UserError(f"{path}: embeds into {found.dim} numbers and the student into {dim}; set student.dim={found.dim} or another teacher")
     return found
@@ -97,11 +98,11 @@ def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
     return Source(net, row.name, arch or told, kwargs, f"{head.name}: {_widths(net.head)}", dim, ignored)
 
 
-def _from_run(folder: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
-    net, cfg = models.from_run(folder)
+def _from_run(folder: Path, arch: str | None, kwargs: dict[str, Any], student: str | None) -> Source:
+    net, cfg = models.from_run(folder, student=student)
     which = "ema" if cfg.method.name == "dino" else "student"  # DINO's mean student is the better network, which its authors publish and we distil
     if which == "ema":
-        net, cfg = models.from_run(folder, which)
+        net, cfg = models.from_run(folder, which, student=student)
     net.prototypes = None  # what is distilled comes before them
     if arch is not None and (cfg.student.arch, cfg.student.kwargs) != (arch, kwargs):
         raise UserError(f"{folder}: trained {cfg.student.arch} with {cfg.student.kwargs}, not teacher.arch {arch} with {kwargs}; "
