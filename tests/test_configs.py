@@ -12,8 +12,6 @@ from fastdisco.teacher import formats
 
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("base", "demo"))
 TWIN = ROOT / "configs/mobv3_moco.yaml"  # reproduces no row
-known = lambda p: (ROOT / "fastdisco/methods" / f"{yaml.safe_load(p.read_text())['method']['name']}.py").exists()  # noqa: E731
-BUILT = [p for p in FILES if known(p)]
 NAMES = {"EfficientNet-B0": "efficientnet_b0", "EfficientNet-B1": "efficientnet_b1", "MobileNetV3-Large": "mobilenetv3_large_100",
          "ResNet-18": "resnet18", "ResNet-34": "resnet34", "ViT-tiny": "vit_tiny_patch16_224", "XCiT-tiny": "xcit_tiny_12_p16_224"}
 TEACHERS = {"ResNet-50 (MoCo-v2)": "resnet50", "ResNet-101 (MoCo-v2)": "resnet101", "ResNet-152 (MoCo-v2)": "resnet152",
@@ -50,7 +48,7 @@ def test_the_header_is_true(path):
     assert not set(base) & {"run", "student", "teacher", "method", "optim", "view", "views"}  # what makes a row is in its own file
 
 
-@each(BUILT)
+@each(FILES)
 def test_the_cost_is_that_of_imagenet(path):
     cfg = config.load(path)
     cost = f"# Cost: {cfg.run.epochs} epochs x {IMAGES // cfg.data.batch:,} steps of {cfg.data.batch} images.\n"
@@ -59,7 +57,7 @@ def test_the_cost_is_that_of_imagenet(path):
 
 def test_no_two_resolve_alike():
     seen = {}
-    for path in BUILT:
+    for path in FILES:
         flat = config.flatten(config.load(path).model_dump(mode="json"))
         key = repr(sorted((k, v) for k, v in flat.items() if k != "run.name"))
         assert key not in seen, f"{path} and {seen[key]}"
@@ -69,7 +67,7 @@ def test_no_two_resolve_alike():
 def test_the_rows_of_a_method_share_all_but_student_teacher_and_head():
     """Within a folder only these differ; and the file that the README runs is a row of disco/ like the others."""
     groups = {}
-    for path in BUILT:
+    for path in FILES:
         if path != TWIN:
             groups.setdefault(path.parent.name if path.parent.name != "configs" else "disco", []).append(path)
     for name, paths in groups.items():
@@ -79,7 +77,7 @@ def test_the_rows_of_a_method_share_all_but_student_teacher_and_head():
         assert name == "moco" or name == "seed" or "student.hidden" not in differ
 
 
-@each(BUILT)
+@each(FILES)
 def test_a_dry_run_works_without_data_and_teacher(path, capsys, tmp_path):
     assert train.main(["--config", str(path), "--dry-run", f"run.out={tmp_path}"]) == 0
     out = capsys.readouterr().out.replace("\n", " ")
@@ -107,7 +105,7 @@ def published(name):
 
 def test_the_teachers_fit_by_their_published_layouts(monkeypatch):
     monkeypatch.setattr(models, "read", lambda file: published(file.name))
-    wanted = {(cfg.teacher.file, cfg.teacher.arch, cfg.student.dim) for cfg in map(config.load, BUILT) if cfg.teacher}
+    wanted = {(cfg.teacher.file, cfg.teacher.arch, cfg.student.dim) for cfg in map(config.load, FILES) if cfg.teacher}
     assert len(wanted) == len({file for file, *_ in wanted}) >= 6  # each file is one architecture and one width wherever it is used
     for file, arch, dim in wanted:
         with torch.device("meta"):
