@@ -37,6 +37,7 @@ PHOTOS = ROOT.parent / "shared" / "data" / "photos-240.tar"  # 240 photographs, 
 CROP = Crop()
 CORES = len(os.sched_getaffinity(0))
 CPU = Way("cpu", "cpu", "cpu", False, 0.0, 2)
+IMAGES = 256  # of a stage in a round
 STAGES = ("reading", "decoding", "draws", "resizing", "normalising", "jitter", "gray", "blur")
 
 
@@ -78,7 +79,7 @@ def on_cpu(args, root: Path, tars: Path) -> tuple[list[dict], dict]:
     summary += [row(f"loader_cost_{s}_ms", round(statistics.median(stages[s]), 3), "ms of a core an image, both views", None, "lower") for s in STAGES]
     none = "no NVIDIA GPU here"
     summary += [row(n, None, unit, None, better, none) for n, unit, better in (
-        ("loader_ips_gpu", "images/s, 2 views each", "higher"), ("loader_gpu_vs_cpu", "x of all on the CPU, same threads", "higher"),
+        ("loader_ips_gpu", "images/s, 2 views each", "higher"), ("loader_gpu_vs_cpu", "x of all on the CPU, all cores", "higher"),
         ("loader_hw_share", "best share of the decoding engine", "higher"), ("loader_vram_gb", "GB", "lower"))]
     return summary, dict(ips=ips, memory_gb=memory, cost_ms=stages)
 
@@ -262,10 +263,10 @@ def profile(root: Path, batch: int, rounds: int) -> dict[str, list[float]]:
             for _ in range(CPU.prefetch + 1):
                 pipes[name].run()
             begin = time.process_time()
-            for _ in range(max(1, 256 // batch)):
+            for _ in range(max(1, IMAGES // batch)):
                 pipes[name].run()
             if r:
-                cost[name].append(1e3 * (time.process_time() - begin) / (max(1, 256 // batch) * batch))
+                cost[name].append(1e3 * (time.process_time() - begin) / (max(1, IMAGES // batch) * batch))
     before = dict(zip(STAGES, [None, *STAGES[:3], "resizing", "plain", "plain", "plain"]))
     cost["normalising"] = cost["plain"]
     return {s: [a - (b if before[s] else 0) for a, b in zip(cost[s], cost[before[s]] if before[s] else cost[s])] for s in STAGES}
