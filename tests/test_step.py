@@ -192,7 +192,9 @@ class Replayed(Replays):
 # ---- torch.compile
 
 def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder, tmp_path, distilled):
-    run = lambda *more: ranks(1, _told, tiny(folder, tmp_path, *distilled, "log.every=1", "run.max_steps=3", "data.accumulate=1", *more))[0]  # noqa: E731
+    def run(*more):
+        return ranks(1, _told, tiny(folder, tmp_path, *distilled, "log.every=1", "run.max_steps=3", "data.accumulate=1", *more))[0]
+
     assert "perf.compile" not in run("run.name=plain")
     text = run("run.name=both", "perf.compile=both", "perf.backend=aot_eager")
     for what in ("student", "teacher"):
