@@ -53,7 +53,7 @@ class Recorded:
         self.about = {"version": VERSION, "teacher": of, "precision": self._precision, "dim": dim, **loader.recipe}
         self.fingerprint = hashlib.sha256(json.dumps([self.about, self.rounds], sort_keys=True).encode()).hexdigest()
         self._row = len(loader.crops), dim
-        self._block = found["block"] if found else BLOCK
+        self._block = (found or {}).get("block", BLOCK)
         self._slots = -(-len(loader.listing.files) // self._block) * self._block
         self._now = self._round = None
         if found:
@@ -65,6 +65,7 @@ class Recorded:
                             f"rest by {COMMAND}")
         self._map(found["rounds"])
         self._whole()
+        say(f"{self.folder}: its embeddings are replayed instead of the teacher, {self.rounds} rounds")
 
     def at(self, index: Tensor, epoch: int):
         """Fetches the rows of these images [B] (int64, on the CPU) in the views of the epoch; waits for no device.
@@ -132,12 +133,12 @@ class Recorded:
 
     def _lacks(self, r: int) -> np.ndarray:
         """Indices, ascending, of the images that are missing or damaged in the round."""
-        sums, kept = self._sums[r], self.loader.listing.kept
+        good = np.zeros(self._slots, bool)
         for at in range(0, self._slots, self._block):
             there = slice(at, at + self._block)
-            if sums[there].any():
-                sums[there][sums[there] != _sums(self._z[r, there])] = 0
-        return kept[sums[kept] == 0]
+            if self._sums[r, there].any():
+                good[there] = self._sums[r, there] == _sums(self._z[r, there])
+        return self.loader.listing.kept[~good[self.loader.listing.kept]]
 
     def _encode(self) -> Callable[[list[Tensor]], np.ndarray]:
         """Views -> unit rows [B,V,d] float16."""
