@@ -168,7 +168,7 @@ class Dino(Block):
     freeze_epochs: int = Field(1, ge=0)  # for which the last layer stays as drawn
     momentum: float = Field(0.996, ge=0, le=1)  # of the mean student at the start; 1 at the end, by a cosine
     centre: float = Field(0.9, ge=0, lt=1)  # momentum of the centre
-    distill: float = Field(1.0, ge=0)  # weight of ||s-t||^2 of the bottlenecks, mean over images, sum over the two large views: ours, none is published
+    distill: float = Field(1.0, ge=0)  # weight of ||s-t||^2 of the bottlenecks, mean over images, sum over two views: ours, see docs/method.md
 
 
 class Seed(Block):
@@ -184,7 +184,7 @@ class Seed(Block):
     @model_validator(mode="after")
     def _resolved(self):
         if self.temp_teacher < 0.01 and self.queue_dtype in ("bf16", "fp16"):
-            raise ValueError(f"method.queue_dtype: {self.queue_dtype} does not resolve cosines for method.temp_teacher {self.temp_teacher:g}; set fp32")
+            raise ValueError(f"method.queue_dtype: {self.queue_dtype} is too coarse for method.temp_teacher {self.temp_teacher:g}; set fp32")
         return self
 
 

@@ -78,7 +78,8 @@ def of(cfg: config.Config, train: bool = False) -> Net:
     return net
 
 
-def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1, sizes: tuple[int, ...] = ()) -> Net:
+def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1,
+           sizes: tuple[int, ...] = ()) -> Net:
     """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
 
     arch       a name of timm's, or one of WIDE

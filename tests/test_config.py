@@ -128,7 +128,8 @@ def test_a_method_knows_its_own_keys_alone(tmp_path):
 
 def test_crops_are_groups_over_the_view(tmp_path):
     assert "views: moco takes 2 crops of an image here, found 3" in error(tmp_path, BASE, "views=[{count: 3}]")
-    cfg = load(tmp_path, BASE, "method.name=swav", "view.jitter_p=0.5", "view.blur_p=0.2", "views=[{count: 2, size: 64}, {scale: [0.1, 0.3], blur_p: 0}]")
+    cfg = load(tmp_path, BASE, "method.name=swav", "view.jitter_p=0.5", "view.blur_p=0.2",
+               "views=[{count: 2, size: 64}, {scale: [0.1, 0.3], blur_p: 0}]")
     found = [(c.size, c.scale, c.jitter_p, c.blur_p) for c in config.crops(cfg)]
     assert found == [(64, (0.2, 1.0), 0.5, 0.2)] * 2 + [(224, (0.1, 0.3), 0.5, 0.0)]
 
@@ -172,7 +173,7 @@ def test_a_dumped_method_reads_back_equal(tmp_path, name):
 @pytest.mark.parametrize("overrides, says", [
     (["method.name=seed"], "teacher.file: SEED learns from a teacher alone"),
     (["method.name=seed", "teacher.file=/t", "method.contrast=1"], "views: seed takes 2 crops of an image here, found 1"),
-    (["method.name=seed", "teacher.file=/t", "method.temp_teacher=1e-4", "method.queue_dtype=bf16"], "method.queue_dtype: bf16 does not resolve"),
+    (["method.name=seed", "teacher.file=/t", "method.temp_teacher=1e-4", "method.queue_dtype=bf16"], "method.queue_dtype: bf16 is too coarse"),
     (["method.name=swav", "views=[{}]"], "views: swav takes 2 or more crops of an image, found 1"),
     (["method.name=swav", "data.batch=96"], "method.queue: 3584 embeddings are no multiple of data.batch 96; nearest: 3552 or 3648"),
     (["method.name=swav", "bn.groups=2"], "bn.sync: "),

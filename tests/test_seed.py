@@ -44,7 +44,7 @@ def views_of(name, step, share=slice(None)):
 def relations(z):
     """Distances in units of their mean, and cosines at every triple, one by one."""
     n = len(z)
-    far = torch.stack([torch.stack([(z[i] - z[j]).square().sum().sqrt() if i != j else torch.zeros(()).double() for j in range(n)]) for i in range(n)])
+    far = torch.stack([(z[i] - z[j]).square().sum().sqrt() if i != j else torch.zeros(()).double() for i in range(n) for j in range(n)])
     far = far / far[far > 0].mean()
     to = lambda i, j: (z[j] - z[i]) / (z[j] - z[i]).square().sum().sqrt() if i != j else torch.zeros(z.shape[1]).double()  # noqa: E731
     angle = torch.stack([to(i, j) @ to(i, k) for i in range(n) for j in range(n) for k in range(n)])

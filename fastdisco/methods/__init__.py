@@ -16,7 +16,7 @@ class Nets(NamedTuple):
 
     student: Callable[[list[Tensor]], Out]  # the engine; called once a micro batch with all views
     ema: Callable[[list[Tensor]], Out] | None  # the mean student: no grad, own batch-norm statistics; None where the method's momentum is
-    teacher: Callable[[list[Tensor]], Out] | None  # no grad, eval; called at most once a micro batch, first, and read late: it may run beside the rest
+    teacher: Callable[[list[Tensor]], Out] | None  # no grad, eval; called once a micro batch, first, and read late: it may run beside the rest
     prototypes: Callable[[Tensor], Tensor] | None = None  # [...,d] -> [...,P], the student's as it stands: no grad
 
 
