@@ -9,8 +9,9 @@ from torch import nn
 from fastdisco import config, heads, models
 from fastdisco.config import UserError
 
-WIDTHS = {"mobilenetv3_large_100": 1280, "mobilenetv3_small_050": 1024, "efficientnet_b0": 1280, "resnet18": 512, "resnet50": 2048,
-          "vit_tiny_patch16_224": 192}  # of the published networks
+STUDENTS = {"mobilenetv3_large_100": 1280, "efficientnet_b0": 1280, "efficientnet_b1": 1280, "resnet18": 512, "resnet34": 512,
+            "vit_tiny_patch16_224": 192, "xcit_tiny_12_p16_224": 192}  # the paper's, and the published widths of their features
+WIDTHS = STUDENTS | {"mobilenetv3_small_050": 1024, "resnet50": 2048, "resnet50w2": 4096}
 
 
 def small(groups=1, seed=0, arch="resnet10t"):
@@ -33,6 +34,14 @@ def test_feature_width(arch):
     assert asked == [WIDTHS[arch]] and found.shape == (1, WIDTHS[arch])
     hidden = (found @ w["0.weight"].T + w["0.bias"]).clamp(min=0)
     torch.testing.assert_close(z[0], hidden @ w["2.weight"].T + w["2.bias"])
+
+
+@pytest.mark.parametrize("arch", STUDENTS)
+def test_gradients_reach_every_weight_of_a_student(arch):
+    kwargs = {"zero_init_last": False} if "resnet" in arch else {}  # timm's own start lets nothing through the blocks in the first step
+    net = models.create(arch, lambda dim: heads.mlp(dim, 32, 8), kwargs)
+    net([images(2, size=224 if "vit" in arch else 64)]).z.square().sum().backward()
+    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()] == []
 
 
 def test_the_head_is_linear_relu_linear_and_hidden_0_is_one_linear():
