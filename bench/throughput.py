@@ -13,6 +13,7 @@ import gc
 import io
 import os
 import random
+import re
 import resource
 import statistics
 import sys
@@ -26,6 +27,7 @@ from typing import Callable, NamedTuple
 from common import RESULTS, ROOT, row, write
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from rich.table import Table
@@ -34,9 +36,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 import official
-from fastdisco import config, data, dist, engine, heads, methods, models, optim, teacher
+from fastdisco import config, data, dist, engine, heads, models, optim, pupils, teacher
 from fastdisco.config import UserError
-from fastdisco.data import demo, loader
+from fastdisco.data import demo
 from fastdisco.log import console, say
 from fastdisco.methods import Nets, Progress
 from fastdisco.models import Out
@@ -181,7 +183,7 @@ def configuration(args, folder: Path, batch: int, batches: list[int], kind: str)
         if synthetic and not (folder / "images").exists():
             jpegs(folder / "images", FEW * max(batches) * dist.world(), scale=0.3 if args.quick else 1.0)
         if not own and not cfg.teacher.file.exists():
-            random_teacher(cfg)
+            random_teacher(cfg.teacher.file, cfg.teacher.arch, lambda dim: heads.mlp(dim, dim, cfg.student.dim))
     dist.barrier()
     return cfg
 
@@ -227,19 +229,23 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
     return f.getvalue()
 
 
-def random_teacher(cfg: config.Config):
-    """A MoCo-v2 checkpoint of random weights, whose batch norms have the statistics of its own activations, as after a training."""
+def random_teacher(file: Path, arch: str, head: Callable, backbone_keys: str = "module.encoder_q.", head_keys: str = "module.encoder_q.fc.",
+                   wrapped: str | None = "state_dict"):
+    """A teacher's checkpoint of random weights, whose batch norms have the statistics of its own activations, as after a training.
+
+    head  makes the head for the backbone's number of features; *_keys, wrapped: names in the file, by default MoCo-v2's."""
     torch.manual_seed(0)
-    net = models.create(cfg.teacher.arch, lambda dim: heads.mlp(dim, dim, cfg.student.dim), cfg.teacher.kwargs).train()
+    net = models.create(arch, head).train()
     for m in net.modules():
         if isinstance(m, _BatchNorm):
             m.momentum = None  # the mean over what it sees
             if not m.weight.any():
                 nn.init.ones_(m.weight)  # timm begins some at zero: nothing would flow, and zeros cost a device less power
+    own = timm.get_pretrained_cfg(arch)
     with torch.no_grad():
-        net([torch.randn(8, 3, 64, 64)])
-    state = {k.replace("backbone.", "module.encoder_q.").replace("head.", "module.encoder_q.fc."): v for k, v in net.state_dict().items()}
-    torch.save({"epoch": 200, "arch": cfg.teacher.arch, "state_dict": state}, cfg.teacher.file)
+        net([torch.randn(8, 3, *([own.input_size[-1]] * 2 if own and own.fixed_input_size else (64, 64)))])
+    state = {re.sub("^head[.]", head_keys, re.sub("^backbone[.]", backbone_keys, k)): v for k, v in net.state_dict().items()}
+    torch.save({wrapped: state} if wrapped else state, file)
 
 
 class Ours:
@@ -247,27 +253,16 @@ class Ours:
 
     def __init__(self, cfg: config.Config, listing: data.Listing, micro: int, device: torch.device):
         self.cfg, self.device, self.done = cfg, device, 0
-        lr = optim.base_lr(cfg.optim, cfg.data.batch)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cfg.engine.tf32, cfg.perf.cudnn_benchmark
+        pupil = pupils.create("", cfg, micro, device)
+        self.loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device,
+                                       way=data.way(cfg.data, device, cfg.engine.precision), permuted=pupil.method.permuted)
+        self.live = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, self.loader, cfg.perf.graphs)
         torch.manual_seed(cfg.run.seed)
-        self.method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, hidden=cfg.student.hidden, crop=cfg.view,
-                                     seed=cfg.run.seed, shuffle=cfg.bn.shuffle and dist.world() * cfg.bn.groups > 1).to(device)
-        self.net = models.create(cfg.student.arch, self.method.head, cfg.student.kwargs, cfg.bn.groups).to(device)
-        self.loader = data.TrainLoader(listing, self.method.views, micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device)
-        self.live = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, self.loader)
-        self.ema, self.twin = models.ema_copy(self.net), copy.deepcopy(self.net)  # twin: the student without the engine
-        optimizer = optim.create(self.net, cfg.optim, lr, cfg.engine.stage)
-        self.student = engine.create(self.net, optimizer, cfg.engine, micro, 1, cfg.optim.clip)
-        for n in (self.net, self.ema, self.twin):
-            if n is not self.net or cfg.engine.stage == 0:
-                n.to(memory_format=torch.channels_last)
-        self.twin_optimizer = optim.create(self.twin, cfg.optim, lr)
-        self.nets = Nets(self.student, self.frozen(self.ema), self.frozen(self.live))
-
-    def frozen(self, net) -> Callable[[list[Tensor]], Out]:
-        def call(views):
-            with torch.no_grad(), engine.autocast(self.cfg.engine.precision, self.device):
-                return net(views)
-        return call
+        self.twin = models.of(cfg, train=True).to(device, memory_format=torch.channels_last)  # the student without the engine
+        self.twin_optimizer = optim.create(self.twin, cfg.optim, pupil.lr)
+        pupil, = pupils.prepare([pupil], self.live, self.loader)
+        self.net, self.ema, self.student, self.method, self.nets = pupil.net, pupil.ema, pupil.student, pupil.method, pupil.nets(self.live)
 
     def plain(self, views: list[Tensor]) -> Out:
         with engine.autocast(self.cfg.engine.precision, self.device):
@@ -300,7 +295,7 @@ class Ours:
 
     @property
     def progress(self) -> Progress:
-        return Progress(self.done, 0.5)
+        return Progress(self.done, 0.5, 0.5 * self.cfg.run.epochs, self.done)
 
 
 def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | None, ready: data.Batch, half: Ours | None, size: int, workers: int,
@@ -339,7 +334,7 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | Non
 
     def loaded(step, source):
         def run(n):
-            for _ in range(loader.DEPTH if n > 1 else 0):  # what was made ahead while other arms ran
+            for _ in range(ours.loader.way.prefetch if n > 1 else 0):  # what was made ahead while other arms ran
                 step(next(source))
             begin, waited = now(device), 0.0
             for _ in range(n):
@@ -404,13 +399,13 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
     half = None
     if device.type == "cpu" and cfg.engine.precision == "fp32":
         half = Ours(cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"precision": "bf16"})}), listing, micro, device)
-    replayed = data.TrainLoader(few, ours.method.views, micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, rounds=1)
+    replayed = data.TrainLoader(few, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, way=ours.loader.way, rounds=1)
     recorded = teacher.create(cfg.teacher.model_copy(update={"cache": "record"}), cfg.student.dim, cfg.engine.precision, replayed)
     recorded.complete()
     seen = next(replayed)
     recorded.at(seen.index, seen.epoch)
     near = torch.nn.functional.cosine_similarity(recorded(seen.views).z, ours.nets.teacher(seen.views).z.float(), dim=-1).min().item()
-    net = teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, device).net
+    net = teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, teacher.How(device)).net  # as published: not folded
     theirs = None
     if cfg.method.name == "moco":  # else there is no official recipe to compare with
         queue = cfg.method.queue // cfg.data.batch * cfg.data.batch
@@ -420,7 +415,7 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
     for name in sorted(run):
         run[name](1)  # warm-up: first shapes, graphs, workers
         steps[name] = shared(max(1, min(100, round(seconds / max(run[name](1)[0], 1e-6)))))
-    idle = 1.5 * loader.DEPTH * run["loader"](2)[0]
+    idle = 1.5 * ours.loader.way.prefetch * run["loader"](2)[0]
     took, waits = {name: [] for name in run}, []
     for r in range(rounds):
         if shared(r >= 3 and time.monotonic() > until):
@@ -455,7 +450,7 @@ def plain_folder(few: data.Listing, folder: Path) -> str:
 
 def work(ours: Ours, net: models.Net, device: torch.device) -> dict:
     """Floating-point operations and, at the least, bytes of an image's two views, and what this device does of each in a second."""
-    views = [torch.zeros(2, 3, c.size, c.size, device=device) for c in ours.method.views]
+    views = [torch.zeros(2, 3, c.size, c.size, device=device) for c in ours.loader.crops]
     flops, traffic = {}, {}
     with FlopCounterMode(display=False) as count, torch.no_grad():
         traffic["teacher"] = moved(net, lambda: net(views)) / 2

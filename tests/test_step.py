@@ -166,7 +166,7 @@ def test_a_rehearsal_leaves_statistics_and_random_streams():
 def test_a_rehearsed_step_makes_the_graphs_that_training_replays_and_changes_nothing(with_teacher):
     student = net("test_efficientnet").train()
     ema, teacher = models.ema_copy(student), Teacher(net())
-    method = methods.create("moco", cfg=config.Moco(queue=24), dim=16, hidden=24, crop=config.Crop(size=32), seed=0, shuffle=True)
+    method = methods.create("moco", cfg=config.Moco(queue=24), dim=16, seed=0, shuffle="gather")
     state = copy.deepcopy([method.state_dict(), ema.state_dict()])
     graphs = [Graphed(what, forward, capture=Replayed) for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))]
     nets = Nets(torch.no_grad()(copy.deepcopy(ema)), graphs[0], graphs[1] if with_teacher else None)

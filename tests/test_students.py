@@ -91,8 +91,8 @@ def test_each_is_evaluated_and_found_by_its_name(out):
     net, cfg = models.from_run(out / "both", "ema", student="small")
     assert cfg.student.arch == "test_resnet" and cfg.optim.lr == 0.1 and cfg.students == ()
     assert torch.equal(net.state_dict()["head.0.weight"], models.read(checkpoint.last(out / "small") / "state.pt")["ema"]["head.0.weight"])
-    taught = teacher.load(out / "both", "test_resnet", {}, 8, "cpu", "small")
-    assert taught.fingerprint == teacher.load(out / "small", "test_resnet", {}, 8, "cpu").fingerprint
+    taught = teacher.load(out / "both", "test_resnet", {}, 8, student="small")
+    assert taught.fingerprint == teacher.load(out / "small", "test_resnet", {}, 8).fingerprint
 
 
 @pytest.mark.parametrize("run, student, says", [("both", None, "several students.*test_efficientnet, small"), ("both", "tall", "no student tall"),

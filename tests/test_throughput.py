@@ -35,7 +35,7 @@ def nets(queue):
     torch.manual_seed(1)
     make = lambda arch: models.create(arch, lambda d: heads.mlp(d, 12, 8)).double()  # noqa: E731
     student, teacher = make("test_efficientnet"), make("test_resnet").eval().requires_grad_(False)
-    method = methods.create("moco", cfg=config.Moco(queue=len(queue), momentum=0.9, temp=0.2), dim=8, hidden=12, crop=Crop(), seed=0, shuffle=False)
+    method = methods.create("moco", cfg=config.Moco(queue=len(queue), momentum=0.9, temp=0.2), dim=8, seed=0, shuffle="off")
     method.queue.rows = queue.clone()
     return student, teacher, method
 
@@ -188,11 +188,11 @@ def test_operations_are_counted():
     """A ResNet-50's forward is known: 4.1 G multiply-adds at 224 px."""
     torch.manual_seed(0)
     net = models.create("resnet50", lambda dim: torch.nn.Identity()).eval()
-    method = SimpleNamespace(views=(Crop(), Crop()))
+    loader = SimpleNamespace(crops=(Crop(), Crop()))
     twin = models.create("test_efficientnet", lambda dim: torch.nn.Identity())
-    found = throughput.work(SimpleNamespace(method=method, twin=twin), net, CPU)
+    found = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU)
     assert found["flops"]["teacher"] == pytest.approx(2 * 2 * 4.1e9, rel=0.02)  # two views, two operations each
-    alone = throughput.work(SimpleNamespace(method=method, twin=net), twin, CPU)
+    alone = throughput.work(SimpleNamespace(loader=loader, twin=net), twin, CPU)
     assert alone["flops"]["student"] == pytest.approx(3 * found["flops"]["teacher"], rel=0.05)  # but for the images' gradient
 
 

@@ -13,6 +13,7 @@ from fastdisco.methods import Method, Nets, Progress, distilled, spread
 class Moco(Method):
     def __init__(self, cfg: config.Moco, dim: int, seed: int, shuffle: str):
         super().__init__()
+        self.cfg, self.seed, self.shuffle, self.permuted = cfg, seed, shuffle, shuffle == "load"
         self.weights = {"contrast": cfg.contrast, "distill": cfg.distill}
         if cfg.rkd.distance or cfg.rkd.angle:
             self.weights |= {"rkd_distance": cfg.rkd.distance, "rkd_angle": cfg.rkd.angle}
