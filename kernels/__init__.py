@@ -2,6 +2,7 @@
 whose other form is chunked torch (chunked.py); the specification is reference.py."""
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdisco.kernels import ops, reference
 from fastdisco.kernels.rkd import rkd
@@ -106,15 +107,14 @@ def _targets(loss: str, inputs: dict[str, Tensor | None]):
             raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")
 
 
-_seen = set()  # queues whose rows were found to be unit rows; `enqueue` keeps them so
+_seen = WeakIdKeyDictionary()  # queues whose rows were found to be unit rows; `enqueue` keeps them so
 
 
 def _unit_rows(loss: str, queue: Tensor):
-    """Raises ValueError for a queue that was never normalised.  Once per buffer: on a GPU the answer has to be waited for."""
-    key = queue.data_ptr(), queue.shape, queue.dtype
-    if key in _seen or queue.is_cuda and torch.cuda.is_current_stream_capturing():
+    """Raises ValueError for a queue that was never normalised.  Once per tensor: on a GPU the answer has to be waited for."""
+    if queue in _seen or queue.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     worst = max((part.float().norm(dim=1) - 1).abs().max().item() for part in queue.split(1 << 16))
     if not worst < 0.02:  # bfloat16 rounds a length by less than 0.004
         raise ValueError(f"{loss}: queue holds a row whose length is off by {worst:.2g} from 1; fill it with F.normalize(rows, dim=1) or `enqueue`")
-    _seen.add(key)
+    _seen[queue] = True

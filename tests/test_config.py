@@ -105,11 +105,6 @@ def test_the_twin_differs_by_the_distillation_alone():
     assert a["run.name"] != b["run.name"] and b["teacher"] is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_configs_load(path):
-    assert config.load(path).run.name
-
-
 # ---- methods, crops, recipes
 
 def test_a_method_knows_its_own_keys_alone(tmp_path):

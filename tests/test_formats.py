@@ -439,6 +439,6 @@ def test_of_a_dino_run_the_mean_student_teaches_and_of_others_the_student(tmp_pa
     made = {which: models.Net(torch.nn.Identity(), torch.nn.Linear(4, 3)) for which in ("student", "ema")}
     for method, which in (("dino", "ema"), ("moco", "student"), ("swav", "student")):
         cfg = types.SimpleNamespace(method=types.SimpleNamespace(name=method), student=types.SimpleNamespace(arch="resnet18", kwargs={}, dim=3))
-        monkeypatch.setattr(models, "from_run", lambda folder, net="student": (made[net], cfg))
+        monkeypatch.setattr(models, "from_run", lambda folder, net="student", student=None: (made[net], cfg))
         found = formats.read(tmp_path)
         assert found.net is made[which] and (found.arch, found.head, found.dim) == ("resnet18", "4 -> 3", 3) and method in found.format
