@@ -177,6 +177,8 @@ def configuration(args, folder: Path, batch: int, batches: list[int], kind: str)
         mine += ["engine.precision=bf16"] if kind == "gpu" else []
     data_ = [f"data.train={args.data}"] if args.data else []
     cfg = config.load(args.config, [*mine, *data_, *(QUICK if args.quick else []), *args.overrides])
+    if cfg.method.name != "moco":
+        raise UserError(f"{args.config}: has method.name {cfg.method.name}; the bench takes MoCo's step apart, give a configuration with moco")
     if cfg.teacher is None:
         raise UserError(f"{args.config}: has no teacher; the bench measures distillation, set teacher.file and teacher.arch")
     if dist.rank() == 0:

@@ -10,7 +10,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-OPERATORS = {"CPU": {"readers__File", "PeekImageShape"}, "Mixed": {"decoders__Image"}, "GPU": {"Resize", "Slice", "GaussianBlur"}}
+OPERATORS = {"CPU": {"readers__File", "readers__Webdataset", "PeekImageShape", "Resize", "Filter", "Hsv", "BrightnessContrast"},
+             "Mixed": {"decoders__Image"}, "GPU": {"Resize", "Slice", "GaussianBlur", "Hsv", "CropMirrorNormalize"}}
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdisco import config, data, dist, engine, models, teacher
+from fastdisco import config, data, dist, engine, methods, models, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     known = argparse.ArgumentParser(add_help=False)
     known.add_argument("file", type=Path, help="a checkpoint as its training wrote it, or the folder of a run, see docs/teachers.md")
     known.add_argument("--arch", help="the timm model that it belongs to, where the file does not tell")
+    known.add_argument("--student", metavar="NAME", help="which one, of a run that has several students")
     p = sub.add_parser("show", parents=[known], help="what the file is, and what of it is used; exit code 2 if it is no teacher")
     p.set_defaults(run=_show)
     p = sub.add_parser("check", parents=[known], help="its kNN accuracy; exit code 2 if that shows no training")
@@ -94,7 +95,7 @@ def _check(args):
 
 
 def _show(args):
-    found = formats.read(args.file, args.arch)
+    found = formats.read(args.file, args.arch, student=args.student)
     count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M weights"  # noqa: E731
     say(f"{args.file}: {found.format}")
     say(f"architecture  {found.arch} {found.kwargs or ''}".rstrip() + f", {count(found.net.backbone)}")
@@ -108,7 +109,7 @@ def _show(args):
 @torch.no_grad()
 def _probe(args):
     quarantine, device, draw = _default("quarantine"), dist.device(), np.random.default_rng(0)
-    found, val = formats.read(args.file, args.arch), data.listing(args.data, quarantine)
+    found, val = formats.read(args.file, args.arch, student=args.student), data.listing(args.data, quarantine)
     train = data.listing(args.bank, quarantine) if args.bank else val
     knn.check(train, val)
     bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])  # sorted by class, or mixed: halves alike in both
@@ -133,7 +134,7 @@ def _record(args):
     loader = data.TrainLoader(data.listing(cfg.data.train, cfg.data.quarantine), config.crops(cfg), config.micro_batch(cfg, dist.world()), cfg.run.seed,
                               cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device, way=data.way(cfg.data, device, cfg.engine.precision),
                               rounds=teacher.rounds(cfg.teacher))
-    teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader).complete()
+    teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, taught=methods.kind(cfg.method.name).taught).complete()
     engine.stop()
 
 

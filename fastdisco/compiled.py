@@ -12,16 +12,16 @@ from fastdisco.log import say
 ROUNDS = 5  # timed, of either form
 
 
-def compile(what: str, backbone: nn.Module, step: Callable[[], object], backend: str):
-    """Compiles the backbone in place, for the shapes that `step` calls it with, and tells after how many such steps that has paid.
+def compile(what: str, net: nn.Module, step: Callable[[], object], backend: str):
+    """Compiles net.backbone in place, for the shapes that `step` calls it with, and tells after how many such steps that has paid.
 
-    step  what a micro batch does with the backbone; its buffers and the random streams are left as they were.
+    step  what a micro batch does with the net; its buffers and the random streams are left as they were.
     Raises UserError where it cannot be compiled."""
-    with rehearsal(backbone):
+    with rehearsal(net):
         before = _seconds(step)
         begin = time.perf_counter()
         try:
-            backbone.compile(backend=backend, dynamic=False)
+            net.backbone.compile(backend=backend, dynamic=False)
             step()
         except Exception as e:  # whatever the compiler, or the C++ compiler below it, trips over
             raise UserError(f"perf.compile: the {what} cannot be compiled by {backend} ({type(e).__name__}: {' '.join(str(e).split())[:200]}); "
@@ -33,10 +33,10 @@ def compile(what: str, backbone: nn.Module, step: Callable[[], object], backend:
     say(f"perf.compile: {what} in {took:.1f} s; its part of a micro batch is {after * 1e3:.2f} ms instead of {before * 1e3:.2f} ms; {gain}")
 
 
-def forward_backward(backbone: nn.Module, views: Sequence[Tensor]) -> tuple:
+def forward_backward(net: nn.Module, views: Sequence[Tensor]) -> tuple:
     """The gradients of one micro batch, handed back instead of added to those of the weights, where an engine would see them."""
-    weights = [p for p in backbone.parameters() if p.requires_grad]
-    return torch.autograd.grad(sum(backbone(v).float().mean() for v in views), weights, allow_unused=True)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    return torch.autograd.grad(net(views).z.float().mean(), weights, allow_unused=True)
 
 
 def _seconds(step: Callable[[], object]) -> float:

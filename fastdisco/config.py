@@ -331,10 +331,10 @@ class Config(Block):
             raise ValueError(f"method.queue: {method.queue} embeddings are no multiple of data.batch {batch}; nearest: "
                              f"{method.queue // batch * batch} or {(method.queue // batch + 1) * batch}")
         if self.bn.shuffle == "load" and method.name not in ("moco", "seed"):
-            raise ValueError(f"bn.shuffle: load hands out other images as view B, and {method.name} compares the views of an image; take off")
+            raise ValueError(f"bn.shuffle: load hands out other images as view B, and {method.name} compares the views of an image; set bn.shuffle=off")
         if self.bn.shuffle == "load" and self.teacher and self.teacher.cache != "off":
             raise ValueError(f"bn.shuffle: load hands out other images as view B, and teacher.cache={self.teacher.cache} replays embeddings of whole "
-                             "images; take gather or off")
+                             "images; set bn.shuffle=gather or off")
         if self.engine.stage and (freeze := {"swav": "freeze_steps", "dino": "freeze_epochs"}.get(method.name)) and getattr(method, freeze):
             raise ValueError(f"method.{freeze}: at engine.stage {self.engine.stage} gradients are flat pieces of many tensors, and none can be "
                              f"left out of a step; set method.{freeze}=0 or engine.stage=0")
@@ -348,6 +348,8 @@ class Config(Block):
             raise ValueError(f"perf.compile: {self.perf.compile} works at engine.stage 0 to 2, for at 3 weights come and go within the forward")
         if self.perf.compile in ("teacher", "both") and self.teacher is None:
             raise ValueError(f"perf.compile: {self.perf.compile}, but there is no teacher; set teacher.file, or student or false")
+        if self.perf.compile in ("teacher", "both") and self.teacher.cache != "off":
+            raise ValueError(f"perf.compile: {self.perf.compile}, but with teacher.cache={self.teacher.cache} no teacher runs; set student or false")
         if self.eval.every and self.data.val is None:
             raise ValueError("eval.every: the kNN evaluation needs data.val, a folder of class folders")
         return self

@@ -26,21 +26,29 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
     yield f"run         {folder} by {cfg.method.name}: {'continues what is there' if (folder / 'config.yaml').exists() else 'new'}"
 
-    with torch.device("meta"):
-        net = models.of(cfg, train=True)
-    parts = ", ".join(f"{weights(m) / 1e6:.2f} M in {name}" for name, m in net.named_children())
-    yield f"student     {cfg.student.arch} {cfg.student.kwargs or ''}".rstrip() + f": {weights(net) / 1e6:.2f} M weights, {parts}"
+    nets = {}
+    for name, own in config.students(cfg).items():
+        with torch.device("meta"):
+            nets[name] = net = models.of(own, train=True)
+        parts = ", ".join(f"{weights(m) / 1e6:.2f} M in {part}" for part, m in net.named_children())
+        yield (f"student     {name and f'{name}: '}{own.student.arch} {own.student.kwargs or ''}".rstrip()
+               + f": {weights(net) / 1e6:.2f} M weights, {parts}")
 
     teacher = 0
     if cfg.teacher is None:
         yield "teacher     none"
+    elif cfg.teacher.cache == "replay":
+        recorded = cfg.teacher.cache_folder
+        if not (recorded / "cache.json").exists():
+            missing.append(f"teacher.cache_folder {recorded}")
+        yield f"teacher     replayed from {recorded}, its file is not needed"
     elif not cfg.teacher.file.exists():
         missing.append(f"teacher.file {cfg.teacher.file}")
         if cfg.teacher.arch:
             teacher = sum(map(math.prod, models.shapes(cfg.teacher.arch).values()))
         yield f"teacher     {cfg.teacher.arch or 'of an architecture that the file will tell'}: not found"
     else:
-        found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim)
+        found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, cfg.teacher.student)
         teacher = weights(found.net)
         yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
 
@@ -68,11 +76,13 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
         yield f"cost        {cfg.run.epochs} epochs x {steps:,} steps = {min(cfg.run.epochs * steps, cfg.run.max_steps or math.inf):,} steps"
     else:
         yield f"cost        {cfg.run.epochs} epochs; steps are known when the data is there"
-    yield memory(cfg, net, lr, teacher, crops, micro, world)
+    for name, own in config.students(cfg).items():
+        yield memory(name, own, nets[name], lr, teacher, crops, micro, world)
+        teacher = 0  # there is one for all
     yield f"missing     {', '.join(missing) or 'nothing'}"
 
 
-def memory(cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int], micro: int, world: int) -> str:
+def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int], micro: int, world: int) -> str:
     """Bytes on each rank in float32: exact for weights, gradients and the optimizer's state at the ZeRO stage, the most for what the student's
     forward saves for its backward, by a forward on the meta device; without queue, data pipeline and workspace of libraries."""
     optim.create(nn.Linear(1, 1), cfg.optim, lr, cfg.engine.stage)  # whether the optimizer works at that stage is tried with numbers
@@ -97,7 +107,7 @@ def memory(cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int
         net([torch.empty(micro, 3, size, size, device="meta") for size in crops])
     saved = sum(x.untyped_storage().nbytes() for x in kept.values())
     gib = lambda n: f"{n / GIB:.2f}"  # noqa: E731
-    return (f"memory      {gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
+    return (f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
             f"teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
 
 

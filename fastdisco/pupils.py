@@ -72,14 +72,16 @@ def prepare(pupils: list[Pupil], targets, loader: TrainLoader) -> list[Pupil]:
     if perf.compile in ("student", "both"):
         for p in pupils:
             with engine.autocast(p.cfg.engine.precision, device):
-                compiled.compile(p.name or "student", p.net.backbone, lambda: compiled.forward_backward(p.net.backbone, views), perf.backend)
+                compiled.compile(p.name or "student", p.net, lambda: compiled.forward_backward(p.net, views), perf.backend)
     if perf.compile in ("teacher", "both") and live:
-        compiled.compile("teacher", live.net.backbone, lambda: live.eager(views), perf.backend)
+        compiled.compile("teacher", live.net, lambda: live.eager(views[:pupils[0].method.taught]), perf.backend)
     if graphs:
         pupils = [p._replace(mean=p.ema and cudagraph.Graphed("mean student", p.mean, p.ema.buffers())) for p in pupils]
+        noise = lambda v: Out(torch.ones(len(v), loader.batch, pupils[0].cfg.student.dim, device=device))  # noqa: E731 - for recorded embeddings
         for p in pupils:
-            stand_in = copy.deepcopy(p.ema) if p.ema else models.of(p.cfg, train=True).to(device)
-            rehearse(p.nets(live)._replace(student=frozen(stand_in, p.cfg, device)), p.ema, p.method, views)
+            with torch.random.fork_rng(devices=[]):
+                stand_in = copy.deepcopy(p.ema) if p.ema else models.of(p.cfg, train=True).to(device)
+            rehearse(p.nets(live or (targets and noise))._replace(student=frozen(stand_in, p.cfg, device)), p.ema, p.method, views)
     return pupils
 
 

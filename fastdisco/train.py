@@ -32,7 +32,7 @@ def train(cfg: Config, overwrite: bool = False):
     loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
                               way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher),
                               permuted=students[0].method.permuted)
-    targets = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs)
+    targets = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs, students[0].method.taught)
     recorded = isinstance(targets, teacher.Recorded)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 

@@ -62,10 +62,10 @@ def test_a_run_is_finished_when_its_last_checkpoint_was_evaluated(tmp_path):
 def test_the_rows():
     score = lambda knn: dict(knn=knn, linear=knn + 0.1, untrained_knn=0.2, untrained_linear=0.25, minutes=1.0, epochs=1)  # noqa: E731
     rows = {r["name"]: r for r in accuracy.summary({"teacher": [score(0.7)], "alone": [score(0.4), score(0.5)], "disco": [score(0.6), score(0.62)]},
-                                                   {"seed": "there is no method of that name", "alone_equal_time": "the time was up"}, "cifar10")}
+                                                   {"seed": "the time was up, too", "alone_equal_time": "the time was up"}, "cifar10")}
     assert rows["disco_gain_points_cifar10"]["value"] == pytest.approx(16) and rows["disco_gain_linear_points_cifar10"]["value"] == pytest.approx(16)
     assert (rows["teacher_knn"]["value"], rows["alone_knn"]["value"], rows["disco_knn"]["value"]) == (70, 45, 61)
-    assert rows["seed_gain_points_cifar10"]["reason"] == "seed: there is no method of that name"
+    assert rows["seed_gain_points_cifar10"]["reason"] == "seed: the time was up, too"
     assert rows["disco_gain_equal_time_points_cifar10"]["reason"] == "alone_equal_time: the time was up"
     assert rows["untrained_student_knn"]["value"] == 20 and rows["alone_linear"]["value"] == 55
 

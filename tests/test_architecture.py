@@ -10,7 +10,7 @@ LEVELS = [
     {"kernels", "config", "dist", "log", "views", "heads"},
     {"data", "models", "memory", "cudagraph", "exchange"},
     {"teacher", "methods", "optim", "evals", "engine", "compiled"},
-    {"checkpoint", "runs", "plan", "pupils", "export"},
+    {"checkpoint", "runs", "plan", "pupils"},
     {"cli", "train"},
 ]
 OWNERS = {"nvidia": {"data"}, "deepspeed": {"engine"}, "timm.optim": {"optim"}, "timm": {"models", "optim"}, "triton": {"kernels"}}

@@ -84,6 +84,13 @@ def test_every_kept_result_is_whole(path):
         assert row["value"] is not None or row["reason"]
 
 
+def test_every_gpu_test_is_in_a_part_of_make_gpu():
+    listed = re.findall(r"^(?:kernels|loader|step|engine|testbeds) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    files = [name for part in listed for name in part.split()]
+    marked = {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py") if re.search(r"^@pytest\.mark\.gpu|marks=pytest\.mark\.gpu", p.read_text(), re.MULTILINE)}
+    assert len(listed) == 5 and len(files) == len(set(files)) and marked <= set(files) and all((ROOT / name).exists() for name in files)
+
+
 def test_the_demos_arms_share_every_setting_but_the_distillation():
     """student.yaml with and without a teacher differ in the teacher alone, the teacher's recipe in network, length and step size."""
     folder = ROOT / "configs" / "demo"

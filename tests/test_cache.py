@@ -212,20 +212,17 @@ def test_a_cache_of_something_else_is_refused(folder, made, tmp_path, overrides,
 
 
 def test_embeddings_by_batch_statistics_are_refused():
-    class Teacher(config.Teacher):
-        bn: str = "eval"
-
-    assert Teacher(file="x", cache="replay").bn == "eval" and Teacher(file="x", bn="batch").cache == "off"
+    assert config.Teacher(file="x", cache="replay").bn == "eval" and config.Teacher(file="x", bn="batch").cache == "off"
     for mode in ("record", "replay"):
         with pytest.raises(ValueError, match=f"cache: {mode} needs bn: eval"):
-            Teacher(file="x", cache=mode, bn="batch")
+            config.Teacher(file="x", cache=mode, bn="batch")
 
 
 def test_off_is_a_word_in_yaml_too(folder, tmp_path):
     assert config.load(ROOT / "tests/tiny.yaml", [f"data.train={folder}", "teacher.file=x", "teacher.cache=off"]).teacher.cache == "off"
 
 
-@pytest.mark.parametrize("key, value", [("teacher", "f" * 64), ("decoder", "gpu"), ("dali", "1.0"), ("version", 0)])
+@pytest.mark.parametrize("key, value", [("teacher", "f" * 64), ("decode", "gpu"), ("augment", "gpu"), ("dali", "1.0"), ("version", 0)])
 def test_a_cache_made_otherwise_is_refused(folder, copy, tmp_path, key, value):
     path = copy / "cache" / "cache.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))

@@ -60,7 +60,7 @@ def test_the_build_context_is_the_source_alone(tmp_path, monkeypatch):
 
 def test_the_build_context_has_every_tracked_source():
     here = set(map(str, rehearse.context()))
-    tracked = run("git", "ls-files", "fastdisco", "kernels", "configs", "bench", "tests", "docker", "setup.py", "pyproject.toml").split()
+    tracked = run("git", "ls-files", "fastdisco", "kernels", "configs", "bench", "tests", "docker", "docs", "setup.py", "pyproject.toml", "Makefile").split()
     assert len(tracked) > 20 and set(tracked) <= here
 
 

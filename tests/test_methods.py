@@ -24,7 +24,7 @@ def losses(name, device, precision="fp32"):
     torch.manual_seed(0)
     net = models.of(cfg, train=True).to(device)
     teacher = Teacher(models.create("test_resnet", lambda dim: heads.mlp(dim, 32, cfg.student.dim)).to(device))
-    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=0, shuffle=False).to(device)
+    method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=0, shuffle="off").to(device)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)
     optimizer = optim.create(net, cfg.optim, 0.01)
     cast = lambda f: engine.autocast(precision, device)(f)  # noqa: E731

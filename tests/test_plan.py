@@ -62,12 +62,12 @@ def test_memory_by_hand(stage, gib):
     with torch.device("meta"):
         net = models.Net(nn.Sequential(nn.Flatten(), nn.Linear(192, n), nn.ReLU()), nn.Linear(n, n))
     cfg = config.validate({"run": {"name": "x"}, "data": {"train": "/t"}, "optim": {"name": "adamw"}, "engine": {"stage": stage}}, "here")
-    text = plan.memory(cfg, net, 0.1, 2**20, [8, 8], batch, 4)
+    text = plan.memory("", cfg, net, 0.1, 2**20, [8, 8], batch, 4)
     own = (192 * n + n + n * n + n) * 4 / 2**30
     saved = 2 * batch * (192 + n) * 4  # the input, and the activation that ReLU and the head share; of each crop
     weights, forward = re.search(r"([\d.]+) GiB of weights.* at most ([\d.]+) GiB", text).groups()
     assert float(weights) == pytest.approx(own * gib + 2**22 / 2**30, abs=0.006) and own > 1
     assert float(forward) == pytest.approx(saved / 2**30, abs=0.006)
-    big = plan.memory(cfg, net, 0.1, 0, [8, 8], 1000 * batch, 4)
+    big = plan.memory("", cfg, net, 0.1, 0, [8, 8], 1000 * batch, 4)
     assert float(re.search(r"at most ([\d.]+) GiB", big)[1]) == pytest.approx(1000 * saved / 2**30, abs=0.006)
     assert f"student {own:.2f}, its optimizer {2 * own:.2f}, mean student {own:.2f}, teacher 0.00" in text

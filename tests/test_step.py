@@ -211,26 +211,28 @@ def _told(args):
 
 
 def test_what_cannot_be_compiled_is_refused():
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    small = models.Net(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2))
     with pytest.raises(UserError, match="perf.compile: the student cannot be compiled by no_such_thing .*perf.compile=false"):
-        compiled.compile("student", backbone, lambda: compiled.forward_backward(backbone, views()), "no_such_thing")
+        compiled.compile("student", small, lambda: compiled.forward_backward(small, views()), "no_such_thing")
     raw = {"run": {"name": "x"}, "data": {"train": "x"}}
     with pytest.raises(UserError, match="perf.compile: both, but there is no teacher"):
         config.validate(raw | {"perf": {"compile": "both"}}, "here")
+    with pytest.raises(UserError, match="perf.compile: teacher, but with teacher.cache=replay no teacher runs"):
+        config.validate(raw | {"perf": {"compile": "teacher"}, "teacher": {"file": "x", "cache": "replay"}}, "here")
     with pytest.raises(UserError, match="perf.compile: student works at engine.stage 0 to 2"):
         config.validate(raw | {"perf": {"compile": "student"}, "engine": {"stage": 3}}, "here")
 
 
 def test_what_compiling_measures_is_no_training():
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    before = copy.deepcopy(backbone.state_dict())
+    small = models.Net(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2))
+    before = copy.deepcopy(small.state_dict())
     stream, x = torch.get_rng_state(), views()
-    compiled.compile("student", backbone, lambda: compiled.forward_backward(backbone, x), "eager")
-    assert torch.equal(torch.get_rng_state(), stream) and all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
-    assert all(p.grad is None for p in backbone.parameters())
-    compiled.forward_backward(backbone, x)
-    assert not torch.equal(torch.get_rng_state(), stream) and not torch.equal(backbone[1].running_mean, before["1.running_mean"])
+    compiled.compile("student", small, lambda: compiled.forward_backward(small, x), "eager")
+    assert torch.equal(torch.get_rng_state(), stream) and all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    assert all(p.grad is None for p in small.parameters())
+    compiled.forward_backward(small, x)
+    assert not torch.equal(torch.get_rng_state(), stream) and not torch.equal(small.backbone[1].running_mean, before["backbone.1.running_mean"])
 
 
 # ---- waiting for the device

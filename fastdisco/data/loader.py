@@ -79,10 +79,10 @@ class TrainLoader:
         self._position += 1
         return Batch([view for views, _ in parts for view in views], torch.from_numpy(self.listing.labels)[index], index, epoch)
 
-    @property
-    def recipe(self) -> dict:
-        """What decides, besides epoch and index, every pixel of the views."""
-        return {"data": self.listing.fingerprint, "seed": self.seed, "views": {str(v): c.model_dump(mode="json") for v, c in enumerate(self.crops)},
+    def recipe(self, views: int | None = None) -> dict:
+        """What decides, besides epoch and index, every pixel of the first `views` views, or of all."""
+        crops = {str(v): c.model_dump(mode="json") for v, c in enumerate(self.crops[:views])}
+        return {"data": self.listing.fingerprint, "seed": self.seed, "views": crops,
                 "decode": self.way.decode, "augment": self.way.augment, "dali": graphs().VERSION}
 
     def views_of(self, indices: np.ndarray, epoch: int) -> Iterator[Batch]:

@@ -30,6 +30,7 @@ class Progress(NamedTuple):
 class Method(nn.Module):
     """Has no trainable parameters; its state dict is its whole resume state, the same on every rank."""
 
+    taught: int | None = None  # how many of the first views the teacher is asked about; None: all
     permuted: bool = False  # all views but the first are to be of this rank's share of the permuted batch, see data.TrainLoader
     weights: dict[str, float]  # what `step` returns under these names is weighed and added to the loss; the rest is logged
 
@@ -56,7 +57,11 @@ def create(name: str, **values) -> Method:
     dim      width of the embedding
     seed     of the run
     shuffle  permute a key encoder's batch over ranks and groups"""
-    return importlib.import_module(f"fastdisco.methods.{name}").METHOD(**values)
+    return kind(name)(**values)
+
+
+def kind(name: str) -> type[Method]:
+    return importlib.import_module(f"fastdisco.methods.{name}").METHOD
 
 
 @torch.no_grad()

@@ -64,6 +64,7 @@ def encode(ema, view: Tensor, shuffle: str, seed: int) -> Keys:
     view  [B,3,S,S] of this rank's images, which gather sends around; with load, the loader has handed out the permuted batch's share"""
     # MoCo moves the mean student right here, towards the weights that the student has before this step's update.  The loop moves it
     # after the optimizer's step instead: the same sequence, for the first mean student is a copy, which no move would change.
+    assert shuffle in ("gather", "load", "off"), shuffle
     order = None if shuffle == "off" else dist.Shuffle(len(view), seed)
     out = ema([order.split(view) if shuffle == "gather" else view])
     send = lambda: (order.join if order else dist.all_gather_async)(out.z[0])

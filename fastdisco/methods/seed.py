@@ -10,6 +10,8 @@ from fastdisco.methods.moco import encode, queue_dtype
 
 
 class Seed(Method):
+    taught = 1
+
     def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: str):
         super().__init__()
         self.cfg, self.seed, self.shuffle, self.permuted = cfg, seed, shuffle, shuffle == "load" and cfg.contrast > 0

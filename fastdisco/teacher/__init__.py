@@ -12,11 +12,13 @@ from fastdisco.teacher.runtime import How, Teacher, how
 __all__ = ["How", "Recorded", "Teacher", "create", "how", "load", "rounds"]
 
 
-def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, graphs: bool = True) -> Teacher | Recorded:
-    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, how and Recorded."""
+def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, graphs: bool = True, taught: int | None = None) -> Teacher | Recorded:
+    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, how and Recorded.
+
+    precision: of the engine; graphs: whether there may be any; taught: how many of the first views it will be asked about, None: all."""
     run = how(cfg, precision, loader.crops[0].size, loader.device, graphs)
     here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
-    return here(run) if cfg.cache == "off" else Recorded(cfg, dim, run, loader, here)
+    return here(run) if cfg.cache == "off" else Recorded(cfg, dim, run, loader, here, taught)
 
 
 def rounds(cfg: config.Teacher | None) -> int | None:

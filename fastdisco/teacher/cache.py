@@ -32,8 +32,9 @@ COMMAND = "`fastdisco teacher record --config ...`"
 class Recorded:
     """Called like a Teacher, after `at` has said whose views these are."""
 
-    def __init__(self, cfg: config.Teacher, dim: int, run: How, loader: TrainLoader, load: Callable[[How], Teacher]):
-        """run: of the teacher; loader: with cfg.cache_rounds rounds; load: the teacher of cfg, to run so.
+    def __init__(self, cfg: config.Teacher, dim: int, run: How, loader: TrainLoader, load: Callable[[How], Teacher],
+                 taught: int | None = None):
+        """run: of the teacher; loader: with cfg.cache_rounds rounds; load: the teacher of cfg, to run so; taught: as of methods.Method.
 
         Of the teacher only the fingerprint is needed, unless `complete` has to record: it is loaded on the CPU and let go.
         Raises UserError where the folder holds embeddings of anything else, naming what, or a damaged file, and with cfg.cache replay where
@@ -50,9 +51,9 @@ class Recorded:
         else:
             of = load(How()).fingerprint
         self._precision = str(run.dtype).removeprefix("torch.")
-        self.about = {"version": VERSION, "teacher": of, "precision": self._precision, "dim": dim, **loader.recipe}
+        self.about = {"version": VERSION, "teacher": of, "precision": self._precision, "dim": dim, **loader.recipe(taught)}
         self.fingerprint = hashlib.sha256(json.dumps([self.about, self.rounds], sort_keys=True).encode()).hexdigest()
-        self._row = len(loader.crops), dim
+        self._row = len(loader.crops[:taught]), dim
         self._block = (found or {}).get("block", BLOCK)
         self._slots = -(-len(loader.listing.files) // self._block) * self._block
         self._now = self._round = None
@@ -146,7 +147,7 @@ class Recorded:
 
         @torch.no_grad()
         def encode(views):
-            return F.normalize(teacher(views).z.float(), dim=-1).transpose(0, 1).half().cpu().numpy()
+            return F.normalize(teacher(views[:self._row[0]]).z.float(), dim=-1).transpose(0, 1).half().cpu().numpy()
         return encode
 
     def _whole(self):
