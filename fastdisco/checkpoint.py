@@ -86,10 +86,13 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
         shared = read(folder / "state.pt")
         own = read(own_file) if own_file.exists() else {"world": None}
     except UserError as e:
-        raise UserError(f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}") from None
+        error = UserError(f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}")
+        error.anywhere = True  # another rank's file may be whole
+        raise error from None
     for name, value in meta.items():
         if shared["meta"].get(name) != value:
-            raise UserError(f"{folder}: was trained with another {name} than this command gives; "
+            raise UserError(f"{folder}: was trained with another {name} than this command gives"
+                            f"{' (recorded embeddings, teacher.cache, count as another)' * (name == 'teacher')}; "
                             f"take another run.name, or restore the {name}")
     for name, item in state.items():
         if not item.own:

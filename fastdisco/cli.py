@@ -131,6 +131,7 @@ def _probe(args):
 def _record(args):
     cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
     device = engine.start(cfg.engine.precision)
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.engine.tf32, False  # as in the training
     loader = data.TrainLoader(data.listing(cfg.data.train, cfg.data.quarantine), config.crops(cfg), config.micro_batch(cfg, dist.world()), cfg.run.seed,
                               cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device, way=data.way(cfg.data, device, cfg.engine.precision),
                               rounds=teacher.rounds(cfg.teacher))

@@ -90,7 +90,7 @@ class Graphed:
 
     def _tell(self, why: str):
         if not self.told:
-            say(f"{self.what}: runs eagerly, not as a CUDA graph: {why}")
+            say(f"{self.what}: runs eagerly, not as a CUDA graph: {why}", anywhere=True)  # a capture may fail on one rank alone
             self.told = True
 
 

@@ -19,10 +19,10 @@ from fastdisco.config import UserError
 console = Console(stderr=False, highlight=False)
 
 
-def say(text: str):
-    """One line of rank 0, above the bar where there is one."""
-    if dist.rank() == 0:
-        console.print(text, markup=False, soft_wrap=True)
+def say(text: str, anywhere: bool = False):
+    """One line of rank 0, or of any with its number, above the bar where there is one."""
+    if dist.rank() == 0 or anywhere:
+        console.print(f"rank {dist.rank()}: {text}" if dist.rank() else text, markup=False, soft_wrap=True)
 
 
 def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:

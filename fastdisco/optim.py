@@ -18,7 +18,12 @@ def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim
                         f"and ZeRO stage {stage} would give it flat pieces of many tensors; set engine.stage=0 or take another, as sgd or adamw")
     optimizer = _make(net, cfg, lr)
     if cfg.clip_each and cfg.clip:
-        optimizer.register_step_pre_hook(lambda *_: clip_each(net, cfg.clip))  # of averaged and unscaled gradients, once a step
+        def clip(optimizer, *_):  # averaged gradients, once a step; fp16's scaler leaves them scaled for a fused optimizer, which unscales by itself
+            scale = getattr(optimizer, "grad_scale", None)
+            clip_each(net, cfg.clip if scale is None else cfg.clip * scale)
+        optimizer.register_step_pre_hook(clip)
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and cfg.momentum:
+        optimizer.register_step_pre_hook(_momentum)
     return optimizer
 
 
@@ -71,6 +76,15 @@ def clip_each(net: nn.Module, norm: float):
     """Shortens every weight tensor's gradient that is longer than the norm, each by itself, in place."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     torch._foreach_mul_(grads, list((norm / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)))
+
+
+def _momentum(optimizer: torch.optim.Optimizer, *_):
+    """Zeros where there is no momentum yet, which give the first step that torch gives.
+
+    Fused SGD takes memory as it finds it, and keeps that where fp16's first step overflows; a weight that thaws later it cannot take at all."""
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        if optimizer.state[p].get("momentum_buffer") is None:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _at(cfg: Optim, epoch: float) -> float:

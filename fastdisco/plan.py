@@ -93,7 +93,7 @@ def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crop
     state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor) and x.ndim)
     own = sum(p.numel() * p.element_size() for p in net.parameters())
     share = lambda stage: world if cfg.engine.stage >= stage else 1  # noqa: E731 - ZeRO parts the state from stage 1 on, gradients 2, weights 3
-    ema = 0 if cfg.method.name == "seed" and not cfg.method.contrast else own
+    ema = 0 if cfg.method.name == "swav" or cfg.method.name == "seed" and not cfg.method.contrast else own
     held = own / share(3) + own / share(2) + state / share(1) + ema + 4 * teacher
     at = lambda x: x.untyped_storage()._cdata  # noqa: E731
     held_anyway, kept = {at(x) for x in net.state_dict(keep_vars=True).values()}, {}

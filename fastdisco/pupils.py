@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastdisco import compiled, cudagraph, dist, engine, methods, models, optim, teacher
 from fastdisco.config import Config
 from fastdisco.data import TrainLoader
+from fastdisco.log import say
 from fastdisco.methods import Method, Nets, Progress
 from fastdisco.models import Out
 
@@ -76,7 +77,10 @@ def prepare(pupils: list[Pupil], targets, loader: TrainLoader) -> list[Pupil]:
     if perf.compile in ("teacher", "both") and live:
         compiled.compile("teacher", live.net, lambda: live.eager(views[:pupils[0].method.taught]), perf.backend)
     if graphs:
-        pupils = [p._replace(mean=p.ema and cudagraph.Graphed("mean student", p.mean, p.ema.buffers())) for p in pupils]
+        together = pupils[0].cfg.bn.sync and dist.world() > 1  # a collective in each norm, and graphs hold none
+        if together:
+            say("mean student: runs eagerly, not as a CUDA graph: bn.sync exchanges statistics between the ranks in its forward")
+        pupils = [p if together else p._replace(mean=p.ema and cudagraph.Graphed("mean student", p.mean, p.ema.buffers())) for p in pupils]
         noise = lambda v: Out(torch.ones(len(v), loader.batch, pupils[0].cfg.student.dim, device=device))  # noqa: E731 - for recorded embeddings
         for p in pupils:
             with torch.random.fork_rng(devices=[]):

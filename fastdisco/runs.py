@@ -16,7 +16,7 @@ from fastdisco.config import Config, UserError
 
 # What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
 _FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.prefetch", "data.eval_batch", "teacher.file",
-         "teacher.student", "teacher.cache", "teacher.graph", "engine.stage", "engine.overlap", "engine.bucket_mb", "perf.", "eval.", "log.",
+         "teacher.student", "teacher.cache", "teacher.cache_folder", "teacher.graph", "engine.stage", "engine.overlap", "engine.bucket_mb", "perf.", "eval.", "log.",
          "checkpoint.")
 
 

@@ -147,3 +147,41 @@ def test_fp16_is_refused_from_stage_1():
     with pytest.raises(ValidationError, match="loss scale"):
         Engine(precision="fp16", stage=1)
     assert Engine(precision="fp16").stage == 0
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+
+def test_fused_sgd_takes_a_weight_that_thaws_and_starts_from_no_momentum(monkeypatch):
+    """As on a GPU: torch's fused SGD alone would be given no buffer for the weight that was frozen, and leave another's as the memory had it."""
+    ends = []
+    for fused in (False, True):
+        monkeypatch.setattr(optim, "_fused", lambda *_: {"fused": True} if fused else {})
+        net = two_layers()
+        sgd = optim.create(net, Optim(weight_decay=0.1), 0.1)
+        assert bool(sgd.defaults.get("fused")) == fused
+        for step in range(3):
+            sgd.zero_grad()
+            net(torch.ones(2, 3)).square().sum().backward()
+            optim.freeze(net, ("1.",) if step == 0 else ())
+            sgd.step()
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*ends))
+
+
+def test_each_weight_is_clipped_at_the_norm_of_its_unscaled_gradient(monkeypatch):
+    """A loss scaler leaves the gradients scaled for a fused optimizer, which is given the scale."""
+    monkeypatch.setattr(optim, "_fused", lambda *_: {"fused": True})
+    ends = []
+    for scale in (None, torch.tensor(1024.0)):
+        net = two_layers()
+        sgd = optim.create(net, Optim(clip=0.5, clip_each=True, momentum=0.0, weight_decay=0.0), 1.0)
+        net(torch.ones(2, 3)).square().sum().mul(1.0 if scale is None else scale).backward()
+        if scale is not None:
+            sgd.grad_scale, sgd.found_inf = scale, torch.tensor(0.0)
+        before = [p.detach().clone() for p in net.parameters()]
+        sgd.step()
+        ends.append([b - p.detach() for b, p in zip(before, net.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*ends)) and 0.49 < max(x.norm() for x in ends[0]) <= 0.5 + 1e-5

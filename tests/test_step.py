@@ -27,7 +27,7 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(cudagraph, "say", lines.append)
+    monkeypatch.setattr(cudagraph, "say", lambda text, anywhere=False: lines.append(text))
     return lines
 
 
@@ -328,7 +328,7 @@ def test_fp16_is_near_the_eager_teacher_in_fp32():
     torch.backends.cudnn.allow_tf32 = False
     for arch, bn in (("resnet50", False), ("resnet18", True), ("test_efficientnet", True)):
         plain, x = net(arch, bn).to(CUDA), cuda(*views(2, 32, 128))
-        t = Teacher(net(arch, bn), How(CUDA, torch.float16, True, graph=True, size=128))
+        t = Teacher(net(arch, bn), How(CUDA, torch.float16, True, graph=True, sizes=(128,)))
         with torch.no_grad():
             want = plain(x).z
         assert F.cosine_similarity(t(x).z, want, dim=-1).min() >= 0.9995

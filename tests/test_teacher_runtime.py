@@ -135,8 +135,8 @@ def test_an_overflow_in_half_precision_is_found_at_the_start():
 def test_a_network_of_another_image_size_is_refused_at_the_start():
     vit = net("vit_tiny_patch16_224", bn=False, depth=1)
     with pytest.raises(UserError, match="teacher.arch: .* views of 64 px .*224.*view.size"):
-        Teacher(copy.deepcopy(vit), How(dtype=torch.float32, size=64))
-    assert Teacher(vit, How(dtype=torch.float32, size=224))(views(1, 2, 224)).z.shape == (1, 2, 16)
+        Teacher(copy.deepcopy(vit), How(dtype=torch.float32, sizes=(64,)))
+    assert Teacher(vit, How(dtype=torch.float32, sizes=(224,)))(views(1, 2, 224)).z.shape == (1, 2, 16)
 
 
 def test_the_fingerprint_is_of_the_weights_as_loaded():
@@ -173,10 +173,10 @@ def test_a_group_that_does_not_divide_the_batch_is_refused():
 
 def test_what_the_configuration_asks_for():
     def how(precision="auto", engine="fp32", device="cpu", graphs=True, **kwargs):
-        return teacher.how(config.Teacher(file="x", precision=precision, **kwargs), engine, 224, torch.device(device), graphs)
-    assert how() == How(torch.device("cpu"), torch.float32, True, 0, False, 224)
+        return teacher.how(config.Teacher(file="x", precision=precision, **kwargs), engine, (224,), torch.device(device), graphs)
+    assert how() == How(torch.device("cpu"), torch.float32, True, 0, False, (224,))
     assert how(engine="bf16").dtype == torch.bfloat16 and how("fp32", "bf16").dtype == torch.float32
-    assert how(device="cuda") == How(torch.device("cuda"), torch.float16, True, 0, True, 224)
+    assert how(device="cuda") == How(torch.device("cuda"), torch.float16, True, 0, True, (224,))
     assert how(device="cuda", engine="bf16").dtype == torch.float16 and how("bf16", device="cuda").dtype == torch.bfloat16
     assert not how(device="cuda", graph=False).graph and not how(device="cuda", graphs=False).graph
     assert how(bn="batch", bn_group=16)[2:4] == (False, 16) and not how(fold=False).fold

@@ -30,8 +30,9 @@ class Dino(Method):
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """views: V >= 2 [B,3,S,S].  Terms dino and, with a teacher, distill over the first two; logged beside them feat/std and distill/cosine."""
         teacher = nets.teacher(views[:LARGE]) if nets.teacher else None
-        targets = nets.ema(views[:LARGE]).scores  # [2,B,P]
+        mean = nets.ema(views[:LARGE])  # may run beside the student's forward, too
         z, scores = nets.student(views)  # [V,B,d], [V,B,P]
+        targets = mean.scores  # [2,B,P]
         targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
         probs = torch.softmax((targets - self.centre) / self.temp(progress.epoch), 2)
         terms = {"dino": kernels.swapped(scores, probs, self.cfg.temp), "feat/std": spread(z[0])}

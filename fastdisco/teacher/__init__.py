@@ -16,7 +16,7 @@ def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, g
     """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, how and Recorded.
 
     precision: of the engine; graphs: whether there may be any; taught: how many of the first views it will be asked about, None: all."""
-    run = how(cfg, precision, loader.crops[0].size, loader.device, graphs)
+    run = how(cfg, precision, tuple(dict.fromkeys(c.size for c in loader.crops[:taught])), loader.device, graphs)
     here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
     return here(run) if cfg.cache == "off" else Recorded(cfg, dim, run, loader, here, taught)
 

@@ -39,7 +39,7 @@ class Recorded:
         Of the teacher only the fingerprint is needed, unless `complete` has to record: it is loaded on the CPU and let go.
         Raises UserError where the folder holds embeddings of anything else, naming what, or a damaged file, and with cfg.cache replay where
         some are missing."""
-        self.folder, self.rounds, self.loader, self._load = cfg.cache_folder, cfg.cache_rounds, loader, lambda: load(run)
+        self.folder, self.rounds, self.loader, self._load = cfg.cache_folder, cfg.cache_rounds, loader, lambda: load(run._replace(graph=False))
         self.recording = cfg.cache == "record"
         found = self._header()
         if found is None and not self.recording:

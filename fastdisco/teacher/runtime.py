@@ -26,18 +26,18 @@ class How(NamedTuple):
     fold: bool = False
     bn_group: int = 0  # > 0: batch norm by the statistics of that many images of a view, as in the official code
     graph: bool = False
-    size: int = 64  # pixels; of the noise that checks the above
+    sizes: tuple[int, ...] = (64,)  # pixels; of the noise that checks the above
 
 
-def how(cfg: config.Teacher, precision: str, size: int, device: torch.device, graphs: bool) -> How:
-    """What the configuration asks for.  precision: of the engine; size: of the views; graphs: whether there may be any.
+def how(cfg: config.Teacher, precision: str, sizes: tuple[int, ...], device: torch.device, graphs: bool) -> How:
+    """What the configuration asks for.  precision: of the engine; sizes: of the views; graphs: whether there may be any.
 
     Raises UserError for fp16 on a CPU."""
     cuda = device.type == "cuda"
     asked = cfg.precision if cfg.precision != "auto" else "fp16" if cuda else precision
     if asked == "fp16" and not cuda:
         raise UserError("teacher.precision: fp16 needs a GPU; take fp32, bf16 or auto")
-    return How(device, DTYPE[asked], cfg.fold and cfg.bn == "eval", cfg.bn_group if cfg.bn == "batch" else 0, cfg.graph and graphs and cuda, size)
+    return How(device, DTYPE[asked], cfg.fold and cfg.bn == "eval", cfg.bn_group if cfg.bn == "batch" else 0, cfg.graph and graphs and cuda, sizes)
 
 
 class Teacher:
@@ -51,15 +51,16 @@ class Teacher:
         """net: on the CPU, as loaded.  Raises UserError where it does not take views of that size, or its embeddings of noise in half
         precision are not near those of before."""
         self.net, self.how, self.fingerprint = net.eval().requires_grad_(False), how, fingerprint(net)
-        probe = [torch.randn(2, 3, how.size, how.size, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).dtype)]
+        g, dtype = torch.Generator().manual_seed(0), next(net.parameters()).dtype
+        probe = [torch.randn(2, 3, size, size, generator=g).to(dtype) for size in how.sizes]
         try:
             with torch.no_grad():
                 want = net(probe).z if how.dtype and not how.bn_group else None
         except (AssertionError, RuntimeError) as e:
-            raise UserError(f"teacher.arch: this network cannot take views of {how.size} px ({e}); set view.size to what it takes, or img_size in "
-                            "teacher.kwargs") from e
+            raise UserError(f"teacher.arch: this network cannot take views of {' and '.join(map(str, how.sizes))} px ({e}); set view.size to what it "
+                            "takes, or img_size in teacher.kwargs") from e
         if how.fold:
-            fold(net, probe)
+            fold(net, probe[:1])
         for m in net.modules():
             if how.bn_group and isinstance(m, _BatchNorm):
                 m.train()
