@@ -2,6 +2,7 @@
 import datetime
 import json
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,3 +42,13 @@ def knn_top1(encode, cfg, device) -> float:
     from fastdisco.evals import knn
     train, val = (data.listing(path, cfg.data.quarantine) for path in (cfg.data.train, cfg.data.val))
     return knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)["knn_top1"]
+
+
+def now(device) -> float:
+    """Seconds, when all ranks and the device have done what was asked of them."""
+    import torch
+    from fastdisco import dist
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter()

@@ -12,11 +12,10 @@ import socket
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
-from common import row, write
+from common import now, row, write
 
 import torch
 
@@ -109,13 +108,6 @@ def arm(name: str, views, target, args, device: torch.device):
             student.step()
             return loss
     return step
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

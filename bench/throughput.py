@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from common import RESULTS, ROOT, row, write
+from common import RESULTS, ROOT, now, row, write
 
 import numpy as np
 import timm
@@ -570,13 +570,6 @@ def shared(value):
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0, device=dist.device())
     return box[0]
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":
