@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None):
     rows = summary(scores, missing, "cifar10" if args.data == CIFAR else folder.name)
     if args.keep:
         device = "gpu" if torch.cuda.is_available() else "cpu"
-        about = dict(preset=args.preset, config=json.loads(base.read_text()), plan=plan, seeds=args.seeds)
+        used = json.loads(base.read_text())
+        used["data"] = {k: v for k, v in used["data"].items() if k not in ("train", "val")}  # where they lie says nothing elsewhere
+        about = dict(preset=args.preset, config=used, plan=plan | {"data": args.data.name}, seeds=args.seeds)
         print("kept in", write("accuracy", device, rows, scores, **about))
     return rows
 

@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import socket
 import subprocess
-import sys
 import traceback
 from pathlib import Path
 

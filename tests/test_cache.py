@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, ranks, run, tiny
-from fastdisco import checkpoint, cli, config, data, models, teacher, train
+from fastdisco import cli, config, data, teacher
 from fastdisco.config import UserError
-from fastdisco.data import graph
 from fastdisco.teacher import cache
 from fastdisco.views import Crop
 from test_train import _differences, _fails, _train, losses, metrics

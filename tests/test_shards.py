@@ -18,7 +18,6 @@ from conftest import ranks, tiny
 from fastdisco import cli, data, train
 from fastdisco.config import UserError
 from fastdisco.data import loader, pack, shards
-from fastdisco.views import Crop
 from test_data import CPU, SMALL, WAYS, make, one_sentence, serialised, stream
 from test_train import losses, metrics
 

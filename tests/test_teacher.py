@@ -1,5 +1,4 @@
 """The teacher: published and own checkpoint formats against plain forwards with torchvision's ResNet, and everything that is refused."""
-import argparse
 import os
 import shutil
 import types

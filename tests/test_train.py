@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT, ranks, run, tiny
-from fastdisco import checkpoint, config, data, dist, engine, methods, models, optim, train
+from fastdisco import checkpoint, config, data, dist, engine, methods, models, train
 from fastdisco.config import UserError
 
 SCRIPT = ROOT / "fastdisco/train.py"
