@@ -219,7 +219,7 @@ class Optim(Block):
     lr: float = Field(0.03, ge=0)
     lr_scale: Literal["none", "linear", "sqrt"] = "none"  # lr times (data.batch / 256), or its root
     lr_min: float = Field(0.0, ge=0)  # where the cosine ends; not scaled
-    momentum: float = 0.9
+    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     weight_decay_end: float | None = Field(None, gt=0)  # where a cosine of its own ends; null: it stays
     decay_norm_and_bias: bool = True  # as MoCo and DisCo do
@@ -298,16 +298,19 @@ class Config(Block):
     @model_validator(mode="before")
     @classmethod
     def _recipe(cls, raw):
-        method = raw.get("method", {}) if isinstance(raw, dict) else None
-        if not isinstance(method, dict) or (recipe := RECIPES.get(method.get("name", "moco"))) is None:
+        given = raw.get("method", {}) if isinstance(raw, dict) else None
+        method = {"name": "moco"} | given if isinstance(given, dict) else {}
+        view = raw.get("view") if isinstance(raw, dict) else None
+        if not isinstance(method.get("name"), str) or method["name"] not in RECIPES or not isinstance(view, dict | None):
             return raw  # refused below
+        recipe = RECIPES[method["name"]]
         if raw.get("views") is None:
             own = {key for group in recipe["views"] for key in group}
-            if taken := sorted(own & set(raw.get("view") or {})):
+            if taken := sorted(own & set(view or ())):
                 raise ValueError(f"view.{taken[0]}: the crops of {method['name']} have a {taken[0]} of their own; write them out as views, "
                                  f"by default {recipe['views']}")
             raw = {k: v for k, v in raw.items() if k != "views"}
-        return _over(recipe, raw | {"method": {"name": "moco"} | method})
+        return _over(recipe, raw | {"method": method})
 
     @field_serializer("views")
     def _as_given(self, views):
@@ -365,7 +368,7 @@ def load(path: Path | str, overrides: list[str] = ()) -> Config:
     if "base" in raw:
         if not isinstance(base := raw.pop("base"), str):
             raise UserError(f"{path}: base: the name of a YAML file beside it is expected (found {base!r})")
-        below = _read(path.parent / base)
+        below = _read(path.parent / base, f"correct `base` in {path}")
         if "base" in below:
             raise UserError(f"{path.parent / base}: is the base of {path} and names one itself; write what it needs into one of the two")
         raw = _over(below, raw)
@@ -379,7 +382,8 @@ def validate(raw: dict, source: Path | str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        raise UserError(f"{source}: " + "; ".join(_sentence(err) for err in e.errors())) from None
+        errors = [err for err in e.errors() if (err["loc"], err["type"]) != (("views",), "missing")]  # the method would have brought them
+        raise UserError(f"{source}: " + "; ".join(map(_sentence, errors))) from None
 
 
 def students(cfg: Config) -> dict[str, Config]:
@@ -428,11 +432,11 @@ def micro_batch(cfg: Config, world: int) -> int:
     return batch
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict:
     try:
         raw = yaml.load(path.read_text(), Loader=_Loader) or {}
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give --config an existing YAML file") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(raw, dict):

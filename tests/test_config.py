@@ -1,4 +1,6 @@
 """The configuration: defaults, checks, overrides, and the shipped files."""
+import re
+
 import pytest
 import yaml
 
@@ -46,9 +48,20 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [("run: [", "not valid YAML"), ("- 1", "no blocks"), ("run: {name: ../x}\ndata: {train: /t}", "one folder name"),
-                                         ("run: {name: x}\ndata: {}", "data.train is required")])
+                                         ("run: {name: x}\ndata: {}", "data.train is required"),
+                                         ("run: {name: x}\nview: 3", "view: Input should be"), ("run: {name: x}\nmethod: {name: [moco]}", "method.name"),
+                                         ("run: {name: x}\nmethod: 3", "method: ")])
 def test_bad_files(tmp_path, text, says):
-    assert says in error(tmp_path, text)
+    assert says in error(tmp_path, text) and "views is required" not in error(tmp_path, text)
+
+
+@pytest.mark.parametrize("override, says", [
+    ("view.scale=[1.0, 0.1]", "view.scale: the smaller number comes first, as in [0.1, 1]"), ("view.scale=[0, 1]", "view.scale"),
+    ("view.scale=[0.5, 1.5]", "view.scale"), ("view.ratio=[0, 1]", "view.ratio"), ("view.blur_sigma=[-1, 1]", "view.blur_sigma"),
+    ("view.std=[0, 1, 1]", "view.std"), ("view.jitter=[0.4, 0.4, 0.4, 0.6]", "view.jitter"), ("view.jitter=[-1, 0.4, 0.4, 0.1]", "view.jitter"),
+    ("optim.momentum=1", "optim.momentum"), ("view.count=2", "the crops of moco have a count of their own")])
+def test_values_that_cannot_be(tmp_path, override, says):
+    assert says in error(tmp_path, BASE, override)
 
 
 def test_missing_file(tmp_path):
@@ -63,7 +76,7 @@ def test_a_file_is_laid_over_its_base(tmp_path):
     cfg = config.load(tmp_path / "sub/c.yaml", ["data.val=/w"])
     assert cfg == config.validate({"run": {"name": "x"}, "data": {"train": "/t", "val": "/w"}, "optim": {"lr": 3, "clip": 2, "per": "epoch"}}, "here")
     assert config.load(tmp_path / "sub/c.yaml", ["teacher.file=/b"]).teacher.arch is None  # of a block that was put away nothing comes back
-    assert "none.yaml: cannot be read" in error(tmp_path, BASE | {"base": "none.yaml"})
+    assert re.search(r"none.yaml: cannot be read .*; correct `base` in .*c.yaml", error(tmp_path, BASE | {"base": "none.yaml"}))
     assert "a YAML file beside it is expected (found 3)" in error(tmp_path, BASE | {"base": 3})
     (tmp_path / "d.yaml").write_text("base: sub/c.yaml")
     assert "names one itself" in error(tmp_path, BASE | {"base": "d.yaml"})
