@@ -71,7 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example eval.k=200 data.val=/data/other")
     p.set_defaults(run=_knn)
 
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes no more of them once an option has stood between
+        args.overrides += rest
     try:
         return args.run(args) or 0
     except UserError as e:
@@ -110,6 +114,7 @@ def _show(args):
 def _probe(args):
     quarantine, device, draw = _default("quarantine"), dist.device(), np.random.default_rng(0)
     found, val = formats.read(args.file, args.arch, student=args.student), data.listing(args.data, quarantine)
+    runtime.of_noise(found.net, runtime.noise((args.size,)))
     train = data.listing(args.bank, quarantine) if args.bank else val
     knn.check(train, val)
     bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])  # sorted by class, or mixed: halves alike in both

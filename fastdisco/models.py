@@ -168,7 +168,8 @@ def from_run(folder: Path, which: str = "student", overrides: list[str] = (), st
     cfg = alone[student or ""]
     weights = read(step / "state.pt").get(f"{student}/{which}" if student else which)
     if not isinstance(weights, dict):
-        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; give a checkpoint written by fastdisco train")
+        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; "
+                        + (f"this run by {cfg.method.name} has no mean student" if which == "ema" else "give a checkpoint written by fastdisco/train.py"))
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
         net = of(cfg)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
@@ -197,8 +198,13 @@ def read(file: Path) -> dict:
     try:
         if Path(file).suffix == ".safetensors":
             return safetensors.torch.load_file(file)
+        zipped = zipfile.is_zipfile(file)  # torch before 1.6 wrote none
+        if zipped:
+            with zipfile.ZipFile(file) as records:
+                if records.testzip():  # torch does not look at the sums of what it maps
+                    raise zipfile.BadZipFile
         with torch.serialization.safe_globals(_HARMLESS):
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))  # torch before 1.6 wrote no zip
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:  # torch's readers raise RuntimeError, EOFError, OSError, struct.error ... wherever the bytes stop making sense
         asked = isinstance(e, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(e))
         raise UserError(_unsafe(file, asked[1]) if asked else _damaged(file)) from None
@@ -208,7 +214,9 @@ def read(file: Path) -> dict:
 
 
 def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str, remedy: str):
-    """Copies named weights into the network; every name and shape must agree.  Raises UserError with what does not, and the remedy."""
+    """Copies named weights into the network; every name and shape must agree.
+
+    Raises UserError with what does not, and the remedy; and for weights that are no finite numbers."""
     own = net.state_dict()
     shape = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in weights.items()}
     wrong = {
@@ -218,7 +226,14 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str,
     }
     if any(wrong.values()):
         raise UserError(f"{source}: {'; '.join(f'{what}: {shorten(names)}' for what, names in wrong.items() if names)}; {remedy}")
+    if broken := [k for k, v in own.items() if k in weights and v.is_floating_point() and not _finite(weights[k])]:
+        raise UserError(f"{source}: not finite real numbers: {shorten(broken)}; its training broke down or the file is damaged: take another")
     net.load_state_dict(weights, strict=False)  # all but the counters is there
+
+
+def _finite(x: Tensor) -> bool:
+    plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
+    return plain and bool(x.isfinite().all())
 
 
 def shorten(names: list[str], show: int = 4) -> str:

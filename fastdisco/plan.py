@@ -6,11 +6,11 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from fastdisco import config, data, models, optim
+from fastdisco import config, data, methods, models, optim
 from fastdisco.config import Config, UserError
 from fastdisco.data import shards
 from fastdisco.evals import knn
-from fastdisco.teacher import formats
+from fastdisco.teacher import formats, runtime
 
 GIB = 2**30
 
@@ -50,6 +50,8 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     else:
         found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, cfg.teacher.student)
         teacher = weights(found.net)
+        taught = config.crops(cfg)[:methods.kind(cfg.method.name).taught]
+        runtime.of_noise(found.net, runtime.noise(tuple(dict.fromkeys(crop.size for crop in taught))))
         yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
 
     listings = {}

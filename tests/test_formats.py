@@ -425,6 +425,25 @@ class Evil:
         return os.system, (f"touch {self.mark}",)
 
 
+def test_a_flipped_bit_is_refused(tmp_path):
+    """Which torch reads without a word where it maps the file."""
+    file = save(tmp_path, swav(1, 256))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    refused(file, "damaged")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda x: x.fill_(math.nan), lambda x: x.fill_(math.inf), lambda x: x.to(torch.complex64), lambda x: x.to(torch.int32), lambda x: x.to_sparse(),
+    lambda x: torch.empty_like(x, device="meta")],
+    ids=["nan", "inf", "complex", "int", "sparse", "meta"])
+def test_weights_that_are_no_finite_numbers_are_named(spoil, tmp_path):
+    state = swav(1, 256)
+    state["module.layer1.0.conv1.weight"] = spoil(state["module.layer1.0.conv1.weight"])
+    refused(save(tmp_path, state), "not finite real numbers: backbone.layer1.0.conv1.weight;")
+
+
 def test_an_evil_command_line_in_dinos_args_is_refused_and_not_run(tmp_path):
     found = dino(small_resnet().state_dict(), dino_head({}, 512, 24))
     found["args"].output_dir = Evil(tmp_path / "mark")

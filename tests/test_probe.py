@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastdisco import cli, teacher
+from conftest import tiny
+from fastdisco import cli, teacher, train
 from fastdisco.evals import probe
-from test_formats import save, small_swav  # noqa: F401
+from test_formats import dino, dino_head, save, small_swav, vit_small
 from test_knn import Batch, vote
 
 
@@ -125,3 +126,12 @@ def test_too_few_images_are_refused(stripes, tmp_path, capsys):
     file = save(tmp_path, small_swav()[0])
     assert cli.main(["teacher", "check", str(file), "--data", str(stripes / "val"), "--images", "0"]) == 2
     assert "0 images to ask and 0 to answer are too few" in capsys.readouterr().err
+
+
+def test_a_vit_of_another_size_is_told_before_the_check_and_in_a_dry_run(stripes, folder, tmp_path, capsys):
+    file = save(tmp_path, dino(vit_small(192), dino_head({}, 192, hidden=16)))
+    assert cli.main(["teacher", "check", str(file), "--data", str(stripes / "val"), "--resize", "32", "--size", "32"]) == 2
+    assert "images of 32 px" in (err := capsys.readouterr().err) and "--size" in err
+    run = [str(a) for a in tiny(folder, tmp_path, f"teacher.file={file}", "student.dim=256", "--dry-run")]
+    assert train.main(run) == 2 and "dynamic_img_size: true" in capsys.readouterr().err
+    assert train.main([*run, "teacher.arch=vit_tiny_patch16_224", "teacher.kwargs={dynamic_img_size: true}"]) == 0

@@ -82,12 +82,15 @@ def test_a_stopped_run_goes_on_exactly(out):
         assert a.keys() == b.keys() and [k for k in a if not _same(a[k], b[k])] == []
 
 
-def test_each_is_evaluated_and_found_by_its_name(out):
+def test_each_is_evaluated_and_found_by_its_name(out, capsys):
     scores = next(m for m in metrics(out / "both") if "eval/small/knn_top1" in m)
     assert metrics(out / "small")[-1]["eval/knn_top1"] == scores["eval/small/knn_top1"]
     with contextlib.redirect_stdout(io.StringIO()) as text:
         assert cli.main(["eval", "knn", str(out / "both"), "--student", "small"]) == 0
     assert json.loads(text.getvalue().splitlines()[-1])["eval/knn_top1"] == scores["eval/small/knn_top1"]
+    for command in (["--student", "small", "eval.k=0"], ["eval.bank=100", "--student", "small", "eval.k=0"]):  # overrides after an option, too
+        assert cli.main(["eval", "knn", str(out / "both"), *command]) == 2
+        assert "eval.k" in capsys.readouterr().err
     net, cfg = models.from_run(out / "both", "ema", student="small")
     assert cfg.student.arch == "test_resnet" and cfg.optim.lr == 0.1 and cfg.students == ()
     assert torch.equal(net.state_dict()["head.0.weight"], models.read(checkpoint.last(out / "small") / "state.pt")["ema"]["head.0.weight"])

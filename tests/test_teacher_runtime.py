@@ -134,9 +134,18 @@ def test_an_overflow_in_half_precision_is_found_at_the_start():
 
 def test_a_network_of_another_image_size_is_refused_at_the_start():
     vit = net("vit_tiny_patch16_224", bn=False, depth=1)
-    with pytest.raises(UserError, match="teacher.arch: .* views of 64 px .*224.*view.size"):
+    with pytest.raises(UserError, match="teacher.arch: .* images of 64 px .*224.*view.size.*dynamic_img_size"):
         Teacher(copy.deepcopy(vit), How(dtype=torch.float32, sizes=(64,)))
     assert Teacher(vit, How(dtype=torch.float32, sizes=(224,)))(views(1, 2, 224)).z.shape == (1, 2, 16)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("inf")], ids=["all zero", "infinite"])
+def test_weights_that_embed_nothing_are_called_broken(factor):
+    broken = net(bn=False)
+    for p in broken.head.parameters():
+        p.data *= factor
+    with pytest.raises(UserError, match="teacher.file: .*no embedding.*broken"):
+        Teacher(broken, How(dtype=torch.float32, fold=True))
 
 
 def test_the_fingerprint_is_of_the_weights_as_loaded():

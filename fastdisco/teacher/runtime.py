@@ -51,14 +51,8 @@ class Teacher:
         """net: on the CPU, as loaded.  Raises UserError where it does not take views of that size, or its embeddings of noise in half
         precision are not near those of before."""
         self.net, self.how, self.fingerprint = net.eval().requires_grad_(False), how, fingerprint(net)
-        g, dtype = torch.Generator().manual_seed(0), next(net.parameters()).dtype
-        probe = [torch.randn(2, 3, size, size, generator=g).to(dtype) for size in how.sizes]
-        try:
-            with torch.no_grad():
-                want = net(probe).z if how.dtype and not how.bn_group else None
-        except (AssertionError, RuntimeError) as e:
-            raise UserError(f"teacher.arch: this network cannot take views of {' and '.join(map(str, how.sizes))} px ({e}); set view.size to what it "
-                            "takes, or img_size in teacher.kwargs") from e
+        probe = noise(how.sizes, next(net.parameters()).dtype)
+        want = of_noise(net, probe) if how.dtype and not how.bn_group else None
         if how.fold:
             fold(net, probe[:1])
         for m in net.modules():
@@ -95,6 +89,25 @@ class Teacher:
             dtype = str(self.how.dtype).removeprefix("torch.")
             raise UserError(f"teacher.precision: of noise, the embedding in {dtype} has a cosine of {near:.5f} to the one in float32, less than "
                             f"{least}; set teacher.precision=fp32{' or bf16' if self.how.dtype == torch.float16 else ''}")
+
+
+def noise(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Two images of each size, [2,3,S,S], always the same."""
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, size, size, generator=g).to(dtype) for size in sizes]
+
+
+@torch.no_grad()
+def of_noise(net: models.Net, probe: list[Tensor]) -> Tensor:
+    """z [V,2,d] of `noise`, in eval mode.  Raises UserError where the network does not take images of that size, or gives no embedding."""
+    try:
+        z = net.eval()(probe).z
+    except (AssertionError, RuntimeError) as e:
+        raise UserError(f"teacher.arch: this network cannot take images of {' and '.join(str(x.shape[-1]) for x in probe)} px ({e}); take its own "
+                        "size (view.size, or --size), or for a ViT name teacher.arch and set teacher.kwargs={dynamic_img_size: true}") from e
+    if not z.isfinite().all() or not z.norm(dim=-1).all():
+        raise UserError("teacher.file: its weights give no embedding of noise, but zeros or what is no number; the file is broken: take another")
+    return z
 
 
 def fingerprint(net: nn.Module) -> str:
