@@ -1,5 +1,7 @@
-"""The real command on real images: two ranks by the deepspeed launcher, killed in the middle, resumed by the same command."""
+"""The real command on real images: two ranks by the deepspeed launcher, killed in the middle, resumed by the same command; and an epoch of each
+method, whose losses fall below those of a network that knows nothing."""
 import json
+import math
 import subprocess
 import sys
 import tarfile
@@ -14,14 +16,19 @@ from fastdisco import config, data, models
 from fastdisco.evals import knn
 
 
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(shared("cifar10-jpeg.tar.xz")) as tar:
+        tar.extractall(root, filter="data")
+    return next(p.parent for p in root.rglob("train"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_cifar_trains_through_a_kill(tmp_path):
-    with tarfile.open(shared("cifar10-jpeg.tar.xz")) as tar:
-        tar.extractall(tmp_path / "images", filter="data")
-    folder = next(p.parent for p in (tmp_path / "images").rglob("train"))
+def test_cifar_trains_through_a_kill(cifar, tmp_path):
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", "--master_port=29633", ROOT / "fastdisco/train.py",
-               "--config", ROOT / "tests/cifar.yaml", f"data.train={folder}/train", f"data.val={folder}/test", f"run.out={tmp_path}"]
+               "--config", ROOT / "tests/cifar.yaml", f"data.train={cifar}/train", f"data.val={cifar}/test", f"run.out={tmp_path}"]
     out = tmp_path / "cifar"
     first = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "checkpoints/last").exists() or steps(out)[-1] < 150:
@@ -36,6 +43,47 @@ def test_cifar_trains_through_a_kill(tmp_path):
     assert steps(out) == [*range(10, 391, 10), 390]  # the evaluation's line stands beside the last
     trained = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["eval/knn_top1"]
     assert trained > untrained(out) + 0.01
+
+
+# Without BatchNorm's split and a kNN: settings, and the terms' bounds after an epoch, for one that knows nothing predicts all alike.
+STUDENT = ["student.arch=mobilenetv3_small_050", "student.hidden=512", "bn.groups=1", "log.every=10"]
+CROPS = "views=[{count: 2}, {count: 4, size: 24, scale: [0.2, 0.5]}]"
+METHODS = {
+    "moco": (["bn.groups=4", "method={name: moco, queue: 1024, momentum: 0.99}"], {"contrast": math.log(1025)}),
+    "swav": ([CROPS, "method={name: swav, prototypes: 300, freeze_steps: 100, queue: 0}", "bn.sync=false", "optim.lr=0.6"], {"swav": math.log(300)}),
+    "dino": ([CROPS, "method={name: dino, prototypes: 1024, momentum: 0.99}", "student.head_bn=true", "optim={lr: 1e-3, warmup_epochs: 0}"],
+             {"dino": math.log(1024)}),
+    "disco": (["bn.groups=4", "method={name: moco, queue: 1024, momentum: 0.99, rkd: {distance: 1, angle: 1}}", "teacher.file=TEACHER"],
+              {"contrast": math.log(1025)}),
+    "seed": (["method={name: seed, queue: 1024}", "optim={warmup_epochs: 0}", "teacher.file=TEACHER"], {"seed": math.log(1025)}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(cifar, tmp_path_factory):
+    """Runs the command on one rank and gives what it logged; a teacher of half an epoch at TEACHER."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def go(name, *settings):
+        run(sys.executable, "fastdisco/train.py", "--config", ROOT / "tests/cifar.yaml", f"data.train={cifar}/train", f"data.val={cifar}/test",
+            f"run.out={root}", f"run.name={name}", *[s.replace("TEACHER", str(root / "teacher")) for s in settings], timeout=1500)
+        return [json.loads(x) for x in (root / name / "metrics.jsonl").read_text().splitlines()]
+
+    go("teacher", "run.max_steps=195")
+    return go
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_of_each_method_falls(method, trained):
+    settings, unknowing = METHODS[method]
+    lines = trained(method, *STUDENT, *settings)[:-1]
+    at = lambda term, part: sum(x[f"train/loss_{term}"] for x in part) / len(part)  # noqa: E731
+    for term, bound in unknowing.items():
+        assert at(term, lines[-5:]) < min(bound, max(at(term, lines[i:i + 5]) for i in range(len(lines) - 5))) - 0.05
+    for term in ("distill", "rkd_distance", "rkd_angle") if method == "disco" else ():
+        assert at(term, lines[-5:]) < 0.7 * at(term, lines[:5])
 
 
 def steps(out):
