@@ -86,9 +86,7 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
         shared = read(folder / "state.pt")
         own = read(own_file) if own_file.exists() else {"world": None}
     except UserError as e:
-        error = UserError(f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}")
-        error.anywhere = True  # another rank's file may be whole
-        raise error from None
+        raise UserError(f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}", anywhere=True) from None
     for name, value in meta.items():
         if shared["meta"].get(name) != value:
             raise UserError(f"{folder}: was trained with another {name} than this command gives"

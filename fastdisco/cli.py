@@ -11,7 +11,7 @@ from fastdisco import config, data, dist, engine, methods, models, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
-from fastdisco.log import say
+from fastdisco.log import refuse, say
 from fastdisco.teacher import formats, runtime
 
 
@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as e:
-        if dist.rank() == 0 or getattr(e, "anywhere", False):
-            print(f"fastdisco: error: {e}", file=sys.stderr, flush=True)
-        return 2
+        return refuse(e)
 
 
 def _demo(args):

@@ -5,9 +5,14 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor
 
+from fastdisco.config import UserError
 from fastdisco.log import say
 
 WARM_UP = 3  # forwards before the capture: libraries choose their algorithms and allocate in the first ones
+
+# Before, a capture that fails leaves the random generator and the allocator of the device in it (pytorch pull requests 176752 and 180395): from then
+# on random numbers, and graphs that were made earlier, raise.
+RECOVERS = torch.__version__ >= "2.13"
 
 Forward = Callable[[list[Tensor]], tuple]  # views [B,3,S,S] -> a named tuple of tensors or None
 
@@ -66,7 +71,7 @@ class Graphed:
     """`forward`, from its first call on as a CUDA graph for views of that call's shapes; others run eagerly on the caller's stream."""
 
     def __init__(self, what: str, forward: Forward, kept: Iterable[Tensor] = (), dtype: torch.dtype | None = None, capture=Capture):
-        """what   names it where it cannot be a graph, which is said once
+        """what   names it where it cannot be a graph, which is said once (UserError before torch 2.13, which cannot go on)
         forward  without gradient, of fixed control flow, with no collective and no wait for the device; its weights keep their addresses
         kept     tensors that a forward writes, batch-norm statistics for example, which making the graph must not change
         dtype    views are cast to it on their way into the graph; None: that of the first call"""
@@ -81,7 +86,11 @@ class Graphed:
             try:
                 self.graph = self.capture(self.forward, views, self.kept, self.dtype)
             except RuntimeError as e:
-                self._tell(f"the capture failed ({' '.join(str(e).split()) or type(e).__name__})")
+                why = f"the capture failed ({' '.join(str(e).split()) or type(e).__name__})"
+                if not RECOVERS:
+                    raise UserError(f"{self.what}: cannot run as a CUDA graph: {why}, after which torch {torch.__version__} cannot go on; set "
+                                    "perf.graphs=false, or take torch 2.13 or later", anywhere=True) from e
+                self._tell(why)
         if self.graph and shapes == self.shapes:
             return self.graph(views)
         if self.graph:

@@ -42,7 +42,8 @@ def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_
                         "set engine.stage=0 or take another optimizer")
     if bare := [name for name, p in net.named_parameters() if not p.dim()]:
         raise UserError(f"student.arch: DeepSpeed cannot send a weight without dimension to the other ranks, as {bare[0]} is; take another")
-    told = deepspeed_config(cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()), dist.device().type)
+    overlap = cfg.overlap and dist.device().type == "cuda" and dist.world() > 1  # alone it would only wait for the device in every backward
+    told = deepspeed_config(cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()), overlap)
     deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=told)
@@ -56,13 +57,14 @@ def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_
     return engine
 
 
-def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float, size: int, device: str = "cpu") -> dict[str, Any]:
-    """DeepSpeed's configuration with cfg.deepspeed laid over it; `size` is the net's number of weights, `device` cpu or cuda.
+def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float, size: int, overlap: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration with cfg.deepspeed laid over it; `size` is the net's number of weights, `overlap` whether stages 1 and 2 exchange
+    gradients while the backward runs.
 
     Raises UserError for a top-level key that DeepSpeed does not know (it would ignore it silently) or that ours decides, and for what would
     keep state where our checkpoints do not look."""
     parts = {"reduce_bucket_size": size, "reduce_scatter": False, "contiguous_gradients": False, "compute_grad_norm": clip > 0}
-    if cfg.overlap and device == "cuda":  # buckets below the net's size, else the only one would go out at the end
+    if overlap:  # buckets below the net's size, else the only one would go out at the end
         parts |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": min(size, _bytes(cfg) // 4)}
     zero = {"stage": cfg.stage} | {  # measured, see docs/engine.md
         0: {},

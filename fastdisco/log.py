@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,20 @@ from torch import Tensor
 from fastdisco import dist
 from fastdisco.config import UserError
 
-console = Console(stderr=False, highlight=False)
+console = Console(highlight=False)
 
 
 def say(text: str, anywhere: bool = False):
     """One line of rank 0, or of any with its number, above the bar where there is one."""
     if dist.rank() == 0 or anywhere:
         console.print(f"rank {dist.rank()}: {text}" if dist.rank() else text, markup=False, soft_wrap=True)
+
+
+def refuse(error: UserError) -> int:
+    """Says a command's error on stderr; the exit code."""
+    if dist.rank() == 0 or error.anywhere:
+        print(f"fastdisco: error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from fastdisco import checkpoint, config, data, dist, engine, models, optim, plan, pupils, runs, teacher
 from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
-from fastdisco.log import Log, Meter, named, say
+from fastdisco.log import Log, Meter, named, refuse, say
 from fastdisco.methods import Progress
 from fastdisco.pupils import Pupil
 
@@ -125,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(cfg, args.overwrite)
     except UserError as e:
-        if dist.rank() == 0 or getattr(e, "anywhere", False):  # most are found by every rank alike
-            print(f"fastdisco: error: {e}", file=sys.stderr, flush=True)
-        return 2
+        return refuse(e)
     return 0
 
 

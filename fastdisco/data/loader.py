@@ -205,9 +205,7 @@ def _built(listing: Listing, indices: np.ndarray, pipeline: Callable):
             gone = [t for t in listing.places.tars if not (listing.root / t).is_file()] if listing.places else []
             if not gone:
                 raise
-            error = UserError(f"{listing.root}: {some(gone)} is no longer there; put it back, then the same command continues")
-            error.anywhere = True
-            raise error from None
+            raise UserError(f"{listing.root}: {some(gone)} is no longer there; put it back, then the same command continues", anywhere=True) from None
     return pipe
 
 
@@ -231,8 +229,7 @@ def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device
         if not bad:
             raise
         names, source = [listing.files[j] for j in bad], shlex.quote(str(listing.source))
-        error = UserError(f"{listing.root}: unreadable image{'s' * (len(bad) > 1)} {', '.join(names)}; replace, or leave out by "
-                          f"`fastdisco data check {source} --only {shlex.join(names)}`; the same command then continues from the last checkpoint")
-        error.anywhere = True  # only this rank knows of it
-        raise error from e
+        raise UserError(f"{listing.root}: unreadable image{'s' * (len(bad) > 1)} {', '.join(names)}; replace, or leave out by "
+                        f"`fastdisco data check {source} --only {shlex.join(names)}`; the same command then continues from the last checkpoint",
+                        anywhere=True) from e
     return [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views], torch.from_numpy(indices[i * batch:(i + 1) * batch].copy())

@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdisco import config, dist, kernels
+from fastdisco import config, cudagraph, dist, kernels
 from fastdisco.memory import Queue
 from fastdisco.methods import Method, Nets, Progress, distilled, spread
 
@@ -68,7 +68,8 @@ def encode(ema, view: Tensor, shuffle: str, seed: int) -> Keys:
     order = None if shuffle == "off" else dist.Shuffle(len(view), seed)
     out = ema([order.split(view) if shuffle == "gather" else view])
     send = lambda: (order.join if order else dist.all_gather_async)(out.z[0])
-    every = functools.cache(send() if dist.world() > 1 else lambda: send()())  # alone nothing travels: z is read, and waited for, late
+    late = dist.world() == 1 or isinstance(out, cudagraph.Later)  # reading z waits for it: not before the student's forward is under way
+    every = functools.cache((lambda: send()()) if late else send())
     return Keys(lambda: every()[dist.rank() * len(view):][:len(view)] if order else out.z[0], every)
 
 

@@ -81,9 +81,9 @@ class Recorded:
         rows = torch.empty(len(i), *self._row, dtype=torch.float16, pin_memory=cuda)  # torch keeps pinned memory until its copy is done
         self._z[r].take(i, axis=0, out=rows.numpy(), mode="clip")  # the mode that needs no buffer
         if len(wrong := i[_sums(rows.numpy()) != self._sums[r].take(i)]):
-            raise _here(f"{self.folder}: recorded embeddings are damaged, in round {r} those of {self.loader.listing.files[wrong[0]]}"
-                        f"{f' and {len(wrong) - 1} others of its batch' if len(wrong) > 1 else ''}; {COMMAND} finds and records such anew, then the "
-                        "same command continues")
+            raise UserError(f"{self.folder}: recorded embeddings are damaged, in round {r} those of {self.loader.listing.files[wrong[0]]}"
+                            f"{f' and {len(wrong) - 1} others of its batch' if len(wrong) > 1 else ''}; {COMMAND} finds and records such anew, then the "
+                            "same command continues", anywhere=True)
         self._now = rows.to(self.loader.device, non_blocking=True).float().transpose(0, 1)  # [V,B,d]
 
     def __call__(self, views: list[Tensor]) -> Out:
@@ -116,8 +116,8 @@ class Recorded:
                                disable=dist.rank() > 0 or not console.is_terminal) if len(mine) else ():
                 rows = encode(batch.views)
                 if not np.isfinite(rows).all():
-                    raise _here(f"teacher: its embeddings of {self.loader.listing.files[batch.index[0]]} and what follows are not finite in "
-                                f"{self._precision}; take another precision or teacher")
+                    raise UserError(f"teacher: its embeddings of {self.loader.listing.files[batch.index[0]]} and what follows are not finite in "
+                                    f"{self._precision}; take another precision or teacher", anywhere=True)
                 i = batch.index.numpy()
                 self._z[r, i] = rows
                 self._sums[r, i] = _sums(rows)
@@ -230,13 +230,6 @@ def _sums(rows: np.ndarray) -> np.ndarray:
     words = rows.reshape(len(rows), -1).view(np.uint16).astype(np.uint32)
     odd = np.arange(words.shape[1], dtype=np.uint32) * np.uint32(0x9E3779B2) | np.uint32(1)
     return np.maximum((words * odd).sum(1, dtype=np.uint32), 1)
-
-
-def _here(text: str) -> UserError:
-    """Of this rank alone."""
-    error = UserError(text)
-    error.anywhere = True
-    return error
 
 
 def _short(value) -> str:
