@@ -1,6 +1,6 @@
 """Images/s of the training's loader, two 224 px views with MoCo-v2's augmentation, fp32 and normalised, from JPEGs as found on the web.
 
-    python bench/loader.py [--data FOLDER] [--rounds N] [--batch N]
+    python bench/loader.py [--data FOLDER|TAR] [--rounds N] [--batch N]
 
 Without a GPU: against torchvision in a DataLoader, folder and tars, 1 to 4 threads, the cost of each stage.  With one: where to decode and
 augment, the decoding engine's share, threads, prefetch; images/s and memory of each.  Writes bench/results/loader-<device>.json.
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, row, write
+from common import row, write
 
 import numpy as np
 import skimage.data
@@ -33,7 +33,6 @@ from fastdisco.data.decoder import graphs
 from fastdisco.data.way import Way
 from fastdisco.views import Crop
 
-PHOTOS = ROOT.parent / "shared" / "data" / "photos-240.tar"  # 240 photographs, median 500x375 px and 107 kB; not part of the project
 CROP = Crop()
 CORES = len(os.sched_getaffinity(0))
 CPU = Way("cpu", "cpu", "cpu", False, 0.0, 2)
@@ -44,14 +43,14 @@ STAGES = ("reading", "decoding", "draws", "resizing", "normalising", "jitter", "
 def main():
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="class folders; default: 240 photographs, synthetic where they are not at hand")
+    parser.add_argument("--data", type=Path, help="class folders, or a tar of images; default: 240 synthetic photographs")
     parser.add_argument("--threads", type=int, default=min(CORES, 16 if gpu else 2))
     parser.add_argument("--batch", type=int, default=128 if gpu else 32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of an arm in a round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root, what = (args.data, args.data.name) if args.data else photographs(Path(folder, "train"))
+        root, what = photographs(Path(folder, "train"), args.data)
         summary, samples = (on_gpu if gpu else on_cpu)(args, root, Path(folder, "tars"))
     device = "gpu" if gpu else "cpu"
     print(write("loader", device, summary, samples, data=what, **{k: getattr(args, k) for k in ("threads", "batch", "rounds", "seconds")}))
@@ -272,15 +271,17 @@ def profile(root: Path, batch: int, rounds: int) -> dict[str, list[float]]:
     return {s: [a - (b if before[s] else 0) for a, b in zip(cost[s], cost[before[s]] if before[s] else cost[s])] for s in STAGES}
 
 
-def photographs(root: Path) -> tuple[Path, str]:
-    """A class folder of 240 JPEGs, and what they are."""
+def photographs(root: Path, source: Path | None) -> tuple[Path, str]:
+    """Class folders of JPEGs, and what they are: those of the source, made in root where it is a tar; without one 240 of ImageNet's sizes."""
+    if source and source.is_dir():
+        return source, source.name
     (root / "a").mkdir(parents=True)
-    if PHOTOS.exists():
-        with tarfile.open(PHOTOS) as t:
+    if source:
+        with tarfile.open(source) as t:
             for m in t:
                 if m.isfile():
                     (root / "a" / Path(m.name).name).write_bytes(t.extractfile(m).read())
-        return root, "240 photographs"
+        return root, source.name
     rng, near = np.random.default_rng(0), Path(skimage.data.__file__).parent
     sources = [near / f for f in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
     sizes = [(500, 375)] * 13 + [(375, 500)] * 4 + [(500, 333)] * 4 + [(333, 500), (640, 480), (1024, 768)]
