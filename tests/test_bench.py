@@ -56,6 +56,17 @@ def test_tables_between_the_markers(tmp_path):
     assert report.fill(text, tmp_path) == text
 
 
+def test_a_short_table_has_what_is_measured_and_names_the_page_with_all(tmp_path):
+    rows = [dict(name=n, value=v, unit="s", aim=None, better="lower", **({} if v else {"reason": "no GPU here"})) for n, v in (("a", 1.5), ("b", None))]
+    result(tmp_path, "speed", "cpu", rows)
+    result(tmp_path, "speed", "h100", rows[:1])
+    text = report.fill("<!-- bench:speed full:docs/x.md -->\n<!-- /bench:speed -->\n", tmp_path)
+    assert text.count("| a | 1.5 | s |  |") == 2 and "| b |" not in text and text.count("Rows not measured yet: 1, see [docs/x.md](docs/x.md).") == 1
+    assert report.fill(text, tmp_path) == text
+    for _, bench, page, _ in report.MARKED.findall((ROOT / "README.md").read_text()):
+        assert not page or f"<!-- bench:{bench} -->" in (ROOT / page).read_text()
+
+
 def test_check_tells_a_stale_file(tmp_path, monkeypatch, capsys):
     results, readme, doc = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs" / "speed.md"
     doc.parent.mkdir()
