@@ -8,7 +8,6 @@ augment, the decoding engine's share, threads, prefetch; images/s and memory of 
 Every arm is a process of its own; in a round each in turn, in an order drawn anew, reads a number of batches after those that it has ready."""
 import argparse
 import functools
-import io
 import itertools
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import row, write
+from common import jpeg, row, row_of_rounds, write
 
 import numpy as np
 import skimage.data
@@ -290,13 +289,7 @@ def photographs(root: Path, source: Path | None) -> tuple[Path, str]:
         left, top = rng.integers(0, picture.width // 4), rng.integers(0, picture.height // 4)
         x = np.asarray(picture.crop((left, top, left + picture.width * 3 // 4, top + picture.height * 3 // 4)).resize((w, h)), float)
         picture = Image.fromarray((x + rng.normal(0, 6, x.shape)).clip(0, 255).astype(np.uint8))  # as many bytes a pixel as photographs have
-        low, high = 30, 98
-        while low < high:
-            quality = (low + high) // 2
-            out = io.BytesIO()
-            picture.save(out, "JPEG", quality=quality)
-            low, high = (quality + 1, high) if out.tell() < w * h * 107 / 187.5 else (low, quality)
-        (root / "a" / f"{i:03}.jpg").write_bytes(out.getvalue())
+        (root / "a" / f"{i:03}.jpg").write_bytes(jpeg(picture, w * h * 107 / 187.5))
     return root, "240 synthetic photographs"
 
 
@@ -313,14 +306,11 @@ def wait(gpu: bool):
 
 
 def ratio(name: str, ours_: list[float], theirs: list[float], unit: str, aim: float | None) -> dict:
-    """Of each round; median and quartiles."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours_, theirs)], n=4)
-    return row(name, round(middle, 3), unit, aim, "higher") | {"quartiles": [round(low, 3), round(high, 3)]}
+    return row_of_rounds(name, [a / b for a, b in zip(ours_, theirs)], 3, unit, aim, "higher")
 
 
 def rate(name: str, ips: list[float]) -> dict:
-    low, middle, high = statistics.quantiles(ips, n=4)
-    return row(name, round(middle, 1), "images/s, 2 views each", None, "higher") | {"quartiles": [round(low, 1), round(high, 1)]}
+    return row_of_rounds(name, ips, 1, "images/s, 2 views each", None, "higher")
 
 
 if __name__ == "__main__":

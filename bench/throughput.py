@@ -10,7 +10,6 @@ Writes throughput-<device>.json and .png into bench/results, or --out."""
 import argparse
 import copy
 import gc
-import io
 import os
 import random
 import re
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from common import RESULTS, ROOT, now, row, write
+from common import RESULTS, ROOT, jpeg, now, row, write
 
 import numpy as np
 import timm
@@ -209,13 +208,9 @@ def jpegs(root: Path, images: int, scale: float = 1.0):
         piece = np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)), np.float32)
         grain = piece + own.normal(0, own.uniform(1, 5), (height, width, 1)).astype(np.float32)
         image = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
-        low, high = 40, 98
-        while low < high:  # the lowest quality of enough bytes
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(_jpeg(image, middle)) >= target else (middle + 1, high)
         path = root / PHOTOS[i % len(PHOTOS)] / f"{i:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_jpeg(image, low))
+        path.write_bytes(jpeg(image, target))
         return path
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -223,12 +218,6 @@ def jpegs(root: Path, images: int, scale: float = 1.0):
     for i in range(distinct, images):
         first = made[i % distinct]
         os.link(first, first.with_name(f"{i:05}.jpg"))
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    f = io.BytesIO()
-    image.save(f, "JPEG", quality=quality)
-    return f.getvalue()
 
 
 def random_teacher(file: Path, arch: str, head: Callable, backbone_keys: str = "module.encoder_q.", head_keys: str = "module.encoder_q.fc.",
