@@ -17,7 +17,7 @@ import common  # noqa: E402
 
 TINY = dict(teacher="resnet10t", teacher_lr=0.06, probe=4, cfg=accuracy.SHARED | dict(
     data=dict(batch=8, threads=1, eval_resize=32, eval_size=32, eval_batch=16), bn=dict(groups=2), log=dict(every=1), view=dict(size=32),
-    student=dict(arch="mobilenetv3_small_050", hidden=16), method=dict(name="moco", queue=16, momentum=0.9)))
+    student=dict(arch="mobilenetv3_small_050", hidden=16), method=dict(name="moco", queue=16, momentum=0.9), optim=accuracy.PLAIN))
 
 
 def settings(name, tmp_path, preset="cpu", epochs=7):
