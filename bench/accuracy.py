@@ -1,7 +1,7 @@
 """What distillation is worth where a student has time to learn: CIFAR-10, or any folder, with a table, a plot and an untrained network beside each.
 
-    python bench/accuracy.py --minutes 90 --keep                   the first call measures speeds and fixes the epochs that fit; then it trains
-    python bench/accuracy.py --minutes 90 --keep --stop-after 9    the same in pieces: each call goes on where the last one stopped
+    python bench/accuracy.py --data cifar10                   the first call measures speeds and fixes the epochs that fit; then it trains
+    python bench/accuracy.py --data cifar10 --stop-after 9    the same in pieces: each call goes on where the last one stopped
 
 A teacher by MoCo-v2, then for each seed the student alone (MoCo-v2), with DisCo, alone for as many epochs as fit DisCo's measured training time, and
 with SEED; every arm is the real command, and all share every setting but the term.  kNN and linear accuracy (logistic regression on frozen features)
@@ -26,7 +26,6 @@ from rich.table import Table
 
 from fastdisco import config, data, models
 
-CIFAR = ROOT.parent / "shared/data/cifar10-jpeg.tar.xz"
 SHARED = dict(method=dict(name="moco", queue=4096, momentum=0.99), checkpoint=dict(every=100, keep=1))
 PLAIN = dict(lr_scale="none", warmup_epochs=0)  # in words, for a method may bring a recipe of its own
 PRESETS = {  # the student's configuration; the teacher's network; its step size; how many steps tell the speed
@@ -38,6 +37,7 @@ PRESETS = {  # the student's configuration; the teacher's network; its step size
         student=dict(arch="mobilenetv3_large_100", hidden=2048), bn=dict(groups=8), optim=dict(lr=0.06, **PLAIN), engine=dict(precision="bf16"),
         checkpoint=dict(every=1000, keep=1))),
 }
+MINUTES = 90
 TEACHER_EPOCHS = 2  # of the teacher for each of a student's: what it has not learned it cannot pass on
 ARMS = {  # what differs from the student's configuration; OUT and TEACHER are filled in, and the queue's length
     "alone": [],
@@ -51,10 +51,11 @@ TITLES = {"teacher": "teacher, MoCo-v2", "alone": "student alone, MoCo-v2", "alo
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=90, help="of training, all arms and seeds together; evaluation comes on top (%(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with train/ and test/ or val/, or a tar of one")
+    parser.add_argument("--name", help="of the data in the rows; the folder's or the tar's up to its first dot unless given")
+    parser.add_argument("--minutes", type=float, help=f"of training, all arms and seeds together; evaluation comes on top ({MINUTES})")
     parser.add_argument("--stop-after", type=float, default=1e9, metavar="MINUTES", help="end this call by then; the next one goes on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the students; the teacher is one")
-    parser.add_argument("--data", type=Path, default=CIFAR, help="a folder with train/ and test/ or val/, or a tar of one (%(default)s)")
     parser.add_argument("--preset", choices=PRESETS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--epochs", type=int, help="of a student, instead of measuring what fits into --minutes")
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None):
     if scores:
         show(scores)
         draw(scores, out / "accuracy.png")
-    rows = summary(scores, missing, "cifar10" if args.data == CIFAR else folder.name)
+    rows = summary(scores, missing, args.name or args.data.resolve().name.split(".")[0])
     if args.keep:
         device = "gpu" if torch.cuda.is_available() else "cpu"
         used = json.loads(base.read_text())
@@ -126,8 +127,8 @@ def planned(out: Path, base: Path, preset: dict, args) -> dict:
     file = out / "plan.json"
     if file.exists():
         plan = json.loads(file.read_text())
-        asked = dict(preset=args.preset, data=str(args.data), seeds=len(args.seeds))
-        if differ := [k for k, v in asked.items() if plan[k] != v]:
+        asked = dict(preset=args.preset, data=str(args.data), seeds=len(args.seeds), epochs=args.epochs, minutes=args.minutes)
+        if differ := [k for k, v in asked.items() if v is not None and plan[k] != v]:
             raise config.UserError(f"{file}: was made for another {' and '.join(differ)}; give another --out")
         return plan
     seconds = {}
@@ -141,8 +142,9 @@ def planned(out: Path, base: Path, preset: dict, args) -> dict:
             steps = [x["perf/step_time"] for x in metrics(out / f"probe_{name}")]
             cfg = config.load(out / f"probe_{name}/config.yaml")
             seconds[name] = statistics.median(steps[1:]) * (len(data.listing(cfg.data.train).kept) // cfg.data.batch)
-    plan = dict(preset=args.preset, data=str(args.data), seeds=len(args.seeds), minutes=args.minutes, seconds_per_epoch=seconds,
-                epochs=args.epochs or fitting(seconds, args.minutes, len(args.seeds)))
+    minutes = args.minutes or MINUTES
+    plan = dict(preset=args.preset, data=str(args.data), seeds=len(args.seeds), minutes=minutes, seconds_per_epoch=seconds,
+                epochs=args.epochs or fitting(seconds, minutes, len(args.seeds)))
     plan["teacher_epochs"] = TEACHER_EPOCHS * plan["epochs"]
     file.write_text(json.dumps(plan, indent=1))
     return plan

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from common import now, row, write
+from common import now, row, row_of_rounds, write
 
 import torch
 
@@ -48,9 +48,7 @@ def main():
                row("engine_load_before", round(load, 1), "processes that wanted a core in the minute before", None, "lower")]
     for name in list(ARMS)[1:]:
         ratios = [t / d for t, d in zip(times[name], times["ddp"])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        summary.append(row(f"engine_vs_ddp_{name}", round(middle, 3), "x of DDP's step time", AIM.get(name), "lower")
-                       | {"quartiles": [round(low, 3), round(high, 3)]})
+        summary.append(row_of_rounds(f"engine_vs_ddp_{name}", ratios, 3, "x of DDP's step time", AIM.get(name), "lower"))
     device = "gpu" if gpus else "cpu"
     print(write("engine", device, summary, times, **{k: getattr(args, k) for k in ("size", "images", "precision", "bucket_mb", "rounds", "steps")}))
     for r in summary:

@@ -46,7 +46,7 @@ def photographs(root: Path) -> Path:
     """Four JPEGs of 500 px on the long side from each of the demo's photographs, as class folders."""
     for name, file in demo.PHOTOS.items():
         (root / name).mkdir(parents=True)
-        image = demo.photo(demo._find(file))
+        image = demo.photo(demo.find(file))
         for i in range(4):
             image.resize((image.width * 500 // demo.LONG, image.height * 500 // demo.LONG)).save(root / name / f"{i}.jpg", quality=90)
     return root

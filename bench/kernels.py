@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 
-from common import row, write
+from common import elapsed_ms, row, write
 
 import torch
 import torch.nn.functional as F
@@ -297,16 +297,6 @@ def interleave(results: dict, what: str, runs: dict, sets: int, rounds: int):
             times[name].append(1e3 * elapsed_ms(runs[name], repeats[name]) / (repeats[name] * sets))
     for name, t in times.items():
         results[name] |= {f"{what}_us": statistics.median(t), f"{what}_rounds_us": [round(x, 3) for x in t]}
-
-
-def elapsed_ms(run, repeats: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def measure_ceilings() -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Images/s of the training's loader, two 224 px views with MoCo-v2's augmentation, fp32 and normalised, from JPEGs as found on the web.
 
-    python bench/loader.py [--data FOLDER] [--rounds N] [--batch N]
+    python bench/loader.py [--data FOLDER|TAR] [--rounds N] [--batch N]
 
 Without a GPU: against torchvision in a DataLoader, folder and tars, 1 to 4 threads, the cost of each stage.  With one: where to decode and
 augment, the decoding engine's share, threads, prefetch; images/s and memory of each.  Writes bench/results/loader-<device>.json.
@@ -8,7 +8,6 @@ augment, the decoding engine's share, threads, prefetch; images/s and memory of 
 Every arm is a process of its own; in a round each in turn, in an order drawn anew, reads a number of batches after those that it has ready."""
 import argparse
 import functools
-import io
 import itertools
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, row, write
+from common import jpeg, row, row_of_rounds, write
 
 import numpy as np
 import skimage.data
@@ -33,7 +32,6 @@ from fastdisco.data.decoder import graphs
 from fastdisco.data.way import Way
 from fastdisco.views import Crop
 
-PHOTOS = ROOT.parent / "shared" / "data" / "photos-240.tar"  # 240 photographs, median 500x375 px and 107 kB; not part of the project
 CROP = Crop()
 CORES = len(os.sched_getaffinity(0))
 CPU = Way("cpu", "cpu", "cpu", False, 0.0, 2)
@@ -44,14 +42,14 @@ STAGES = ("reading", "decoding", "draws", "resizing", "normalising", "jitter", "
 def main():
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="class folders; default: 240 photographs, synthetic where they are not at hand")
+    parser.add_argument("--data", type=Path, help="class folders, or a tar of images; default: 240 synthetic photographs")
     parser.add_argument("--threads", type=int, default=min(CORES, 16 if gpu else 2))
     parser.add_argument("--batch", type=int, default=128 if gpu else 32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of an arm in a round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root, what = (args.data, args.data.name) if args.data else photographs(Path(folder, "train"))
+        root, what = photographs(Path(folder, "train"), args.data)
         summary, samples = (on_gpu if gpu else on_cpu)(args, root, Path(folder, "tars"))
     device = "gpu" if gpu else "cpu"
     print(write("loader", device, summary, samples, data=what, **{k: getattr(args, k) for k in ("threads", "batch", "rounds", "seconds")}))
@@ -272,15 +270,17 @@ def profile(root: Path, batch: int, rounds: int) -> dict[str, list[float]]:
     return {s: [a - (b if before[s] else 0) for a, b in zip(cost[s], cost[before[s]] if before[s] else cost[s])] for s in STAGES}
 
 
-def photographs(root: Path) -> tuple[Path, str]:
-    """A class folder of 240 JPEGs, and what they are."""
+def photographs(root: Path, source: Path | None) -> tuple[Path, str]:
+    """Class folders of JPEGs, and what they are: those of the source, made in root where it is a tar; without one 240 of ImageNet's sizes."""
+    if source and source.is_dir():
+        return source, source.name
     (root / "a").mkdir(parents=True)
-    if PHOTOS.exists():
-        with tarfile.open(PHOTOS) as t:
+    if source:
+        with tarfile.open(source) as t:
             for m in t:
                 if m.isfile():
                     (root / "a" / Path(m.name).name).write_bytes(t.extractfile(m).read())
-        return root, "240 photographs"
+        return root, source.name
     rng, near = np.random.default_rng(0), Path(skimage.data.__file__).parent
     sources = [near / f for f in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
     sizes = [(500, 375)] * 13 + [(375, 500)] * 4 + [(500, 333)] * 4 + [(333, 500), (640, 480), (1024, 768)]
@@ -289,13 +289,7 @@ def photographs(root: Path) -> tuple[Path, str]:
         left, top = rng.integers(0, picture.width // 4), rng.integers(0, picture.height // 4)
         x = np.asarray(picture.crop((left, top, left + picture.width * 3 // 4, top + picture.height * 3 // 4)).resize((w, h)), float)
         picture = Image.fromarray((x + rng.normal(0, 6, x.shape)).clip(0, 255).astype(np.uint8))  # as many bytes a pixel as photographs have
-        low, high = 30, 98
-        while low < high:
-            quality = (low + high) // 2
-            out = io.BytesIO()
-            picture.save(out, "JPEG", quality=quality)
-            low, high = (quality + 1, high) if out.tell() < w * h * 107 / 187.5 else (low, quality)
-        (root / "a" / f"{i:03}.jpg").write_bytes(out.getvalue())
+        (root / "a" / f"{i:03}.jpg").write_bytes(jpeg(picture, w * h * 107 / 187.5))
     return root, "240 synthetic photographs"
 
 
@@ -312,14 +306,11 @@ def wait(gpu: bool):
 
 
 def ratio(name: str, ours_: list[float], theirs: list[float], unit: str, aim: float | None) -> dict:
-    """Of each round; median and quartiles."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours_, theirs)], n=4)
-    return row(name, round(middle, 3), unit, aim, "higher") | {"quartiles": [round(low, 3), round(high, 3)]}
+    return row_of_rounds(name, [a / b for a, b in zip(ours_, theirs)], 3, unit, aim, "higher")
 
 
 def rate(name: str, ips: list[float]) -> dict:
-    low, middle, high = statistics.quantiles(ips, n=4)
-    return row(name, round(middle, 1), "images/s, 2 views each", None, "higher") | {"quartiles": [round(low, 1), round(high, 1)]}
+    return row_of_rounds(name, ips, 1, "images/s, 2 views each", None, "higher")
 
 
 if __name__ == "__main__":

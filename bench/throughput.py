@@ -10,7 +10,6 @@ Writes throughput-<device>.json and .png into bench/results, or --out."""
 import argparse
 import copy
 import gc
-import io
 import os
 import random
 import re
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from common import RESULTS, ROOT, now, row, write
+from common import RESULTS, ROOT, jpeg, now, row, write
 
 import numpy as np
 import timm
@@ -194,7 +193,7 @@ def jpegs(root: Path, images: int, scale: float = 1.0):
     """Class folders of JPEGs like photographs from the web: random pieces of photographs at ImageNet's sizes, with a camera's grain, each encoded
     at the quality that gives its share of a log-normal spread of file sizes about BYTES."""
     rng = np.random.default_rng(0)
-    sources = [Image.open(demo._find(demo.PHOTOS[name])).convert("RGB") for name in PHOTOS]
+    sources = [Image.open(demo.find(demo.PHOTOS[name])).convert("RGB") for name in PHOTOS]
     distinct = min(images, DISTINCT)
     draws = [(i, rng.integers(2**31), float(BYTES * scale**2 * np.exp(0.4 * z))) for i, z in enumerate(rng.standard_normal(distinct))]
 
@@ -209,13 +208,9 @@ def jpegs(root: Path, images: int, scale: float = 1.0):
         piece = np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)), np.float32)
         grain = piece + own.normal(0, own.uniform(1, 5), (height, width, 1)).astype(np.float32)
         image = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
-        low, high = 40, 98
-        while low < high:  # the lowest quality of enough bytes
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(_jpeg(image, middle)) >= target else (middle + 1, high)
         path = root / PHOTOS[i % len(PHOTOS)] / f"{i:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_jpeg(image, low))
+        path.write_bytes(jpeg(image, target))
         return path
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -223,12 +218,6 @@ def jpegs(root: Path, images: int, scale: float = 1.0):
     for i in range(distinct, images):
         first = made[i % distinct]
         os.link(first, first.with_name(f"{i:05}.jpg"))
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    f = io.BytesIO()
-    image.save(f, "JPEG", quality=quality)
-    return f.getvalue()
 
 
 def random_teacher(file: Path, arch: str, head: Callable, backbone_keys: str = "module.encoder_q.", head_keys: str = "module.encoder_q.fc.",
@@ -300,7 +289,7 @@ class Ours:
         return Progress(self.done, 0.5, 0.5 * self.cfg.run.epochs, self.done)
 
 
-def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | None, ready: data.Batch, half: Ours | None, size: int, workers: int,
+def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official, ready: data.Batch, half: Ours | None, size: int, workers: int,
          folder: str) -> dict[str, Callable[[int], tuple[float, float]]]:
     """Name -> a function that runs some steps and returns the seconds of one, and of it those that waited for data."""
     device, views = ours.device, ready.views
@@ -372,9 +361,7 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official | Non
              "student": repeat(train_student), "ema": repeat(lambda: ours.nets.ema(views[-1:]).z), "loss": repeat(loss), "optimizer": repeat(update),
              "compute": repeat(lambda: ours.compute(views)), "ready": repeat(lambda: ours.step(views)),
              "full": loaded(lambda batch: ours.step(batch.views), ours.loader), "cached": loaded(replay, recorded.loader),
-             "matmul": repeat(matmul(device))}
-    if theirs:
-        found |= {"official": published_loaded, "official_ready": repeat(lambda: published(*flat))}
+             "matmul": repeat(matmul(device)), "official": published_loaded, "official_ready": repeat(lambda: published(*flat))}
     if dist.world() > 1:
         found["exchange"] = repeat(lambda: dist.all_sum(gradients))
     if half:
@@ -408,10 +395,8 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
     recorded.at(seen.index, seen.epoch)
     near = torch.nn.functional.cosine_similarity(recorded(seen.views).z, ours.nets.teacher(seen.views).z.float(), dim=-1).min().item()
     net = teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, teacher.How(device)).net  # as published: not folded
-    theirs = None
-    if cfg.method.name == "moco":  # else there is no official recipe to compare with
-        queue = cfg.method.queue // cfg.data.batch * cfg.data.batch
-        theirs = official.Official(copy.deepcopy(ours.twin), copy.deepcopy(net), queue, cfg.student.dim, device, cfg.method.temp, cfg.method.momentum)
+    queue = cfg.method.queue // cfg.data.batch * cfg.data.batch
+    theirs = official.Official(copy.deepcopy(ours.twin), copy.deepcopy(net), queue, cfg.student.dim, device, cfg.method.temp, cfg.method.momentum)
     run = arms(ours, recorded, theirs, ready, half, cfg.view.size, workers, plain_folder(few, folder))
     steps = {}
     for name in sorted(run):
@@ -433,8 +418,10 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
     found = dict(seconds=took, steps=steps, waits=waits, memory=(peak - before) / 1e9, cached_cosine=near, **work(ours, net, device), workers=workers,
                  student=cfg.student.arch, teacher=cfg.teacher.arch, size=cfg.view.size, precision=cfg.engine.precision, threads=cfg.data.threads)
     rates = {k: ips(found, k, batch) for k in ("loader", "compute", "exchange") if k in took}
-    found["verdict"] = verdict(rates, {k: statistics.median(took[k]) for k in PARTS if k in took and k != "exchange"}, ips(found, "full", batch))
-    return found
+    full, wait = ips(found, "full", batch), statistics.median(waits)
+    return found | dict(verdict=verdict(rates, {k: statistics.median(took[k]) for k in PARTS if k in took and k != "exchange"}, full),
+                        total_ips=full, data_time=wait * batch * dist.world() / full, compute_ips=full / max(1 - wait, 1e-9),
+                        peak_flops=found["matmul_flops"] / min(took["matmul"]))
 
 
 def plain_folder(few: data.Listing, folder: Path) -> str:
@@ -502,21 +489,15 @@ def figures(found: dict, batch: int) -> dict[str, float]:
     """The values of ROWS."""
     rate = {k: ips(found, k, batch) for k in found["seconds"]}
     ratio = lambda a, b: statistics.median(y / x for x, y in zip(found["seconds"][a], found["seconds"][b]))  # noqa: E731  of the same round
-    peak = found["matmul_flops"] / min(found["seconds"]["matmul"])
     width = {"fp32": 4}.get(found["precision"], 2)
-    out = {}
-    if "official" in rate:
-        out |= dict(step_vs_official=ratio("full", "official"), step_vs_official_ready=ratio("ready", "official_ready"))
-    out |= dict(step_share_of_slowest=found["verdict"].share, data_wait=statistics.median(found["waits"]), loader_vs_step=ratio("loader", "full"),
-                step_ips=rate["full"], peak_memory_gb=found["memory"], cached_vs_live_step=ratio("cached", "full"))
+    out = dict(step_vs_official=ratio("full", "official"), step_vs_official_ready=ratio("ready", "official_ready"),
+               step_share_of_slowest=found["verdict"].share, data_wait=statistics.median(found["waits"]), loader_vs_step=ratio("loader", "full"),
+               step_ips=rate["full"], peak_memory_gb=found["memory"], cached_vs_live_step=ratio("cached", "full"))
     for net in ("teacher", "student"):
-        out[f"{net}_mfu"] = found["flops"][net] * rate[net] / dist.world() / peak
-        out[f"{net}_mfu_ceiling"] = min(1.0, found["flops"][net] / (found["traffic"][net] * width) * found["bandwidth"] / peak)
-    if "bf16" in rate and "official" in rate:
+        out[f"{net}_mfu"] = found["flops"][net] * rate[net] / dist.world() / found["peak_flops"]
+        out[f"{net}_mfu_ceiling"] = min(1.0, found["flops"][net] / (found["traffic"][net] * width) * found["bandwidth"] / found["peak_flops"])
+    if "bf16" in rate:
         out["step_vs_official_bf16"] = ratio("bf16", "official")
-    found["total_ips"], found["data_time"] = rate["full"], out["data_wait"] * batch * dist.world() / rate["full"]
-    found["compute_ips"] = rate["full"] / max(1 - out["data_wait"], 1e-9)
-    found["peak_flops"] = peak
     return {k: float(f"{v:.4g}") for k, v in out.items()}
 
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import common  # noqa: F401  a bench runs from a checkout
+from common import elapsed_ms
 
 import torch
 import torch.nn.functional as F
@@ -212,19 +212,9 @@ def inputs(name: str) -> tuple[list, float]:
 def clocked(run) -> float:
     """Microseconds a call, of some 10 ms of replays."""
     replay, calls = run
-    ms = replays_ms(replay, 1)
+    ms = elapsed_ms(replay, 1)
     count = max(1, round(10 / max(ms, 1e-3)))
-    return 1e3 * replays_ms(replay, count) / (count * calls)
-
-
-def replays_ms(replay, count: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(count):
-        replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return 1e3 * elapsed_ms(replay, count) / (count * calls)
 
 
 # ---- the table

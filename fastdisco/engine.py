@@ -61,8 +61,8 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
     """DeepSpeed's configuration with cfg.deepspeed laid over it; `size` is the net's number of weights, `overlap` whether stages 1 and 2 exchange
     gradients while the backward runs.
 
-    Raises UserError for a top-level key that DeepSpeed does not know (it would ignore it silently) or that ours decides, and for what would
-    keep state where our checkpoints do not look."""
+    Raises UserError for a top-level key other than _RAW_KEYS (ours decides it, or DeepSpeed would ignore it silently), and for what would keep
+    state where our checkpoints do not look."""
     parts = {"reduce_bucket_size": size, "reduce_scatter": False, "contiguous_gradients": False, "compute_grad_norm": clip > 0}
     if overlap:  # buckets below the net's size, else the only one would go out at the end
         parts |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": min(size, _bytes(cfg) // 4)}

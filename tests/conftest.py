@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"  # real images that a clone does not have
+SHARED = Path(os.environ.get("FASTDISCO_DATA", ROOT.parent / "shared" / "data"))  # real images that a clone does not have
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["fastdisco.train", "deepspeed.runtime.zero.muon.original_muon"])  # each rank is a fresh process that has its imports
 

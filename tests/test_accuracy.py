@@ -1,4 +1,5 @@
 """bench/accuracy.py: how long it makes its arms, what they share, what it says where one is missing, and all of it on a few images."""
+import argparse
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ import common  # noqa: E402
 
 TINY = dict(teacher="resnet10t", teacher_lr=0.06, probe=4, cfg=accuracy.SHARED | dict(
     data=dict(batch=8, threads=1, eval_resize=32, eval_size=32, eval_batch=16), bn=dict(groups=2), log=dict(every=1), view=dict(size=32),
-    student=dict(arch="mobilenetv3_small_050", hidden=16), method=dict(name="moco", queue=16, momentum=0.9)))
+    student=dict(arch="mobilenetv3_small_050", hidden=16), method=dict(name="moco", queue=16, momentum=0.9), optim=accuracy.PLAIN))
 
 
 def settings(name, tmp_path, preset="cpu", epochs=7):
@@ -42,6 +43,42 @@ def test_as_many_epochs_as_fit():
     seconds = dict(teacher=60.0, alone=30.0, disco=90.0)
     assert accuracy.fitting(seconds, 70, 1) == 10  # an epoch: 2 x 60 of the teacher, 30 + 90 alone, DisCo, 90 for equal time, 90 for SEED
     assert accuracy.fitting(seconds, 70, 3) == 4 and accuracy.fitting(seconds, 0.1, 1) == 1
+
+
+def test_a_plan_holds_for_all_calls(folder, tmp_path, monkeypatch):
+    """What a later call leaves out is the plan's; what it says must be the plan's."""
+    monkeypatch.setattr(accuracy, "arm", lambda *a: pytest.fail("the call went on"))
+    file, call = tmp_path / "plan.json", ["--preset", "cpu", "--data", str(folder), "--out", str(tmp_path)]
+    plan = dict(preset="cpu", data=str(folder), seeds=1, minutes=95.0, seconds_per_epoch={}, epochs=4, teacher_epochs=8)
+    file.write_text(json.dumps(plan))
+    for more, differ in [(["--epochs", "5"], "epochs"), (["--minutes", "90"], "minutes"), (["--seeds", "1", "2"], "seeds"),
+                         (["--epochs", "4", "--minutes", "95"], None), ([], None)]:
+        if differ:
+            with pytest.raises(config.UserError, match=f"another {differ}"):
+                accuracy.main([*call, *more])
+        else:
+            with pytest.raises(pytest.fail.Exception, match="the call went on"):
+                accuracy.main([*call, *more])
+    monkeypatch.undo()
+    assert json.loads(file.read_text()) == plan
+
+
+def test_without_a_word_a_plan_is_for_90_minutes(tmp_path):
+    args = argparse.Namespace(preset="cpu", data=tmp_path, seeds=[0, 1], minutes=None, epochs=3)
+    assert accuracy.planned(tmp_path, tmp_path, TINY, args) == json.loads((tmp_path / "plan.json").read_text())
+    assert json.loads((tmp_path / "plan.json").read_text()) == dict(preset="cpu", data=str(tmp_path), seeds=2, minutes=90, seconds_per_epoch={},
+                                                                    epochs=3, teacher_epochs=6)
+
+
+@pytest.mark.parametrize("given, want", [(["--data", "x/cifar10-jpeg.tar.xz", "--name", "cifar10"], "cifar10"), (["--data", "x/pets.tar.gz"], "pets"),
+                                         (["--data", "x/pets"], "pets")], ids=lambda x: x if isinstance(x, str) else x[1])
+def test_rows_are_named_after_the_data(given, want, folder, tmp_path, monkeypatch):
+    def no_time(*_):
+        raise accuracy.Stopped("stopped")
+    monkeypatch.setattr(accuracy, "images", lambda *_: folder)
+    monkeypatch.setattr(accuracy, "arm", no_time)
+    rows = accuracy.main([*given, "--epochs", "1", "--out", str(tmp_path)])
+    assert rows[0]["name"] == f"disco_gain_points_{want}"
 
 
 def test_minutes_are_those_of_training():

@@ -1,10 +1,13 @@
 """The benches' result files and the tables made from them."""
+import io
 import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from conftest import ROOT, run
 from fastdisco import config
 
@@ -26,6 +29,22 @@ def test_a_row_has_a_value_or_a_reason():
     for value, reason in ((None, None), (1.0, "why")):
         with pytest.raises(AssertionError):
             common.row("a", value, "s", None, "lower", reason)
+
+
+def test_a_row_of_rounds_has_median_and_quartiles():
+    got = common.row_of_rounds("a", [3.0, 1.0, 2.04, 5.0, 4.0], 1, "s", None, "lower")
+    assert got == common.row("a", 3.0, "s", None, "lower") | {"quartiles": [1.5, 4.5]}
+
+
+def test_a_jpeg_has_the_lowest_quality_of_enough_bytes():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    sizes = {}
+    for quality in range(30, 99):
+        f = io.BytesIO()
+        image.save(f, "JPEG", quality=quality)
+        sizes[quality] = len(f.getvalue())
+    for size in (0, sizes[50], sizes[60] + 1, sizes[97] + 1, 10**6):
+        assert len(common.jpeg(image, size)) == next((n for n in sizes.values() if n >= size), sizes[98])
 
 
 def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch):
@@ -54,6 +73,17 @@ def test_tables_between_the_markers(tmp_path):
     assert "a chip, 2 cores" in text and "NVIDIA H100" in text and "`bench/x.py`" in text and "abc1234" in text
     assert text.endswith("<!-- bench:none -->\nNot measured yet.\n<!-- /bench:none -->\n")
     assert report.fill(text, tmp_path) == text
+
+
+def test_a_short_table_has_what_is_measured_and_names_the_page_with_all(tmp_path):
+    rows = [common.row("a", 1.5, "s", None, "lower"), common.row("b", None, "s", None, "lower", "no GPU here")]
+    result(tmp_path, "speed", "cpu", rows)
+    result(tmp_path, "speed", "h100", rows[:1])
+    text = report.fill("<!-- bench:speed full:docs/x.md -->\n<!-- /bench:speed -->\n", tmp_path)
+    assert text.count("| a | 1.5 | s |  |") == 2 and "| b |" not in text and text.count("Rows not measured yet: 1, see [docs/x.md](docs/x.md).") == 1
+    assert report.fill(text, tmp_path) == text
+    for _, bench, page, _ in report.MARKED.findall((ROOT / "README.md").read_text()):
+        assert not page or f"<!-- bench:{bench} -->" in (ROOT / page).read_text()
 
 
 def test_check_tells_a_stale_file(tmp_path, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def test_train_and_val_patches_share_no_pixel(size):
 
 def test_a_patch_is_the_photographs_pixels(small):
     """The first training patch found again in the photograph, at the place that the seed's draws name."""
-    path = demo._find(demo.PHOTOS["coffee"])
+    path = demo.find(demo.PHOTOS["coffee"])
     image, rng = demo.photo(path), np.random.default_rng([3, list(demo.PHOTOS).index("coffee")])
     with Image.open(path) as original:
         assert image.size == (640, round(original.height * 640 / original.width))
@@ -97,7 +97,7 @@ def test_what_it_wrote_is_kept(small):
 def test_the_manifest_holds_the_photographs_hashes(small):
     manifest = json.loads((small / "demo.json").read_text())
     for name, file in demo.PHOTOS.items():
-        assert manifest["photos"][name] == hashlib.sha256(demo._find(file).read_bytes()).hexdigest()
+        assert manifest["photos"][name] == hashlib.sha256(demo.find(file).read_bytes()).hexdigest()
 
 
 def test_refuses_what_it_did_not_write(small, tmp_path):

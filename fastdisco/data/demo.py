@@ -45,7 +45,7 @@ def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> di
     The same bytes for the same seed.  A folder that holds this very data set is kept as it is.
     UserError for a folder with anything else in it, or a missing photograph."""
     dst = Path(dst)
-    photos = {name: _find(file) for name, file in PHOTOS.items()}
+    photos = {name: find(file) for name, file in PHOTOS.items()}
     wanted = dict(seed=seed, train=train, val=val, long=LONG, cell=CELL, patch=list(PATCH), size=SIZE,
                   photos={name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in photos.items()})
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -90,7 +90,8 @@ def draw_box(cells: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int
     return int(left), int(upper), int(left) + side, int(upper) + side
 
 
-def _find(file: str) -> Path:
+def find(file: str) -> Path:
+    """Where a photograph of PHOTOS is installed.  Raises UserError where it is not."""
     package, inside = file.split("/", 1)
     path = Path(importlib.util.find_spec(package).origin).parent / inside
     if not path.is_file():
