@@ -336,7 +336,8 @@ _SPLIT = {nn.BatchNorm1d: SplitBatchNorm1d, nn.BatchNorm2d: SplitBatchNorm2d, Ba
 def _unsafe(file: Path, asked: str) -> str:
     return (f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for can run code; if you trust its "
             f"author, run this in a throw-away container without network and give what it writes: torch.save({{k: v for k, v in torch.load("
-            f"'{file}', map_location='cpu', weights_only=False).items() if k in ('state_dict', 'teacher')}}, 'weights.pth.tar')")
+            f"'{file}', map_location='cpu', weights_only=False).items() if k in ('state_dict', 'model', 'teacher') or torch.is_tensor(v)}}, "
+            "'weights.pth.tar')")
 
 
 def _damaged(file: Path) -> str:
