@@ -64,7 +64,7 @@ def train(cfg: Config, overwrite: bool = False):
                 scalars, shared = {}, targets and pupils.once(targets)
                 for p in students:
                     terms = p.method.step(p.nets(shared), batch.views, progress)
-                    loss = sum(weight * terms[name] for name, weight in p.method.weights.items() if name in terms)
+                    loss = p.method.loss(terms)
                     p.student.backward(loss)
                     optim.freeze(p.net, p.method.frozen(progress))
                     p.student.step()
