@@ -11,7 +11,7 @@ from fastdisco import config, data, dist, engine, methods, models, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
-from fastdisco.log import refuse, say
+from fastdisco.log import refuse, say, shorten
 from fastdisco.teacher import formats, runtime
 
 
@@ -104,7 +104,7 @@ def _show(args):
     say(f"head          {found.head}, {count(found.net.head)}; student.dim must be {found.dim}")
     say(f"used          {len(found.net.state_dict())} tensors, all that the network has")
     for why, names in found.ignored.items():
-        say(f"ignored       {why}: {models.shorten(names)}")
+        say(f"ignored       {why}: {shorten(names)}")
     say(f"fingerprint   {runtime.fingerprint(found.net)}")
 
 

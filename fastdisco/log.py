@@ -33,6 +33,11 @@ def refuse(error: UserError) -> int:
     return 2
 
 
+def shorten(names: list[str], show: int = 4) -> str:
+    """'a, b, c, d and 7 more'"""
+    return ", ".join(names[:show]) + (f" and {len(names) - show} more" if len(names) > show else "")
+
+
 def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:
     """Under their full names: loss -> train/loss, a term of the loss (in `weights`) -> train/loss_<term>, while others name their group themselves;
     of one of several students train/<student>/loss."""

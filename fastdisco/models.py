@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdisco import config, dist, heads
 from fastdisco.config import UserError
+from fastdisco.log import shorten
 
 
 class Out(NamedTuple):
@@ -235,10 +236,6 @@ def _finite(x: Tensor) -> bool:
     plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
     return plain and bool(x.isfinite().all())
 
-
-def shorten(names: list[str], show: int = 4) -> str:
-    """'a, b, c, d and 7 more'"""
-    return ", ".join(names[:show]) + (f" and {len(names) - show} more" if len(names) > show else "")
 
 
 _OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels", "features_only": "the pooled features are used",

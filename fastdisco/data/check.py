@@ -18,10 +18,10 @@ from rich.table import Table
 from fastdisco.config import UserError
 from fastdisco.data import shards
 from fastdisco.data.decoder import Decoder
-from fastdisco.data.folder import Listing, some
+from fastdisco.data.folder import Listing
 from fastdisco.data.pack import QUARANTINE, ahead
 from fastdisco.data.source import listing, read_quarantine
-from fastdisco.log import console, say
+from fastdisco.log import console, say, shorten
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; ImageNet's largest has 75 million
 BATCH = 64, 50_000_000  # images and pixels that are decoded at a time
@@ -50,7 +50,7 @@ def check(sources: list[Path], fast: bool = False, out: Path | None = None, thre
     for other in found[1:]:
         if other.classes != found[0].classes:
             odd = sorted(set(other.classes) ^ set(found[0].classes))
-            raise UserError(f"{other.source}: its classes are not those of {found[0].source} (only in one of them: {some(odd)}); give them the same")
+            raise UserError(f"{other.source}: its classes are not those of {found[0].source} (only in one of them: {shorten(odd)}); give them the same")
     threads, faults = threads or len(os.sched_getaffinity(0)), []
     for one in found:
         indices = shards.reading_order(one, _named(one, only))
@@ -171,7 +171,7 @@ def _named(one: Listing, only: list[str] | None) -> np.ndarray:
         return np.arange(len(one.files))
     at = {name: i for i, name in enumerate(one.files)}
     if strange := [n for n in only if n not in at]:
-        raise UserError(f"{one.source}: has no image {some(strange)}; give names as they stand in the listing, for example {one.files[0]}")
+        raise UserError(f"{one.source}: has no image {shorten(strange)}; give names as they stand in the listing, for example {one.files[0]}")
     return np.unique([at[n] for n in only])
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from rich.progress import track
 
 from fastdisco.config import UserError
-from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of, some
-from fastdisco.log import say
+from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of
+from fastdisco.log import say, shorten
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished
@@ -238,8 +238,8 @@ def manifest_of(root: Path, tars: list[str] | None) -> dict | None:
         return None  # another tool's
     if tars is not None and set(tars) != set(manifest["tars"]):
         missing, strange = (sorted(a - b) for a, b in ((set(manifest["tars"]), set(tars)), (set(tars), set(manifest["tars"]))))
-        raise UserError(f"{root}: " + (f"{some(missing)} of {MANIFEST} is missing; copy the whole folder again" if missing else
-                                       f"{some(strange)} is not in {MANIFEST}; move it out of the folder"))
+        raise UserError(f"{root}: " + (f"{shorten(missing)} of {MANIFEST} is missing; copy the whole folder again" if missing else
+                                       f"{shorten(strange)} is not in {MANIFEST}; move it out of the folder"))
     return manifest
 
 
@@ -255,7 +255,7 @@ def _row(tar: Path, stem: str, parts: dict, stored: bool, position: int) -> str:
     images = [ext for ext in parts if ext in EXTENSIONS]
     if len(images) != 1:
         found = " and ".join(images) if images else "none"
-        raise UserError(f"{tar}: its sample {stem}* needs one image, found {found} (members: {some(list(parts))}; "
+        raise UserError(f"{tar}: its sample {stem}* needs one image, found {found} (members: {shorten(list(parts))}; "
                         f"images are {' '.join(EXTENSIONS)}); is this a WebDataset tar?")
     name, offset, size, _ = parts[images[0]]
     if "\n" in name or "\r" in name:
