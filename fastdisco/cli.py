@@ -114,7 +114,7 @@ def _probe(args):
     found, val = formats.read(args.file, args.arch, student=args.student), data.listing(args.data, quarantine)
     runtime.of_noise(found.net, runtime.noise((args.size,)))
     train = data.listing(args.bank, quarantine) if args.bank else val
-    knn.check(train, val)
+    data.same_classes(train, val)
     bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])  # sorted by class, or mixed: halves alike in both
     bank, queries = (draw.permutation(x)[:args.images] for x in (bank, queries))
     if not len(bank) or not len(queries):

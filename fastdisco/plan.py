@@ -9,7 +9,6 @@ from torch import nn
 from fastdisco import config, data, methods, models, optim
 from fastdisco.config import Config, UserError
 from fastdisco.data import shards
-from fastdisco.evals import knn
 from fastdisco.teacher import formats, runtime
 
 GIB = 2**30
@@ -65,7 +64,7 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
             listings[key] = x = data.listing(path, cfg.data.quarantine)
             yield f"data.{key:<7}{path}: {len(x.kept)} images of {len(x.classes)} classes, {len(x.left_out)} left out by the quarantine"
     if len(listings) == 2:
-        knn.check(*listings.values())
+        data.same_classes(*listings.values())
 
     crops = [crop.size for crop in config.crops(cfg)]
     yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "

@@ -20,7 +20,7 @@ from fastdisco.data import shards
 from fastdisco.data.decoder import Decoder
 from fastdisco.data.folder import Listing
 from fastdisco.data.pack import QUARANTINE, ahead
-from fastdisco.data.source import listing, read_quarantine
+from fastdisco.data.source import listing, read_quarantine, same_classes
 from fastdisco.log import console, say, shorten
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; ImageNet's largest has 75 million
@@ -48,9 +48,7 @@ def check(sources: list[Path], fast: bool = False, out: Path | None = None, thre
     Raises UserError for tars that do not fit, and where a source has other classes than the first."""
     found = [listing(s) for s in sources]
     for other in found[1:]:
-        if other.classes != found[0].classes:
-            odd = sorted(set(other.classes) ^ set(found[0].classes))
-            raise UserError(f"{other.source}: its classes are not those of {found[0].source} (only in one of them: {shorten(odd)}); give them the same")
+        same_classes(found[0], other)
     threads, faults = threads or len(os.sched_getaffinity(0)), []
     for one in found:
         indices = shards.reading_order(one, _named(one, only))

@@ -37,6 +37,14 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
     return found._replace(left_out=_left_out(found, found.root / quarantine, Path(quarantine).is_absolute()))
 
 
+def same_classes(one: Listing, other: Listing):
+    """Raises UserError where the two have other classes: an accuracy of one by the other would mean nothing."""
+    if one.classes != other.classes:
+        odd = sorted(set(one.classes) ^ set(other.classes))
+        raise UserError(f"{other.source}: its classes are not those of {one.source} "
+                        f"({f'only in one of them: {shorten(odd)}' if odd else 'in another order'}); give the two the same")
+
+
 def read_quarantine(path: Path) -> dict[str, str]:
     """{name: reason}"""
     try:
