@@ -21,6 +21,7 @@ from fastdisco.data.decoder import Decoder
 from fastdisco.data.folder import Listing
 from fastdisco.data.pack import QUARANTINE, ahead
 from fastdisco.data.source import listing, read_quarantine, same_classes
+from fastdisco.files import write_whole
 from fastdisco.log import console, say, shorten
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; ImageNet's largest has 75 million
@@ -188,9 +189,9 @@ def _write(one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, o
     try:
         folder.mkdir(parents=True, exist_ok=True)
         name = "check.json" if out is None else "check-" + re.sub(r"[^\w.-]+", "_", one.source.name) + ".json"
-        shards.write_whole(folder / name, json.dumps(report, indent=1) + "\n")
+        write_whole(folder / name, json.dumps(report, indent=1) + "\n")
         if names or path.exists():
-            shards.write_whole(path, "".join(f"{n}\t{reason}\n" for n, reason in sorted(names.items())))
+            write_whole(path, "".join(f"{n}\t{reason}\n" for n, reason in sorted(names.items())))
     except OSError as e:
         raise UserError(f"{folder}: cannot be written ({e.strerror}); give --out FOLDER and set data.quarantine=FOLDER/{QUARANTINE}") from None
     return path

@@ -4,7 +4,6 @@ A sample is the members of one stem that follow each other: an image, its class 
 `idx`.  Beside a tar x.tar lies x.index, which `fastdisco data pack` writes, or the first use of a foreign tar: a line of JSON about the tar,
 then for each sample its index, label (-1: none), offset and size of the image, and the member's name, between tabs."""
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.progress import track
 
 from fastdisco.config import UserError
 from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of
+from fastdisco.files import write_whole
 from fastdisco.log import say, shorten
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
@@ -162,15 +162,6 @@ def about(tar: Path) -> dict:
 def rows_of(tar: Path) -> list[str]:
     return _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]
 
-
-def write_whole(path: Path, text: str):
-    """The file has all of the text or is not there; several ranks may write the same."""
-    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
-    with part.open("w", errors="surrogateescape") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
 
 
 def _index_of(tar: Path) -> Path:
