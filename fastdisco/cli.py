@@ -98,7 +98,7 @@ def _check(args):
 
 def _show(args):
     found = formats.read(args.file, args.arch, student=args.student)
-    count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M weights"  # noqa: E731
+    count = lambda m: f"{models.size(m) / 1e6:.2f} M weights"  # noqa: E731
     say(f"{args.file}: {found.format}")
     say(f"architecture  {found.arch} {found.kwargs or ''}".rstrip() + f", {count(found.net.backbone)}")
     say(f"head          {found.head}, {count(found.net.head)}; student.dim must be {found.dim}")

@@ -17,7 +17,9 @@ WIDTHS = STUDENTS | {"mobilenetv3_small_050": 1024, "resnet50": 2048, "resnet50w
 
 def small(groups=1, seed=0, arch="resnet10t"):
     torch.manual_seed(seed)
-    return models.create(arch, lambda dim: heads.mlp(dim, 32, 8), {}, groups)
+    net = models.create(arch, lambda dim: heads.mlp(dim, 32, 8))
+    models.split_bn(net, groups)
+    return net
 
 
 def images(b, seed=1, size=32):
