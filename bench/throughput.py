@@ -289,8 +289,7 @@ class Ours:
         return loss
 
     def loss(self, nets: Nets, views: list[Tensor]) -> Tensor:
-        terms = self.method.step(nets, views, self.progress)
-        return sum(weight * terms[name] for name, weight in self.method.weights.items() if name in terms)
+        return self.method.loss(self.method.step(nets, views, self.progress))
 
     @property
     def progress(self) -> Progress:

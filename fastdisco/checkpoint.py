@@ -14,6 +14,7 @@ from torch import nn
 
 from fastdisco import dist, engine
 from fastdisco.config import UserError
+from fastdisco.files import write_whole
 from fastdisco.models import last, mean_buffers, read
 
 
@@ -67,7 +68,8 @@ def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], kee
         _sync(beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
-        _write_text(folder.parent / "last", folder.name)
+        write_whole(folder.parent / "last", folder.name)
+        _sync(folder.parent)  # `last` is on disk before an older one goes
         for old in sorted(folder.parent.glob("step_*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -123,15 +125,6 @@ def _write(path: Path, value):
         f.flush()
         os.fsync(f.fileno())
 
-
-def _write_text(path: Path, text: str):
-    part = path.with_suffix(".part")
-    with part.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    _sync(path.parent)
 
 
 def _sync(folder: Path):

@@ -11,7 +11,7 @@ from fastdisco import config, data, dist, engine, methods, models, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
-from fastdisco.log import refuse, say
+from fastdisco.log import refuse, say, shorten
 from fastdisco.teacher import formats, runtime
 
 
@@ -98,13 +98,13 @@ def _check(args):
 
 def _show(args):
     found = formats.read(args.file, args.arch, student=args.student)
-    count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M weights"  # noqa: E731
+    count = lambda m: f"{models.size(m) / 1e6:.2f} M weights"  # noqa: E731
     say(f"{args.file}: {found.format}")
     say(f"architecture  {found.arch} {found.kwargs or ''}".rstrip() + f", {count(found.net.backbone)}")
     say(f"head          {found.head}, {count(found.net.head)}; student.dim must be {found.dim}")
     say(f"used          {len(found.net.state_dict())} tensors, all that the network has")
     for why, names in found.ignored.items():
-        say(f"ignored       {why}: {models.shorten(names)}")
+        say(f"ignored       {why}: {shorten(names)}")
     say(f"fingerprint   {runtime.fingerprint(found.net)}")
 
 
@@ -114,7 +114,7 @@ def _probe(args):
     found, val = formats.read(args.file, args.arch, student=args.student), data.listing(args.data, quarantine)
     runtime.of_noise(found.net, runtime.noise((args.size,)))
     train = data.listing(args.bank, quarantine) if args.bank else val
-    knn.check(train, val)
+    data.same_classes(train, val)
     bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])  # sorted by class, or mixed: halves alike in both
     bank, queries = (draw.permutation(x)[:args.images] for x in (bank, queries))
     if not len(bank) or not len(queries):

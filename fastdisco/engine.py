@@ -9,7 +9,7 @@ from typing import Any, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import dist
+from fastdisco import dist, models
 from fastdisco.config import Engine, UserError
 from fastdisco.exchange import Exchange
 
@@ -43,7 +43,7 @@ def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_
     if bare := [name for name, p in net.named_parameters() if not p.dim()]:
         raise UserError(f"student.arch: DeepSpeed cannot send a weight without dimension to the other ranks, as {bare[0]} is; take another")
     overlap = cfg.overlap and dist.device().type == "cuda" and dist.world() > 1  # alone it would only wait for the device in every backward
-    told = deepspeed_config(cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()), overlap)
+    told = deepspeed_config(cfg, micro_batch, accumulate, clip, models.size(net), overlap)
     deepspeed = _deepspeed()
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=told)

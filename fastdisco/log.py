@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; rank 0 only."""
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastdisco import dist
 from fastdisco.config import UserError
+from fastdisco.files import write_whole
 
 console = Console(highlight=False)
 
@@ -31,6 +31,11 @@ def refuse(error: UserError) -> int:
     if dist.rank() == 0 or error.anywhere:
         print(f"fastdisco: error: {error}", file=sys.stderr, flush=True)
     return 2
+
+
+def shorten(names: list[str], show: int = 4) -> str:
+    """'a, b, c, d and 7 more'"""
+    return ", ".join(names[:show]) + (f" and {len(names) - show} more" if len(names) > show else "")
 
 
 def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:
@@ -111,9 +116,7 @@ class Log:
         kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if start and path.exists() else []
         for values in map(json.loads, kept):
             self._remember(values)
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(kept))
-        os.replace(whole, path)
+        write_whole(path, "".join(kept))
         self.file = path.open("a", buffering=1)
         if console.is_terminal:
             self.bar = Progress(BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"), TimeRemainingColumn(),

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdisco import config, dist, heads
 from fastdisco.config import UserError
+from fastdisco.log import shorten
 
 
 class Out(NamedTuple):
@@ -78,20 +79,16 @@ def of(cfg: config.Config, train: bool = False) -> Net:
     return net
 
 
-def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, bn_groups: int = 1,
-           sizes: tuple[int, ...] = ()) -> Net:
+def create(arch: str, head: Callable[[int], nn.Module], kwargs: dict[str, Any] = {}, sizes: tuple[int, ...] = ()) -> Net:
     """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for the head).
 
-    arch       a name of timm's, or one of WIDE
-    head       makes the head for the backbone's number of features
-    kwargs     for timm.create_model
-    bn_groups  > 1: training statistics of every batch norm are those of that many equal slices of the batch, see `split_bn`
-    sizes      of the images, pixels: position embeddings are made for the first and interpolated for the others; (): the arch's own
+    arch    a name of timm's, or one of WIDE
+    head    makes the head for the backbone's number of features
+    kwargs  for timm.create_model
+    sizes   of the images, pixels: position embeddings are made for the first and interpolated for the others; (): the arch's own
     Raises UserError for a name, a keyword or a size that timm cannot make."""
     backbone = _backbone(arch, kwargs, sizes)
-    net = Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
-    split_bn(net, bn_groups)
-    return net
+    return Net(backbone, head(backbone.head_hidden_size))  # num_features is what mobilenetv3 has before its head convolution
 
 
 @functools.cache
@@ -99,6 +96,11 @@ def shapes(arch: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights and buffers of an architecture's backbone, which is made without memory."""
     with torch.device("meta"):
         return {k: tuple(v.shape) for k, v in _backbone(arch, {}).state_dict().items()}
+
+
+def size(net: nn.Module) -> int:
+    """Number of weights, those of buffers not among them."""
+    return sum(p.numel() for p in net.parameters())
 
 
 def split_bn(net: nn.Module, groups: int):
@@ -235,10 +237,6 @@ def _finite(x: Tensor) -> bool:
     plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
     return plain and bool(x.isfinite().all())
 
-
-def shorten(names: list[str], show: int = 4) -> str:
-    """'a, b, c, d and 7 more'"""
-    return ", ".join(names[:show]) + (f" and {len(names) - show} more" if len(names) > show else "")
 
 
 _OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels", "features_only": "the pooled features are used",

@@ -9,7 +9,6 @@ from torch import nn
 from fastdisco import config, data, methods, models, optim
 from fastdisco.config import Config, UserError
 from fastdisco.data import shards
-from fastdisco.evals import knn
 from fastdisco.teacher import formats, runtime
 
 GIB = 2**30
@@ -30,9 +29,9 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     for name, own in config.students(cfg).items():
         with torch.device("meta"):
             nets[name] = net = models.of(own, train=True)
-        parts = ", ".join(f"{weights(m) / 1e6:.2f} M in {part}" for part, m in net.named_children())
+        parts = ", ".join(f"{models.size(m) / 1e6:.2f} M in {part}" for part, m in net.named_children())
         yield (f"student     {name and f'{name}: '}{own.student.arch} {own.student.kwargs or ''}".rstrip()
-               + f": {weights(net) / 1e6:.2f} M weights, {parts}")
+               + f": {models.size(net) / 1e6:.2f} M weights, {parts}")
 
     teacher = 0
     if cfg.teacher is None:
@@ -49,7 +48,7 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
         yield f"teacher     {cfg.teacher.arch or 'of an architecture that the file will tell'}: not found"
     else:
         found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, cfg.teacher.student)
-        teacher = weights(found.net)
+        teacher = models.size(found.net)
         taught = config.crops(cfg)[:methods.kind(cfg.method.name).taught]
         runtime.of_noise(found.net, runtime.noise(tuple(dict.fromkeys(crop.size for crop in taught))))
         yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
@@ -65,7 +64,7 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
             listings[key] = x = data.listing(path, cfg.data.quarantine)
             yield f"data.{key:<7}{path}: {len(x.kept)} images of {len(x.classes)} classes, {len(x.left_out)} left out by the quarantine"
     if len(listings) == 2:
-        knn.check(*listings.values())
+        data.same_classes(*listings.values())
 
     crops = [crop.size for crop in config.crops(cfg)]
     yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "
@@ -112,6 +111,3 @@ def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crop
     return (f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
             f"teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
 
-
-def weights(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())

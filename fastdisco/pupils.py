@@ -37,7 +37,7 @@ def create(name: str, cfg: Config, micro: int, device: torch.device) -> Pupil:
     shuffle = cfg.bn.shuffle if dist.world() * cfg.bn.groups > 1 else "off"
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle=shuffle).to(device)
     net = models.of(cfg, train=True).to(device)
-    size = sum(p.numel() for p in net.parameters())
+    size = models.size(net)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)  # before the engine hooks into the net's forward
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
     optimizer = optim.create(net, cfg.optim, lr, cfg.engine.stage)

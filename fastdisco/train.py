@@ -26,7 +26,7 @@ def train(cfg: Config, overwrite: bool = False):
     micro = config.micro_batch(cfg, dist.world())
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     if val := cfg.data.val and data.listing(cfg.data.val, cfg.data.quarantine):
-        knn.check(listing, val)
+        data.same_classes(listing, val)
 
     students = [pupils.create(name, own, micro, device) for name, own in config.students(cfg).items()]
     loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
@@ -64,7 +64,7 @@ def train(cfg: Config, overwrite: bool = False):
                 scalars, shared = {}, targets and pupils.once(targets)
                 for p in students:
                     terms = p.method.step(p.nets(shared), batch.views, progress)
-                    loss = sum(weight * terms[name] for name, weight in p.method.weights.items() if name in terms)
+                    loss = p.method.loss(terms)
                     p.student.backward(loss)
                     optim.freeze(p.net, p.method.frozen(progress))
                     p.student.step()

@@ -75,7 +75,7 @@ class Run:
         for i, views in enumerate(micro_batches):
             progress = Progress(step * len(micro_batches) + i, epoch / self.epochs, epoch, step)
             terms = self.method.step(nets, views, progress)
-            loss = sum(weight * terms[name] for name, weight in self.method.weights.items() if name in terms) / len(micro_batches)
+            loss = self.method.loss(terms) / len(micro_batches)
             loss.backward()
             total += loss.item()
         for p in self.net.parameters():

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"kernels", "config", "dist", "log", "views", "heads"},
+    {"kernels", "config", "dist", "log", "files", "views", "heads"},
     {"data", "models", "memory", "cudagraph", "exchange"},
     {"teacher", "methods", "optim", "evals", "engine", "compiled"},
     {"checkpoint", "runs", "plan", "pupils"},

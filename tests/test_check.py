@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_asks_for_another(folder, tmp_path, monk
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as m:
-        m.setattr(check.shards, "write_whole", denied)
+        m.setattr(check, "write_whole", denied)
         with pytest.raises(UserError) as e:
             check.check([folder / "train"], fast=True)
     one_sentence(e, str(folder / "train"), "--out", "data.quarantine")

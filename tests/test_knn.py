@@ -78,4 +78,7 @@ def test_other_classes_are_refused(folder, tmp_path):
     shutil.copytree(folder / "val", tmp_path / "val")
     (tmp_path / "val/class2").rename(tmp_path / "val/other")
     with pytest.raises(UserError, match="class2, other"):
-        knn.check(data.listing(folder / "train"), data.listing(tmp_path / "val"))
+        data.same_classes(data.listing(folder / "train"), data.listing(tmp_path / "val"))
+    val = data.listing(folder / "val")
+    with pytest.raises(UserError, match="in another order"):
+        data.same_classes(val, val._replace(classes=val.classes[::-1]))

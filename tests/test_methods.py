@@ -36,7 +36,7 @@ def losses(name, device, precision="fp32"):
         try:
             progress = Progress(step, step / 9, step / 2, step)
             terms = method.step(nets, views[step], progress)
-            loss = sum(weight * terms[n] for n, weight in method.weights.items() if n in terms)
+            loss = method.loss(terms)
             optimizer.zero_grad()
             loss.backward()
             optim.freeze(net, method.frozen(progress))

@@ -63,8 +63,6 @@ class Run:
                 return self.ema(views)
         return self.method.step(Nets(self.net, ema, self.teacher), views, Progress(step, 0.0))
 
-    def loss(self, terms):
-        return sum(weight * terms[name] for name, weight in self.method.weights.items() if name in terms)
 
     def step(self, step, *micro_batches):
         """One optimizer step; returns its loss, gradients and terms of the last micro batch."""
@@ -72,7 +70,7 @@ class Run:
         total = 0.0
         for i, views in enumerate(micro_batches):
             terms = self.terms(views, step * len(micro_batches) + i)
-            loss = self.loss(terms) / len(micro_batches)
+            loss = self.method.loss(terms) / len(micro_batches)
             loss.backward()
             total += loss.item()
         for p in self.net.parameters():

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastdisco import config, heads, models
 from fastdisco.config import UserError
+from fastdisco.log import shorten
 
 STUDENTS = {"mobilenetv3_large_100": 1280, "efficientnet_b0": 1280, "efficientnet_b1": 1280, "resnet18": 512, "resnet34": 512,
             "vit_tiny_patch16_224": 192, "xcit_tiny_12_p16_224": 192}  # the paper's, and the published widths of their features
@@ -16,7 +17,9 @@ WIDTHS = STUDENTS | {"mobilenetv3_small_050": 1024, "resnet50": 2048, "resnet50w
 
 def small(groups=1, seed=0, arch="resnet10t"):
     torch.manual_seed(seed)
-    return models.create(arch, lambda dim: heads.mlp(dim, 32, 8), {}, groups)
+    net = models.create(arch, lambda dim: heads.mlp(dim, 32, 8))
+    models.split_bn(net, groups)
+    return net
 
 
 def images(b, seed=1, size=32):
@@ -264,7 +267,7 @@ def test_loading_names_what_is_missing_unexpected_and_of_another_shape():
     assert str(e.value) == ("a.pt: missing: 1.weight, 1.bias, 1.running_mean, 1.running_var; unexpected: x; "
                             "of another shape: 0.weight (3, 4) for (3, 2); do that")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert models.shorten([str(i) for i in range(9)]) == "0, 1, 2, 3 and 5 more"
+    assert shorten([str(i) for i in range(9)]) == "0, 1, 2, 3 and 5 more"
 
 
 # ---- several resolutions, heads and prototypes

@@ -18,10 +18,11 @@ from rich.table import Table
 from fastdisco.config import UserError
 from fastdisco.data import shards
 from fastdisco.data.decoder import Decoder
-from fastdisco.data.folder import Listing, some
+from fastdisco.data.folder import Listing
 from fastdisco.data.pack import QUARANTINE, ahead
-from fastdisco.data.source import listing, read_quarantine
-from fastdisco.log import console, say
+from fastdisco.data.source import listing, read_quarantine, same_classes
+from fastdisco.files import write_whole
+from fastdisco.log import console, say, shorten
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; ImageNet's largest has 75 million
 BATCH = 64, 50_000_000  # images and pixels that are decoded at a time
@@ -48,9 +49,7 @@ def check(sources: list[Path], fast: bool = False, out: Path | None = None, thre
     Raises UserError for tars that do not fit, and where a source has other classes than the first."""
     found = [listing(s) for s in sources]
     for other in found[1:]:
-        if other.classes != found[0].classes:
-            odd = sorted(set(other.classes) ^ set(found[0].classes))
-            raise UserError(f"{other.source}: its classes are not those of {found[0].source} (only in one of them: {some(odd)}); give them the same")
+        same_classes(found[0], other)
     threads, faults = threads or len(os.sched_getaffinity(0)), []
     for one in found:
         indices = shards.reading_order(one, _named(one, only))
@@ -171,7 +170,7 @@ def _named(one: Listing, only: list[str] | None) -> np.ndarray:
         return np.arange(len(one.files))
     at = {name: i for i, name in enumerate(one.files)}
     if strange := [n for n in only if n not in at]:
-        raise UserError(f"{one.source}: has no image {some(strange)}; give names as they stand in the listing, for example {one.files[0]}")
+        raise UserError(f"{one.source}: has no image {shorten(strange)}; give names as they stand in the listing, for example {one.files[0]}")
     return np.unique([at[n] for n in only])
 
 
@@ -190,9 +189,9 @@ def _write(one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, o
     try:
         folder.mkdir(parents=True, exist_ok=True)
         name = "check.json" if out is None else "check-" + re.sub(r"[^\w.-]+", "_", one.source.name) + ".json"
-        shards.write_whole(folder / name, json.dumps(report, indent=1) + "\n")
+        write_whole(folder / name, json.dumps(report, indent=1) + "\n")
         if names or path.exists():
-            shards.write_whole(path, "".join(f"{n}\t{reason}\n" for n, reason in sorted(names.items())))
+            write_whole(path, "".join(f"{n}\t{reason}\n" for n, reason in sorted(names.items())))
     except OSError as e:
         raise UserError(f"{folder}: cannot be written ({e.strerror}); give --out FOLDER and set data.quarantine=FOLDER/{QUARANTINE}") from None
     return path

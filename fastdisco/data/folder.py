@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastdisco.config import UserError
+from fastdisco.log import shorten
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")  # what DALI decodes
 
@@ -110,7 +111,7 @@ def class_folders(root: Path) -> Listing:
     if not files:
         raise UserError(f"{root}: {len(classes)} class folders and not one image; add files with one of the extensions {known}")
     if empty:
-        raise UserError(f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {some(empty)}; remove or fill (extensions: {known})")
+        raise UserError(f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {shorten(empty)}; remove or fill (extensions: {known})")
     return Listing(root, root, files, np.array(labels, np.int64), classes)
 
 
@@ -155,10 +156,6 @@ def classes_of(names: list[str]) -> tuple[np.ndarray, list[str]]:
     at = {name: i for i, name in enumerate(classes)}
     return np.array([at[n] for n in names], np.int64), classes
 
-
-def some(names: list[str], most: int = 5) -> str:
-    """The first few names for a sentence."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _images(root: Path, folder: str) -> list[str]:

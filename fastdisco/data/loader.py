@@ -11,8 +11,9 @@ from fastdisco import dist
 from fastdisco.config import UserError
 from fastdisco.data import decoder, draws, shards
 from fastdisco.data.decoder import graphs
-from fastdisco.data.folder import Listing, some
+from fastdisco.data.folder import Listing
 from fastdisco.data.way import Way, usual
+from fastdisco.log import shorten
 from fastdisco.views import Crop
 
 CHUNK = 1 << 18  # samples that one pipeline reads on a rank, at least one epoch: its list of files costs some 600 bytes a sample.  Fewer in many tars
@@ -205,7 +206,7 @@ def _built(listing: Listing, indices: np.ndarray, pipeline: Callable):
             gone = [t for t in listing.places.tars if not (listing.root / t).is_file()] if listing.places else []
             if not gone:
                 raise
-            raise UserError(f"{listing.root}: {some(gone)} is no longer there; put it back, then the same command continues", anywhere=True) from None
+            raise UserError(f"{listing.root}: {shorten(gone)} is no longer there; put it back, then the same command continues", anywhere=True) from None
     return pipe
 
 

@@ -20,6 +20,7 @@ from fastdisco.data import cifar, shards
 from fastdisco.data.folder import Listing
 from fastdisco.data.loader import permutation
 from fastdisco.data.source import listing, read_quarantine
+from fastdisco.files import write_whole
 
 SHARD_MB = 1024
 QUARANTINE = "quarantine.txt"
@@ -99,7 +100,7 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict:
     elif dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: not empty and not begun by this command; give an empty or new folder")
     dst.mkdir(parents=True, exist_ok=True)
-    shards.write_whole(dst / shards.BEGUN, json.dumps(wanted, indent=1))
+    write_whole(dst / shards.BEGUN, json.dumps(wanted, indent=1))
     order = permutation(seed, FIRST, len(images.labels))
     tars, done = {}, 0
     with Progress(transient=True) as bar, ThreadPoolExecutor() as pool:
@@ -114,10 +115,10 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict:
             bar.update(task, completed=done)
     if images.left_out:
         stems = {int(r.split("\t", 1)[0]): f"{tar}/{r.split(chr(9), 4)[4]}" for tar in tars for r in shards.rows_of(dst / tar)}
-        shards.write_whole(dst / QUARANTINE, "".join(f"{stems[i]}\t{reason}\n" for i, reason in sorted(images.left_out.items())))
+        write_whole(dst / QUARANTINE, "".join(f"{stems[i]}\t{reason}\n" for i, reason in sorted(images.left_out.items())))
     counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
     manifest = wanted | dict(samples=len(order), bytes=sum(t["bytes"] for t in tars.values()), classes=images.classes, class_counts=counts, tars=tars)
-    shards.write_whole(dst / shards.MANIFEST, json.dumps(manifest, indent=1))
+    write_whole(dst / shards.MANIFEST, json.dumps(manifest, indent=1))
     for left in dst.glob("*.part"):  # of attempts that were killed; a glob finds hidden ones too
         left.unlink()
     (dst / shards.BEGUN).unlink()
@@ -170,7 +171,7 @@ def _tar(tar: Path, order: np.ndarray, images: Images, limit: int, pool: ThreadP
         os.fsync(f.fileno())
     os.replace(part, tar)
     about = shards.header(at, sha.hexdigest())
-    shards.write_whole(tar.with_suffix(".index"), "\n".join([about, *rows]) + "\n")
+    write_whole(tar.with_suffix(".index"), "\n".join([about, *rows]) + "\n")
     return json.loads(about), rows
 
 

@@ -4,7 +4,6 @@ A sample is the members of one stem that follow each other: an image, its class 
 `idx`.  Beside a tar x.tar lies x.index, which `fastdisco data pack` writes, or the first use of a foreign tar: a line of JSON about the tar,
 then for each sample its index, label (-1: none), offset and size of the image, and the member's name, between tabs."""
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 from rich.progress import track
 
 from fastdisco.config import UserError
-from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of, some
-from fastdisco.log import say
+from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of
+from fastdisco.files import write_whole
+from fastdisco.log import say, shorten
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished
@@ -163,15 +163,6 @@ def rows_of(tar: Path) -> list[str]:
     return _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]
 
 
-def write_whole(path: Path, text: str):
-    """The file has all of the text or is not there; several ranks may write the same."""
-    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
-    with part.open("w", errors="surrogateescape") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
 
 def _index_of(tar: Path) -> Path:
     return tar.with_suffix(".index")
@@ -238,8 +229,8 @@ def manifest_of(root: Path, tars: list[str] | None) -> dict | None:
         return None  # another tool's
     if tars is not None and set(tars) != set(manifest["tars"]):
         missing, strange = (sorted(a - b) for a, b in ((set(manifest["tars"]), set(tars)), (set(tars), set(manifest["tars"]))))
-        raise UserError(f"{root}: " + (f"{some(missing)} of {MANIFEST} is missing; copy the whole folder again" if missing else
-                                       f"{some(strange)} is not in {MANIFEST}; move it out of the folder"))
+        raise UserError(f"{root}: " + (f"{shorten(missing)} of {MANIFEST} is missing; copy the whole folder again" if missing else
+                                       f"{shorten(strange)} is not in {MANIFEST}; move it out of the folder"))
     return manifest
 
 
@@ -255,7 +246,7 @@ def _row(tar: Path, stem: str, parts: dict, stored: bool, position: int) -> str:
     images = [ext for ext in parts if ext in EXTENSIONS]
     if len(images) != 1:
         found = " and ".join(images) if images else "none"
-        raise UserError(f"{tar}: its sample {stem}* needs one image, found {found} (members: {some(list(parts))}; "
+        raise UserError(f"{tar}: its sample {stem}* needs one image, found {found} (members: {shorten(list(parts))}; "
                         f"images are {' '.join(EXTENSIONS)}); is this a WebDataset tar?")
     name, offset, size, _ = parts[images[0]]
     if "\n" in name or "\r" in name:

@@ -7,7 +7,8 @@ import numpy as np
 
 from fastdisco.config import UserError
 from fastdisco.data import folder, shards
-from fastdisco.data.folder import Listing, some
+from fastdisco.data.folder import Listing
+from fastdisco.log import shorten
 
 GIVE = "give a folder with one folder of images per class, a folder of tars, or a text file with a line `<image> <class>` for each image"
 
@@ -36,6 +37,14 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
     return found._replace(left_out=_left_out(found, found.root / quarantine, Path(quarantine).is_absolute()))
 
 
+def same_classes(one: Listing, other: Listing):
+    """Raises UserError where the two have other classes: an accuracy of one by the other would mean nothing."""
+    if one.classes != other.classes:
+        odd = sorted(set(one.classes) ^ set(other.classes))
+        raise UserError(f"{other.source}: its classes are not those of {one.source} "
+                        f"({f'only in one of them: {shorten(odd)}' if odd else 'in another order'}); give the two the same")
+
+
 def read_quarantine(path: Path) -> dict[str, str]:
     """{name: reason}"""
     try:
@@ -54,7 +63,7 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
         names = [n.removeprefix(inside) for n in names if n.startswith(inside)]
     at = {name: i for i, name in enumerate(found.files)} if names else {}
     if strange := [n for n in names if n not in at]:
-        raise UserError(f"{path}: names {some(strange)}, not in {found.source}; remove the file, or write it anew by "
+        raise UserError(f"{path}: names {shorten(strange)}, not in {found.source}; remove the file, or write it anew by "
                         f"`fastdisco data check {found.source}`")
     if len(names) == len(found.files):
         raise UserError(f"{path}: names every image of {found.source}; nothing is left to read")

@@ -38,7 +38,7 @@ def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Lis
     """`run` with the training images (cfg.bank of them, drawn by `seed`) as bank and the validation images as queries, each rank its part.
 
     The images are seen through the evaluation pipeline: short side to images.eval_resize, centre crop, the normalisation of `view`."""
-    check(train, val)
+    data.same_classes(train, val)
     bank = train.kept
     if cfg.bank and cfg.bank < len(bank):
         bank = np.sort(np.random.default_rng(seed).permutation(bank)[:cfg.bank])
@@ -54,13 +54,6 @@ def _mine(indices: np.ndarray, batch: int) -> np.ndarray:
     batch = min(batch, len(indices) // dist.world())  # of a few images every rank still gets some
     return np.concatenate([indices[:0], *(indices[i:i + batch] for i in range(dist.rank() * batch, len(indices), dist.world() * batch))])
 
-
-def check(train: data.Listing, val: data.Listing):
-    """Raises UserError where the two have other classes, which would make the accuracy meaningless."""
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise config.UserError(f"{val.root}: its classes are not those of {train.root} (only in one of them: {', '.join(odd[:3])}"
-                               f"{' ...' if odd[3:] else ''}); the two need class folders of the same names")
 
 
 def _features(encode, batches) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Method(nn.Module):
 
     taught: int | None = None  # how many of the first views the teacher is asked about; None: all
     permuted: bool = False  # all views but the first are to be of this rank's share of the permuted batch, see data.TrainLoader
-    weights: dict[str, float]  # what `step` returns under these names is weighed and added to the loss; the rest is logged
+    weights: dict[str, float]  # of the losses among what `step` returns; the rest is logged
 
     def momentum(self, progress: Progress) -> float | None:
         """Of the mean student's update after this step; None, always, for methods that have no mean student."""
@@ -45,6 +45,10 @@ class Method(nn.Module):
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Named scalars of one micro batch, means over this rank's images."""
         raise NotImplementedError
+
+    def loss(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms that are losses; `terms` is what `step` returned."""
+        return sum(weight * terms[name] for name, weight in self.weights.items() if name in terms)
 
     def after_step(self):
         """After the optimizer's step: what the next step must see, once for all its micro batches."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdisco import config, dist
 from fastdisco.config import UserError
 from fastdisco.data import TrainLoader, reading_order
+from fastdisco.files import write_whole
 from fastdisco.log import console, say
 from fastdisco.models import Out
 from fastdisco.teacher.runtime import How, Teacher
@@ -203,9 +204,7 @@ class Recorded:
                 except OSError as e:
                     raise UserError(f"{self.folder / name}: {size} bytes cannot be taken there ({e.strerror}); make space, take another "
                                     "teacher.cache_folder or lower teacher.cache_rounds") from None
-        part = self.folder / "cache.part"
-        part.write_text(json.dumps(self.about | {"rounds": rounds, "block": self._block}, indent=1) + "\n")
-        os.replace(part, self.folder / "cache.json")
+        write_whole(self.folder / "cache.json", json.dumps(self.about | {"rounds": rounds, "block": self._block}, indent=1) + "\n")
 
     def _map(self, rounds: int, write: bool = False):
         self._z_map, self._z = _mapped(self.folder / "z.f16", np.float16, (rounds, self._slots, *self._row), write)

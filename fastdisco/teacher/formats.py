@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastdisco import heads, models
 from fastdisco.config import UserError
+from fastdisco.log import shorten
 
 
 class Source(NamedTuple):
@@ -218,7 +219,7 @@ def _refuse(file: Path, found: dict):
         full = f"DINO's is {_FULL[arch]}" if arch in _FULL else "see docs/teachers.md"
         raise UserError(f"{file}: holds {arch} alone, as timm, torchvision and DINO's \"backbone only\" files do, without the projection head of its "
                         f"self-supervised training, whose output DisCo distils; take the full checkpoint ({full})")
-    raise UserError(f"{file}: holds {models.shorten(list(state)) or 'nothing'}, which is no known format; give the folder "
+    raise UserError(f"{file}: holds {shorten(list(state)) or 'nothing'}, which is no known format; give the folder "
                     f"of a fastdisco run, or {', or '.join(f.name for f in FORMATS)}")
 
 
