@@ -238,7 +238,6 @@ def _finite(x: Tensor) -> bool:
     return plain and bool(x.isfinite().all())
 
 
-
 _OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels", "features_only": "the pooled features are used",
          "pretrained": "training starts from random weights", "checkpoint_path": "training starts from random weights"}
 

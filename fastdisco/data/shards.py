@@ -163,7 +163,6 @@ def rows_of(tar: Path) -> list[str]:
     return _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]
 
 
-
 def _index_of(tar: Path) -> Path:
     return tar.with_suffix(".index")
 
