@@ -445,7 +445,7 @@ def plain_folder(few: data.Listing, folder: Path) -> str:
 
 
 def work(ours: Ours, net: models.Net, device: torch.device, n: int) -> dict:
-    """Floating-point operations and, at the least, bytes of an image's two views, and what this device does of each in a second; told from n images."""
+    """Floating-point operations and, at the least, bytes of an image's two views, told from n images; and what this device does of each in a second."""
     views = [torch.zeros(n, 3, c.size, c.size, device=device) for c in ours.loader.crops]
     flops, traffic = {}, {}
     with FlopCounterMode(display=False) as count, torch.no_grad():

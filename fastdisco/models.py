@@ -170,8 +170,8 @@ def from_run(folder: Path, which: str = "student", overrides: list[str] = (), st
     cfg = alone[student or ""]
     weights = read(step / "state.pt").get(f"{student}/{which}" if student else which)
     if not isinstance(weights, dict):
-        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; "
-                        + (f"this run by {cfg.method.name} has no mean student" if which == "ema" else "give a checkpoint written by fastdisco/train.py"))
+        why = f"this run by {cfg.method.name} has no mean student" if which == "ema" else "give a checkpoint written by fastdisco/train.py"
+        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; {why}")
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
         net = of(cfg)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
