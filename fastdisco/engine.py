@@ -13,8 +13,6 @@ from fastdisco import dist, models
 from fastdisco.config import Engine, UserError
 from fastdisco.exchange import Exchange
 
-DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def start(precision: str) -> torch.device:
     """Joins the ranks (NCCL on GPUs, gloo otherwise) and returns this rank's device.  Raises UserError where the precision cannot run."""
@@ -83,7 +81,7 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
     }
     if cfg.precision != "fp32":  # weights, gradients and batch-norm statistics stay fp32
         # No module is "safe" for less: from stage 1 on DeepSpeed would reduce the gradients of those in half precision, unlike at stage 0.
-        ours["torch_autocast"] = {"enabled": True, "dtype": str(DTYPE[cfg.precision]).removeprefix("torch."), "lower_precision_safe_modules": []}
+        ours["torch_autocast"] = {"enabled": True, "dtype": str(models.DTYPE[cfg.precision]).removeprefix("torch."), "lower_precision_safe_modules": []}
     decided = [k for k in cfg.deepspeed if k in ours and k != "zero_optimization"]
     if decided:
         raise UserError(f"engine.deepspeed.{decided[0]}: is made from data.*, optim.clip and engine.*; set it there")
@@ -163,7 +161,7 @@ def autocast(precision: str, device: torch.device, cache: bool = True):
     """The precision of the forward passes that do not go through the engine: mean student, evaluation.
 
     cache  keep weights that were cast until the context ends; not in a CUDA graph, which must cast them anew in each replay"""
-    return torch.autocast(device.type, dtype=DTYPE[precision] or torch.bfloat16, enabled=precision != "fp32", cache_enabled=cache)
+    return torch.autocast(device.type, dtype=models.DTYPE[precision], enabled=precision != "fp32", cache_enabled=cache)
 
 
 def scaler(engine) -> torch.amp.GradScaler | None:

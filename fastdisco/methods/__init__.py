@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdisco.models import Out
+from fastdisco import dist
+from fastdisco.models import DTYPE, Out
 
 
 class Nets(NamedTuple):
@@ -66,6 +67,12 @@ def create(name: str, **values) -> Method:
 
 def kind(name: str) -> type[Method]:
     return importlib.import_module(f"fastdisco.methods.{name}").METHOD
+
+
+def queue_dtype(name: str) -> torch.dtype:
+    """Of a queue's rows; auto: bf16 on a GPU, whose tensor cores want it, else fp32."""
+    auto = "bf16" if dist.device().type == "cuda" else "fp32"
+    return DTYPE[auto if name == "auto" else name]
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastdisco import config, dist, kernels
 from fastdisco.memory import Queue
-from fastdisco.methods import Method, Nets, Progress, spread
-from fastdisco.methods.moco import encode, queue_dtype
+from fastdisco.methods import Method, Nets, Progress, queue_dtype, spread
+from fastdisco.methods.moco import encode
 
 
 class Seed(Method):
