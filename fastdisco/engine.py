@@ -14,11 +14,14 @@ from fastdisco.config import Engine, UserError
 from fastdisco.exchange import Exchange
 
 
-def start(precision: str) -> torch.device:
-    """Joins the ranks (NCCL on GPUs, gloo otherwise) and returns this rank's device.  Raises UserError where the precision cannot run."""
+def start(cfg: Engine) -> torch.device:
+    """Joins the ranks (NCCL on GPUs, gloo otherwise), sets how float32 is computed, and returns this rank's device.
+
+    Raises UserError where the precision cannot run."""
     dist.defaults()
     device = dist.device()
-    if precision == "fp16" and device.type == "cpu":
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.tf32, False
+    if cfg.precision == "fp16" and device.type == "cpu":
         raise UserError("engine.precision: fp16 needs a GPU (it overflows every step on CPU); take fp32 or bf16")
     deepspeed = _deepspeed()
     # A compiled all-reduce that only inference uses: it would cost 40 s and a compiler at the first start, and a stale lock file hangs it.

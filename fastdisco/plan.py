@@ -110,4 +110,3 @@ def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crop
     gib = lambda n: f"{n / GIB:.2f}"  # noqa: E731
     return (f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
             f"teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
-

@@ -5,9 +5,9 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import compiled, cudagraph, dist, engine, methods, models, optim, teacher
+from fastdisco import compiled, config, cudagraph, data, dist, engine, methods, models, optim, teacher
 from fastdisco.config import Config
-from fastdisco.data import TrainLoader
+from fastdisco.data import Listing, TrainLoader
 from fastdisco.log import say
 from fastdisco.methods import Method, Nets, Progress
 from fastdisco.models import Out
@@ -46,6 +46,12 @@ def create(name: str, cfg: Config, micro: int, device: torch.device) -> Pupil:
         ema.to(memory_format=torch.channels_last)  # as the engine has the net
     mean, prototypes = (m and frozen(m, cfg, device) for m in (ema, net.prototypes))
     return Pupil(name, cfg, net, student, ema, mean, prototypes, method, optimizer, lr, size)
+
+
+def loader(cfg: Config, listing: Listing, micro: int, device: torch.device, permuted: bool = False) -> TrainLoader:
+    """What the training reads, and what its teacher is recorded on; permuted: as of methods.Method."""
+    return TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
+                       way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher), permuted=permuted)
 
 
 def once(targets: Callable[[list[Tensor]], Out]) -> Callable[[list[Tensor]], Out]:

@@ -20,8 +20,7 @@ from fastdisco.pupils import Pupil
 
 def train(cfg: Config, overwrite: bool = False):
     """One run, from its last checkpoint if it has one to its last step."""
-    device = engine.start(cfg.engine.precision)
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.engine.tf32, False
+    device = engine.start(cfg.engine)
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
@@ -29,9 +28,7 @@ def train(cfg: Config, overwrite: bool = False):
         data.same_classes(listing, val)
 
     students = [pupils.create(name, own, micro, device) for name, own in config.students(cfg).items()]
-    loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
-                              way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher),
-                              permuted=students[0].method.permuted)
+    loader = pupils.loader(cfg, listing, micro, device, students[0].method.permuted)
     targets = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs, students[0].method.taught)
     recorded = isinstance(targets, teacher.Recorded)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
