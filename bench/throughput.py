@@ -252,7 +252,7 @@ class Ours:
         self.twin = models.of(cfg, train=True).to(device, memory_format=torch.channels_last)  # the student without the engine
         self.twin_optimizer = optim.create(self.twin, cfg.optim, pupil.lr)
         pupil, = pupils.prepare([pupil], self.live, self.loader)
-        self.net, self.ema, self.student, self.method, self.nets = pupil.net, pupil.ema, pupil.student, pupil.method, pupil.nets(self.live)
+        self.net, self.ema, self.student, self.method, self.nets = pupil.net, pupil.ema, pupil.engine, pupil.method, pupil.nets(self.live)
 
     def plain(self, views: list[Tensor]) -> Out:
         with engine.autocast(self.cfg.engine.precision, self.device):

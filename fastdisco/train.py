@@ -34,7 +34,7 @@ def train(cfg: Config, overwrite: bool = False):
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
     folder = runs.claim(cfg, overwrite)
-    state = {k: item for p in students for k, item in checkpoint.items(p.student, p.ema, p.method, loader, p.name).items()}
+    state = {k: item for p in students for k, item in checkpoint.items(p.engine, p.ema, p.method, loader, p.name).items()}
     meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
@@ -62,14 +62,14 @@ def train(cfg: Config, overwrite: bool = False):
                 for p in students:
                     terms = p.method.step(p.nets(shared), batch.views, progress)
                     loss = p.method.loss(terms)
-                    p.student.backward(loss)
+                    p.engine.backward(loss)
                     optim.freeze(p.net, p.method.frozen(progress))
-                    p.student.step()
+                    p.engine.step()
                     scalars |= named({"loss": loss, **terms}, p.method.weights, p.name)
                 meter.add(scalars)
             for p in students:
                 if p.ema:
-                    with engine.gathered(p.student):
+                    with engine.gathered(p.engine):
                         models.ema_update(p.ema, p.net, p.method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
                 p.method.after_step()
 
@@ -97,7 +97,7 @@ def evaluate(p: Pupil, listing: data.Listing, val: data.Listing, device: torch.d
     """kNN of the student's features, with the weights and batch-norm statistics that a checkpoint holds: the mean over ranks."""
     with torch.random.fork_rng(devices=[]):  # drawn and overwritten
         net = models.of(p.cfg)
-    net.load_state_dict(engine.weights(p.student) | models.mean_buffers(p.net))
+    net.load_state_dict(engine.weights(p.engine) | models.mean_buffers(p.net))
     net.to(device, memory_format=torch.channels_last)
     encode = engine.autocast(p.cfg.engine.precision, device)(net.eval().features)
     scores = knn.score(encode, listing, val, p.cfg.data, p.cfg.view, p.cfg.eval, p.cfg.run.seed, device)

@@ -22,10 +22,10 @@ class Nets(NamedTuple):
 
 
 class Progress(NamedTuple):
-    step: int  # micro batches before this one; with the seed it names every random draw of a method
+    micro_step: int  # micro batches before this one; with the seed it names every random draw of a method
     share: float  # 0..1 of the whole schedule
     epoch: float = 0.0
-    update: int = 0  # optimizer steps before this one
+    step: int = 0  # optimizer steps before this one
 
 
 class Method(nn.Module):

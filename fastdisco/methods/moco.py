@@ -28,7 +28,7 @@ class Moco(Method):
         cfg = self.cfg
         seen = views if nets.teacher and cfg.distill else views[:1]  # without distillation nothing is asked of the student on view B
         teacher = nets.teacher(seen) if nets.teacher else None  # may run beside the student's forward, until its z is read
-        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step))  # before the student: they travel while it computes
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.micro_step))  # before the student: they travel while it computes
         z = nets.student(seen).z  # [V,B,d]
         q = z[0]
         t = teacher.z if teacher else None  # [V,B,d]

@@ -28,7 +28,7 @@ class Seed(Method):
         """views: one [B,3,S,S], with contrast two.  Terms seed and contrast; logged beside them feat/std and distill/cosine."""
         cfg = self.cfg
         teacher = nets.teacher(views[:1])
-        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step)) if cfg.contrast else None
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.micro_step)) if cfg.contrast else None
         z = nets.student(views[:1]).z[0]  # [B,d]
         terms = {"feat/std": spread(z)}
         if cfg.contrast:
