@@ -73,12 +73,14 @@ def train(cfg: Config, overwrite: bool = False):
                         models.ema_update(p.ema, p.net, p.method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
                 p.method.after_step()
 
-            done, last = step + 1, step + 1 == steps
+            done, asked = step + 1, False
+            last = done == steps
             save = last or done % cfg.checkpoint.every == 0
             if save or done % cfg.log.every == 0:
                 values = meter.read(done, steps) | {k: v for name, r in rates.items() for k, v in named({"lr": r}, student=name).items()}
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-                save |= (asked := dist.any_rank(stop.asked))
+                asked = dist.any_rank(stop.asked)
+                save = save or asked
             if val and (last or cfg.eval.every and done % cfg.eval.every == 0):
                 with meter.paused():
                     log.write(done, {k: v for p in students for k, v in evaluate(p, listing, val, device).items()})
