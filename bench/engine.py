@@ -60,7 +60,7 @@ def measure(rank: int, ranks: int, port: int, args, out: Path):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    device = engine.start(args.precision)
+    device = engine.start(config.Engine(precision=args.precision))
     g = torch.Generator().manual_seed(rank)
     views = [torch.randn(args.images, 3, args.size, args.size, generator=g).to(device, memory_format=torch.channels_last) for _ in range(2)]
     target = torch.randn(2, args.images, 128, generator=g).to(device)

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     dist.defaults()
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-    device = engine.start("fp32")
+    device = engine.start(config.Engine())
     kind = "gpu" if device.type == "cuda" else "cpu"
     if args.quick:
         args.batch, args.rounds, args.seconds, args.out = args.batch or [8], 2, 0.0, args.out or Path("out/bench")
@@ -254,14 +254,13 @@ class Ours:
         self.cfg, self.device, self.done = cfg, device, 0
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cfg.engine.tf32, cfg.perf.cudnn_benchmark
         pupil = pupils.create("", cfg, micro, device)
-        self.loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device,
-                                       way=data.way(cfg.data, device, cfg.engine.precision), permuted=pupil.method.permuted)
+        self.loader = pupils.loader(cfg, listing, micro, device, pupil.method.permuted)
         self.live = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, self.loader, cfg.perf.graphs)
         torch.manual_seed(cfg.run.seed)
         self.twin = models.of(cfg, train=True).to(device, memory_format=torch.channels_last)  # the student without the engine
         self.twin_optimizer = optim.create(self.twin, cfg.optim, pupil.lr)
         pupil, = pupils.prepare([pupil], self.live, self.loader)
-        self.net, self.ema, self.student, self.method, self.nets = pupil.net, pupil.ema, pupil.student, pupil.method, pupil.nets(self.live)
+        self.net, self.ema, self.student, self.method, self.nets = pupil.net, pupil.ema, pupil.engine, pupil.method, pupil.nets(self.live)
 
     def plain(self, views: list[Tensor]) -> Out:
         with engine.autocast(self.cfg.engine.precision, self.device):

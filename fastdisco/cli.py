@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdisco import config, data, dist, engine, methods, models, teacher
+from fastdisco import config, data, dist, engine, methods, models, pupils, teacher
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
@@ -133,11 +133,8 @@ def _probe(args):
 
 def _record(args):
     cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
-    device = engine.start(cfg.engine.precision)
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.engine.tf32, False  # as in the training
-    loader = data.TrainLoader(data.listing(cfg.data.train, cfg.data.quarantine), config.crops(cfg), config.micro_batch(cfg, dist.world()), cfg.run.seed,
-                              cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device, way=data.way(cfg.data, device, cfg.engine.precision),
-                              rounds=teacher.rounds(cfg.teacher))
+    device = engine.start(cfg.engine)
+    loader = pupils.loader(cfg, data.listing(cfg.data.train, cfg.data.quarantine), config.micro_batch(cfg, dist.world()), device)
     teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, taught=methods.kind(cfg.method.name).taught).complete()
     engine.stop()
 

@@ -109,8 +109,10 @@ def rehearsal(*networks: torch.nn.Module):
     before = [(b, b.clone()) for net in networks for b in net.buffers()]
     cuda = torch.cuda.is_available()
     with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):
-        yield
-        if cuda:
-            torch.cuda.synchronize()  # graphs run on streams of their own
-    for b, value in before:
-        b.copy_(value)
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.synchronize()  # graphs run on streams of their own
+            for b, value in before:
+                b.copy_(value)

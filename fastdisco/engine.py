@@ -13,14 +13,15 @@ from fastdisco import dist, models
 from fastdisco.config import Engine, UserError
 from fastdisco.exchange import Exchange
 
-DTYPE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+def start(cfg: Engine) -> torch.device:
+    """Joins the ranks (NCCL on GPUs, gloo otherwise), sets how float32 is computed, and returns this rank's device.
 
-def start(precision: str) -> torch.device:
-    """Joins the ranks (NCCL on GPUs, gloo otherwise) and returns this rank's device.  Raises UserError where the precision cannot run."""
+    Raises UserError where the precision cannot run."""
     dist.defaults()
     device = dist.device()
-    if precision == "fp16" and device.type == "cpu":
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.tf32, False
+    if cfg.precision == "fp16" and device.type == "cpu":
         raise UserError("engine.precision: fp16 needs a GPU (it overflows every step on CPU); take fp32 or bf16")
     deepspeed = _deepspeed()
     # A compiled all-reduce that only inference uses: it would cost 40 s and a compiler at the first start, and a stale lock file hangs it.
@@ -83,7 +84,7 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
     }
     if cfg.precision != "fp32":  # weights, gradients and batch-norm statistics stay fp32
         # No module is "safe" for less: from stage 1 on DeepSpeed would reduce the gradients of those in half precision, unlike at stage 0.
-        ours["torch_autocast"] = {"enabled": True, "dtype": str(DTYPE[cfg.precision]).removeprefix("torch."), "lower_precision_safe_modules": []}
+        ours["torch_autocast"] = {"enabled": True, "dtype": str(models.DTYPE[cfg.precision]).removeprefix("torch."), "lower_precision_safe_modules": []}
     decided = [k for k in cfg.deepspeed if k in ours and k != "zero_optimization"]
     if decided:
         raise UserError(f"engine.deepspeed.{decided[0]}: is made from data.*, optim.clip and engine.*; set it there")
@@ -163,7 +164,7 @@ def autocast(precision: str, device: torch.device, cache: bool = True):
     """The precision of the forward passes that do not go through the engine: mean student, evaluation.
 
     cache  keep weights that were cast until the context ends; not in a CUDA graph, which must cast them anew in each replay"""
-    return torch.autocast(device.type, dtype=DTYPE[precision] or torch.bfloat16, enabled=precision != "fp32", cache_enabled=cache)
+    return torch.autocast(device.type, dtype=models.DTYPE[precision], enabled=precision != "fp32", cache_enabled=cache)
 
 
 def scaler(engine) -> torch.amp.GradScaler | None:

@@ -24,6 +24,9 @@ from fastdisco.config import UserError
 from fastdisco.log import shorten
 
 
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of a configuration
+
+
 class Out(NamedTuple):
     z: Tensor  # [V,B,d] raw head outputs: the losses normalise them
     scores: Tensor | None = None  # [V,B,P] cosines to the prototypes, of nets that have them

@@ -5,9 +5,9 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import compiled, cudagraph, dist, engine, methods, models, optim, teacher
+from fastdisco import compiled, config, cudagraph, data, dist, engine, methods, models, optim, teacher
 from fastdisco.config import Config
-from fastdisco.data import TrainLoader
+from fastdisco.data import Listing, TrainLoader
 from fastdisco.log import say
 from fastdisco.methods import Method, Nets, Progress
 from fastdisco.models import Out
@@ -17,7 +17,7 @@ class Pupil(NamedTuple):
     name: str  # '' where there is one
     cfg: Config  # as it would have it alone
     net: models.Net
-    student: nn.Module  # the engine around it
+    engine: nn.Module  # around it
     ema: models.Net | None
     mean: Callable[[list[Tensor]], Out] | None  # the mean student as it is called
     prototypes: Callable[[Tensor], Tensor] | None
@@ -28,7 +28,7 @@ class Pupil(NamedTuple):
 
     def nets(self, targets) -> Nets:
         """What the method calls; targets: the teacher, of one batch."""
-        return Nets(self.student, self.mean, targets, self.prototypes)
+        return Nets(self.engine, self.mean, targets, self.prototypes)
 
 
 def create(name: str, cfg: Config, micro: int, device: torch.device) -> Pupil:
@@ -44,8 +44,14 @@ def create(name: str, cfg: Config, micro: int, device: torch.device) -> Pupil:
     student = engine.create(net, optimizer, cfg.engine, micro, cfg.data.accumulate, 0.0 if cfg.optim.clip_each else cfg.optim.clip)
     if ema and cfg.engine.stage == 0:
         ema.to(memory_format=torch.channels_last)  # as the engine has the net
-    mean, prototypes = (m and frozen(m, cfg, device) for m in (ema, net.prototypes))
+    mean, prototypes = (m and inference(m, cfg, device) for m in (ema, net.prototypes))
     return Pupil(name, cfg, net, student, ema, mean, prototypes, method, optimizer, lr, size)
+
+
+def loader(cfg: Config, listing: Listing, micro: int, device: torch.device, permuted: bool = False) -> TrainLoader:
+    """What the training reads, and what its teacher is recorded on; permuted: as of methods.Method."""
+    return TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
+                       way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher), permuted=permuted)
 
 
 def once(targets: Callable[[list[Tensor]], Out]) -> Callable[[list[Tensor]], Out]:
@@ -81,21 +87,21 @@ def prepare(pupils: list[Pupil], targets, loader: TrainLoader) -> list[Pupil]:
         if together:
             say("mean student: runs eagerly, not as a CUDA graph: bn.sync exchanges statistics between the ranks in its forward")
         pupils = [p if together else p._replace(mean=p.ema and cudagraph.Graphed("mean student", p.mean, p.ema.buffers())) for p in pupils]
-        noise = lambda v: Out(torch.ones(len(v), loader.batch, pupils[0].cfg.student.dim, device=device))  # noqa: E731 - for recorded embeddings
+        replayed = lambda v: Out(torch.ones(len(v), loader.batch, pupils[0].cfg.student.dim, device=device))  # noqa: E731 - any embeddings do
         for p in pupils:
             with torch.random.fork_rng(devices=[]):
                 stand_in = copy.deepcopy(p.ema) if p.ema else models.of(p.cfg, train=True).to(device)
-            rehearse(p.nets(live or (targets and noise))._replace(student=frozen(stand_in, p.cfg, device)), p.ema, p.method, views)
+            rehearse(p.nets(live or (targets and replayed))._replace(student=inference(stand_in, p.cfg, device)), p.ema, p.method, views)
     return pupils
 
 
 def rehearse(nets: Nets, ema: models.Net | None, method: Method, views: list[Tensor]):
     """One step of a copy of the method, so that teacher and mean student are called with what training will call them with."""
-    with cudagraph.rehearsal(*filter(None, (ema,))), torch.no_grad():
+    with cudagraph.rehearsal(*([ema] if ema else [])), torch.no_grad():
         copy.deepcopy(method).step(nets, views, Progress(0, 0.0))
 
 
-def frozen(net: nn.Module, cfg: Config, device: torch.device) -> Callable:
+def inference(net: nn.Module, cfg: Config, device: torch.device) -> Callable:
     """The network as a callable without gradient, in the precision of the forward passes."""
     def call(x):
         with torch.no_grad(), engine.autocast(cfg.engine.precision, device, cache=False):

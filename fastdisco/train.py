@@ -20,8 +20,7 @@ from fastdisco.pupils import Pupil
 
 def train(cfg: Config, overwrite: bool = False):
     """One run, from its last checkpoint if it has one to its last step."""
-    device = engine.start(cfg.engine.precision)
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.engine.tf32, False
+    device = engine.start(cfg.engine)
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
@@ -29,15 +28,13 @@ def train(cfg: Config, overwrite: bool = False):
         data.same_classes(listing, val)
 
     students = [pupils.create(name, own, micro, device) for name, own in config.students(cfg).items()]
-    loader = data.TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
-                              way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher),
-                              permuted=students[0].method.permuted)
+    loader = pupils.loader(cfg, listing, micro, device, students[0].method.permuted)
     targets = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs, students[0].method.taught)
     recorded = isinstance(targets, teacher.Recorded)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
     folder = runs.claim(cfg, overwrite)
-    state = {k: item for p in students for k, item in checkpoint.items(p.student, p.ema, p.method, loader, p.name).items()}
+    state = {k: item for p in students for k, item in checkpoint.items(p.engine, p.ema, p.method, loader, p.name).items()}
     meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
     start = checkpoint.restore(folder, state, meta)
     runs.describe(cfg, folder)
@@ -65,23 +62,25 @@ def train(cfg: Config, overwrite: bool = False):
                 for p in students:
                     terms = p.method.step(p.nets(shared), batch.views, progress)
                     loss = p.method.loss(terms)
-                    p.student.backward(loss)
+                    p.engine.backward(loss)
                     optim.freeze(p.net, p.method.frozen(progress))
-                    p.student.step()
+                    p.engine.step()
                     scalars |= named({"loss": loss, **terms}, p.method.weights, p.name)
                 meter.add(scalars)
             for p in students:
                 if p.ema:
-                    with engine.gathered(p.student):
+                    with engine.gathered(p.engine):
                         models.ema_update(p.ema, p.net, p.method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
                 p.method.after_step()
 
-            done, last = step + 1, step + 1 == steps
+            done, asked = step + 1, False
+            last = done == steps
             save = last or done % cfg.checkpoint.every == 0
             if save or done % cfg.log.every == 0:
                 values = meter.read(done, steps) | {k: v for name, r in rates.items() for k, v in named({"lr": r}, student=name).items()}
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-                save |= (asked := dist.any_rank(stop.asked))
+                asked = dist.any_rank(stop.asked)
+                save = save or asked
             if val and (last or cfg.eval.every and done % cfg.eval.every == 0):
                 with meter.paused():
                     log.write(done, {k: v for p in students for k, v in evaluate(p, listing, val, device).items()})
@@ -100,7 +99,7 @@ def evaluate(p: Pupil, listing: data.Listing, val: data.Listing, device: torch.d
     """kNN of the student's features, with the weights and batch-norm statistics that a checkpoint holds: the mean over ranks."""
     with torch.random.fork_rng(devices=[]):  # drawn and overwritten
         net = models.of(p.cfg)
-    net.load_state_dict(engine.weights(p.student) | models.mean_buffers(p.net))
+    net.load_state_dict(engine.weights(p.engine) | models.mean_buffers(p.net))
     net.to(device, memory_format=torch.channels_last)
     encode = engine.autocast(p.cfg.engine.precision, device)(net.eval().features)
     scores = knn.score(encode, listing, val, p.cfg.data, p.cfg.view, p.cfg.eval, p.cfg.run.seed, device)

@@ -79,7 +79,7 @@ def _ddp(case):
 def _zero(case, stage, folder, resume=False, **cfg_engine):
     """The same by our engine; leaves a checkpoint after 10 steps in the folder, or goes on from the one there."""
     cfg, clip, accumulate, precision, _ = CASES[case]
-    engine.start(precision)
+    engine.start(Engine(precision=precision))
     net = _net()
     ema = models.ema_copy(net)
     opt = optim.create(net, cfg, 0.03, stage)

@@ -107,7 +107,7 @@ def test_the_bench_runs_the_training_step(folder, tmp_path):
 
 def _bench_losses(args):
     cfg = config.load(args[1], args[2:])
-    device = engine.start("fp32")
+    device = engine.start(cfg.engine)
     ours = throughput.Ours(cfg, data.listing(cfg.data.train), 8, device)
     return [ours.step(next(ours.loader).views).item() for _ in range(4)]
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdisco.models import Out
+from fastdisco import dist
+from fastdisco.models import DTYPE, Out
 
 
 class Nets(NamedTuple):
@@ -21,10 +22,10 @@ class Nets(NamedTuple):
 
 
 class Progress(NamedTuple):
-    step: int  # micro batches before this one; with the seed it names every random draw of a method
+    micro_step: int  # micro batches before this one; with the seed it names every random draw of a method
     share: float  # 0..1 of the whole schedule
     epoch: float = 0.0
-    update: int = 0  # optimizer steps before this one
+    step: int = 0  # optimizer steps before this one
 
 
 class Method(nn.Module):
@@ -66,6 +67,12 @@ def create(name: str, **values) -> Method:
 
 def kind(name: str) -> type[Method]:
     return importlib.import_module(f"fastdisco.methods.{name}").METHOD
+
+
+def queue_dtype(name: str) -> torch.dtype:
+    """Of a queue's rows; auto: bf16 on a GPU, whose tensor cores want it, else fp32."""
+    auto = "bf16" if dist.device().type == "cuda" else "fp32"
+    return DTYPE[auto if name == "auto" else name]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdisco import config, cudagraph, dist, kernels
 from fastdisco.memory import Queue
-from fastdisco.methods import Method, Nets, Progress, distilled, spread
+from fastdisco.methods import Method, Nets, Progress, distilled, queue_dtype, spread
 
 
 class Moco(Method):
@@ -28,7 +28,7 @@ class Moco(Method):
         cfg = self.cfg
         seen = views if nets.teacher and cfg.distill else views[:1]  # without distillation nothing is asked of the student on view B
         teacher = nets.teacher(seen) if nets.teacher else None  # may run beside the student's forward, until its z is read
-        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step))  # before the student: they travel while it computes
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.micro_step))  # before the student: they travel while it computes
         z = nets.student(seen).z  # [V,B,d]
         q = z[0]
         t = teacher.z if teacher else None  # [V,B,d]
@@ -71,8 +71,3 @@ def encode(ema, view: Tensor, shuffle: str, seed: int) -> Keys:
     late = dist.world() == 1 or isinstance(out, cudagraph.Later)  # reading z waits for it: not before the student's forward is under way
     every = functools.cache((lambda: send()()) if late else send())
     return Keys(lambda: every()[dist.rank() * len(view):][:len(view)] if order else out.z[0], every)
-
-
-def queue_dtype(name: str) -> torch.dtype:
-    auto = "bf16" if dist.device().type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[auto if name == "auto" else name]

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastdisco import config, dist, kernels
 from fastdisco.memory import Queue
-from fastdisco.methods import Method, Nets, Progress, spread
-from fastdisco.methods.moco import encode, queue_dtype
+from fastdisco.methods import Method, Nets, Progress, queue_dtype, spread
+from fastdisco.methods.moco import encode
 
 
 class Seed(Method):
@@ -28,7 +28,7 @@ class Seed(Method):
         """views: one [B,3,S,S], with contrast two.  Terms seed and contrast; logged beside them feat/std and distill/cosine."""
         cfg = self.cfg
         teacher = nets.teacher(views[:1])
-        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.step)) if cfg.contrast else None
+        keys = encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.micro_step)) if cfg.contrast else None
         z = nets.student(views[:1]).z[0]  # [B,d]
         terms = {"feat/std": spread(z)}
         if cfg.contrast:

@@ -19,7 +19,7 @@ class Swav(Method):
         self.rows = []  # of this optimizer step's micro batches
 
     def frozen(self, progress: Progress) -> tuple[str, ...]:
-        return ("prototypes.",) if progress.update < self.cfg.freeze_steps else ()
+        return ("prototypes.",) if progress.step < self.cfg.freeze_steps else ()
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """views: V >= 2 [B,3,S,S].  Terms swav and, with a teacher, distill over all views; logged beside them feat/std and distill/cosine."""

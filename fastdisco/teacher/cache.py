@@ -83,8 +83,8 @@ class Recorded:
         self._z[r].take(i, axis=0, out=rows.numpy(), mode="clip")  # the mode that needs no buffer
         if len(wrong := i[_sums(rows.numpy()) != self._sums[r].take(i)]):
             raise UserError(f"{self.folder}: recorded embeddings are damaged, in round {r} those of {self.loader.listing.files[wrong[0]]}"
-                            f"{f' and {len(wrong) - 1} others of its batch' if len(wrong) > 1 else ''}; {COMMAND} finds and records such anew, then the "
-                            "same command continues", anywhere=True)
+                            f"{f' and {len(wrong) - 1} others of its batch' if len(wrong) > 1 else ''}; {COMMAND} finds and records such anew, "
+                            "then the same command continues", anywhere=True)
         self._now = rows.to(self.loader.device, non_blocking=True).float().transpose(0, 1)  # [V,B,d]
 
     def __call__(self, views: list[Tensor]) -> Out:
@@ -107,23 +107,13 @@ class Recorded:
         for r in range(self.rounds):
             lacks = self._lacks(r)
             dist.barrier()  # every rank has looked before any writes
+            what = f"recording the teacher, round {r + 1} of {self.rounds}"
             if len(lacks):
-                what = f"recording the teacher, round {r + 1} of {self.rounds}"
                 say(f"{what}: {len(lacks)} images")
             mine = _part(lacks, self._block)
-            encode = encode or (self._encode() if len(mine) else None)
-            batches = self.loader.views_of(reading_order(self.loader.listing, mine), r)
-            for batch in track(batches, what, -(-len(mine) // self.loader.batch), transient=True, console=console,
-                               disable=dist.rank() > 0 or not console.is_terminal) if len(mine) else ():
-                rows = encode(batch.views)
-                if not np.isfinite(rows).all():
-                    raise UserError(f"teacher: its embeddings of {self.loader.listing.files[batch.index[0]]} and what follows are not finite in "
-                                    f"{self._precision}; take another precision or teacher", anywhere=True)
-                i = batch.index.numpy()
-                self._z[r, i] = rows
-                self._sums[r, i] = _sums(rows)
-            self._z_map.flush()
-            self._sums_map.flush()
+            if len(mine):  # a rank without a part loads no teacher
+                encode = encode or self._encode()
+                self._record(r, mine, encode, what)
             dist.barrier()  # a rank may be slower, but not for hours: the others would give it up
         self._map(rounds)  # opened anew: on a network disk that shows what other machines wrote
         self._whole()
@@ -132,6 +122,21 @@ class Recorded:
             lock.close()
         say(f"{self.folder}: the teacher's embeddings of {len(self.loader.listing.kept)} images in {self._row[0]} views, {self.rounds} rounds, "
             f"{self._z.nbytes / 1e9:.2f} GB")
+
+    def _record(self, r: int, mine: np.ndarray, encode: Callable, what: str):
+        """Writes the rows of these images in the round; what: the bar's title."""
+        batches = self.loader.views_of(reading_order(self.loader.listing, mine), r)
+        for batch in track(batches, what, -(-len(mine) // self.loader.batch), transient=True, console=console,
+                           disable=dist.rank() > 0 or not console.is_terminal):
+            rows = encode(batch.views)
+            if not np.isfinite(rows).all():
+                raise UserError(f"teacher: its embeddings of {self.loader.listing.files[batch.index[0]]} and what follows are not finite in "
+                                f"{self._precision}; take another precision or teacher", anywhere=True)
+            i = batch.index.numpy()
+            self._z[r, i] = rows
+            self._sums[r, i] = _sums(rows)
+        self._z_map.flush()
+        self._sums_map.flush()
 
     def _lacks(self, r: int) -> np.ndarray:
         """Indices, ascending, of the images that are missing or damaged in the round."""

@@ -12,7 +12,6 @@ from fastdisco.config import UserError
 from fastdisco.models import Out
 from fastdisco.teacher.fold import fold
 
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Least cosine of an embedding of noise to that of the network as it was loaded.  bf16 has 8 bits: a ResNet-50 of random weights, which is worse
 # conditioned than a trained one, came to 0.997.
 NEAR = {torch.float32: 0.9995, torch.float16: 0.9995, torch.bfloat16: 0.99}
@@ -37,7 +36,7 @@ def how(cfg: config.Teacher, precision: str, sizes: tuple[int, ...], device: tor
     asked = cfg.precision if cfg.precision != "auto" else "fp16" if cuda else precision
     if asked == "fp16" and not cuda:
         raise UserError("teacher.precision: fp16 needs a GPU; take fp32, bf16 or auto")
-    return How(device, DTYPE[asked], cfg.fold and cfg.bn == "eval", cfg.bn_group if cfg.bn == "batch" else 0, cfg.graph and graphs and cuda, sizes)
+    return How(device, models.DTYPE[asked], cfg.fold and cfg.bn == "eval", cfg.bn_group if cfg.bn == "batch" else 0, cfg.graph and graphs and cuda, sizes)
 
 
 class Teacher:
