@@ -231,7 +231,7 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str,
     }
     if any(wrong.values()):
         raise UserError(f"{source}: {'; '.join(f'{what}: {shorten(names)}' for what, names in wrong.items() if names)}; {remedy}")
-    if broken := [k for k, v in own.items() if k in weights and v.is_floating_point() and not _finite(weights[k])]:
+    if broken := [k for k, v in own.items() if k in weights and v.is_floating_point() and not v.is_meta and not _finite(weights[k])]:
         raise UserError(f"{source}: not finite real numbers: {shorten(broken)}; its training broke down or the file is damaged: take another")
     net.load_state_dict(weights, strict=False)  # all but the counters is there
 
