@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdisco.kernels import launch
+from fastdisco.kernels import launch, reference
 from fastdisco.kernels.chunked import fixed_maximum
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-EPS = tl.constexpr(1e-12)
+EPS = tl.constexpr(reference.EPS)
 LOG2E = tl.constexpr(math.log2(math.e))
 OPTIONS = dict(enable_fp_fusion=True)  # triton 3.10 turns it off unless asked
 SHORT = 256  # rows of a queue whose copy in float32 costs nothing, while the rounding of so few weights would not average out
