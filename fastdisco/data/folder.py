@@ -50,6 +50,11 @@ class Listing(_Listing):
         """Indices of the images to use, ascending."""
         return np.setdiff1d(np.arange(len(self.files)), self.left_out)
 
+    @cached_property
+    def number(self) -> dict[str, int]:
+        """The index of an image by its name."""
+        return {name: i for i, name in enumerate(self.files)}
+
     def open(self, index: int) -> BinaryIO:
         """An image's bytes as a file; raises OSError."""
         if self.places is None:
