@@ -21,8 +21,8 @@ loader := tests/test_data.py tests/test_shards.py
 step := tests/test_step.py tests/test_train.py tests/test_cache.py tests/test_throughput.py
 engine := tests/test_engine.py tests/test_exchange.py
 testbeds := tests/test_methods.py tests/test_models.py
-bench-kernels := kernels.py --minutes 6
-bench-step := throughput.py --minutes 5
+bench-kernels := kernels.py --minutes 5
+bench-step := throughput.py --minutes 3 --batch 256
 gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/done)
 	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit $(if $(PART),2,0); }
 	$(if $(PART),$(RUN) -m pytest $($(PART)) -m gpu -rs)

@@ -50,6 +50,7 @@ def main():
     args = parser.parse_args()
     if args.memory:
         return print(json.dumps(resident_growth(*args.memory[:2], *map(int, args.memory[2:]))))
+    import fastdisco.runs  # noqa: F401  the result needs it: were it missing only at the end, all would have been measured for nothing
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is there is written below
     end = time.monotonic() + 60 * args.minutes
     device = "gpu" if torch.cuda.is_available() else "cpu"
@@ -255,7 +256,7 @@ def measure(one: dict, loss: str, shape: tuple[int, int, int], end: float):
         graph = torch.cuda.CUDAGraph()
 
         def capture():
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.stream(torch.cuda.Stream()), torch.cuda.graph(graph, pool=pool):  # torch does not leave its own where a capture fails
                 for x in data[dtype]:
                     call(*x)
         if attempt(one["contenders"][name], capture):

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     device = "gpu" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.out:
-        return done(write("testbeds", "cpu", summary({}, "no GPU has run this; on a CPU these steps take hours"), {}))
+        print(write("testbeds", "cpu", summary({}, "no GPU has run this; on a CPU these steps take hours"), {}))
+        return 0
     with tempfile.TemporaryDirectory(prefix="fastdisco-bench-") as folder:
         folder = args.out.resolve() if args.out else Path(folder)
         if not (folder / "images").exists():
@@ -54,12 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         found = {name: measured(name, folder, args.steps, device, args.overrides) for name in args.only}
     if args.out:
         print(json.dumps(found, indent=1))
-        return 0
-    return done(write("testbeds", device, summary(found, "not asked for"), found, steps=args.steps, overrides=args.overrides))
+    else:
+        print(write("testbeds", device, summary(found, "not asked for"), found, steps=args.steps, overrides=args.overrides))
+    return int(any("exit_code" in one for one in found.values()))
 
 
 def measured(name: str, folder: Path, steps: int, device: str, overrides: list[str]) -> dict[str, float]:
-    """The last metrics of a run of its own, which are of its second half."""
+    """The last metrics of a run of its own, which are of its second half; of one that failed its exit code, for the others are worth the same."""
     settings, kind, differs = RUNS[name]
     file = folder / f"{kind}.pth.tar"
     if not file.exists():
@@ -70,7 +72,7 @@ def measured(name: str, folder: Path, steps: int, device: str, overrides: list[s
                *differs, *overrides]
     print(f"\n{name}: {' '.join(command[1:])}", flush=True)
     if code := subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit(code)  # the command has said why
+        return {"exit_code": code}  # the command has said why
     return json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
 
 
@@ -78,14 +80,10 @@ def summary(found: dict[str, dict], reason: str) -> list[dict]:
     rows = []
     for name in RUNS:
         for what, key, unit, better in (("ips", "perf/total_ips", "images/s", "higher"), ("memory", "perf/mem_gb", "GB at most", "lower")):
-            value = found[name].get(key) if name in found else None
-            rows.append(row(f"{name}_{what}_gpu", value, unit, None, better, reason if value is None else None))
+            one = found.get(name, {})
+            value, why = one.get(key), f"the run failed with exit code {one['exit_code']}" if "exit_code" in one else reason
+            rows.append(row(f"{name}_{what}_gpu", value, unit, None, better, why if value is None else None))
     return rows
-
-
-def done(path: Path) -> int:
-    print(path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -138,8 +138,16 @@ def main(argv: list[str] | None = None) -> int:
         for n, batch in enumerate(batches):
             until = time.monotonic() + args.minutes * 60 / len(batches)
             cfg = configuration(args, folder, batch, batches, kind)
-            found = measure(cfg, batch, folder, device, args.rounds, args.seconds, until)
             names = {name: f"{name}_b{batch}_{kind}" if n else f"{name}_{kind}" for name in ROWS}
+            try:
+                found = measure(cfg, batch, folder, device, args.rounds, args.seconds, until)
+            except torch.OutOfMemoryError as e:  # of a batch that is no longer the first: what was measured is kept
+                if not samples:
+                    raise
+                reason = f"batch {batch}: out of memory"
+                say(f"{reason} ({e})")
+                summary += [row(names[k], None, ROWS[k][0], AIMS[kind].get(k), ROWS[k][1], reason) for k in ROWS if "bf16" not in k]
+                continue
             values = figures(found, batch)
             summary += [row(names[k], values[k], *(ROWS[k][0], AIMS[kind].get(k), ROWS[k][1])) for k in ROWS if k in values]
             samples[batch], details[batch] = found["seconds"], {k: v for k, v in found.items() if k != "seconds"} | dict(
@@ -345,7 +353,7 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official, read
     epochs = {}  # steps -> the official loader of an epoch twice as long
 
     def published_loaded(n):
-        steps = n if n == 1 else workers * -(-n // workers)  # in whole rounds of the workers, who end their batches together
+        steps = n if n == 1 and device.type == "cpu" else workers * -(-n // workers)  # in whole rounds of the workers, who end their batches together
         if steps not in epochs:
             epochs.clear()
             epochs[steps] = official.loader(folder, size, len(flat[0]), workers, 2 * steps)
@@ -413,7 +421,7 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
                 waits.append(waited / seconds_)
             if name in ("loader", "full", "cached", "bf16"):
                 time.sleep(idle)  # the loader fills up again, beside nobody
-    found = dict(seconds=took, steps=steps, waits=waits, memory=(peak - before) / 1e9, cached_cosine=near, **work(ours, net, device), workers=workers,
+    found = dict(seconds=took, steps=steps, waits=waits, memory=(peak - before) / 1e9, cached_cosine=near, **work(ours, net, device, 2 * cfg.bn.groups), workers=workers,
                  student=cfg.student.arch, teacher=cfg.teacher.arch, size=cfg.view.size, precision=cfg.engine.precision, threads=cfg.data.threads)
     rates = {k: ips(found, k, batch) for k in ("loader", "compute", "exchange") if k in took}
     full, wait = ips(found, "full", batch), statistics.median(waits)
@@ -435,17 +443,17 @@ def plain_folder(few: data.Listing, folder: Path) -> str:
     return str(folder / "few")
 
 
-def work(ours: Ours, net: models.Net, device: torch.device) -> dict:
-    """Floating-point operations and, at the least, bytes of an image's two views, and what this device does of each in a second."""
-    views = [torch.zeros(2, 3, c.size, c.size, device=device) for c in ours.loader.crops]
+def work(ours: Ours, net: models.Net, device: torch.device, n: int) -> dict:
+    """Floating-point operations and, at the least, bytes of an image's two views, told from n images; and what this device does of each in a second."""
+    views = [torch.zeros(n, 3, c.size, c.size, device=device) for c in ours.loader.crops]
     flops, traffic = {}, {}
     with FlopCounterMode(display=False) as count, torch.no_grad():
-        traffic["teacher"] = moved(net, lambda: net(views)) / 2
-    flops["teacher"] = count.get_total_flops() / 2
+        traffic["teacher"] = moved(net, lambda: net(views)) / n
+    flops["teacher"] = count.get_total_flops() / n
     twin = copy.deepcopy(ours.twin)
     with FlopCounterMode(display=False) as count, torch.no_grad():
-        traffic["student"] = 3 * moved(twin, lambda: twin(views)) / 2  # the backward reads and writes as much, twice
-    flops["student"] = 3 * count.get_total_flops() / 2  # and computes twice as much; counted by torch it is wrong for grouped convolutions
+        traffic["student"] = 3 * moved(twin, lambda: twin(views)) / n  # the backward reads and writes as much, twice
+    flops["student"] = 3 * count.get_total_flops() / n  # and computes twice as much; counted by torch it is wrong for grouped convolutions
     x = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     times = []

@@ -126,7 +126,6 @@ def _write(path: Path, value):
         os.fsync(f.fileno())
 
 
-
 def _sync(folder: Path):
     fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)

@@ -173,8 +173,8 @@ def from_run(folder: Path, which: str = "student", overrides: list[str] = (), st
     cfg = alone[student or ""]
     weights = read(step / "state.pt").get(f"{student}/{which}" if student else which)
     if not isinstance(weights, dict):
-        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; "
-                        + (f"this run by {cfg.method.name} has no mean student" if which == "ema" else "give a checkpoint written by fastdisco/train.py"))
+        why = f"this run by {cfg.method.name} has no mean student" if which == "ema" else "give a checkpoint written by fastdisco/train.py"
+        raise UserError(f"{step / 'state.pt'}: holds no weights named {which}; {why}")
     with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten: it must not shift the caller's random stream
         net = of(cfg)
     load_weights(net, weights, step / "state.pt", f"{step.parent.parent / 'config.yaml'} must be the one that the run was trained with")
@@ -239,7 +239,6 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path | str,
 def _finite(x: Tensor) -> bool:
     plain = x.is_floating_point() and x.layout == torch.strided and not x.is_meta
     return plain and bool(x.isfinite().all())
-
 
 
 _OURS = {"num_classes": "the head is ours", "in_chans": "images have 3 channels", "features_only": "the pooled features are used",
@@ -337,7 +336,8 @@ _SPLIT = {nn.BatchNorm1d: SplitBatchNorm1d, nn.BatchNorm2d: SplitBatchNorm2d, Ba
 def _unsafe(file: Path, asked: str) -> str:
     return (f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for can run code; if you trust its "
             f"author, run this in a throw-away container without network and give what it writes: torch.save({{k: v for k, v in torch.load("
-            f"'{file}', map_location='cpu', weights_only=False).items() if k in ('state_dict', 'teacher')}}, 'weights.pth.tar')")
+            f"'{file}', map_location='cpu', weights_only=False).items() if k in ('state_dict', 'model', 'teacher') or torch.is_tensor(v)}}, "
+            "'weights.pth.tar')")
 
 
 def _damaged(file: Path) -> str:

@@ -174,6 +174,7 @@ def test_the_gpu_part_on_a_pretended_gpu(monkeypatch, tmp_path):
     for name, what in dict(get_device_properties=lambda i: SimpleNamespace(L2_cache_size=1 << 16, multi_processor_count=4), Event=Event,
                            synchronize=nothing, empty_cache=nothing, reset_peak_memory_stats=nothing, memory_allocated=lambda: 100,
                            max_memory_allocated=lambda: 1100, graph_pool_handle=nothing, graph=lambda graph, pool: contextlib.nullcontext(),
+                           Stream=nothing, stream=contextlib.nullcontext,
                            CUDAGraph=lambda: SimpleNamespace(replay=lambda: time.sleep(1e-3)), is_available=lambda: True).items():
         monkeypatch.setattr(torch.cuda, name, what)
     small = [(128, 2048, 16), (8, 256, 16), (8, 255, 16)]

@@ -33,8 +33,9 @@ def test_its_teachers_are_read_as_what_they_are(tmp_path, kind, dim):
 
 
 def test_what_no_gpu_has_run_stays_open():
-    rows = testbeds.summary({"moco_r18": {"perf/total_ips": 1234.5, "perf/mem_gb": 3.2}}, "not asked for")
+    rows = testbeds.summary({"moco_r18": {"perf/total_ips": 1234.5, "perf/mem_gb": 3.2}, "moco_r34": {"exit_code": 2}}, "not asked for")
     at = {r["name"]: r for r in rows}
+    assert at["moco_r34_ips_gpu"]["reason"] == "the run failed with exit code 2"
     assert at["moco_r18_ips_gpu"]["value"] == 1234.5 and at["moco_r18_memory_gpu"]["value"] == 3.2
     assert at["swav_mobv3_ips_gpu"]["value"] is None and at["swav_mobv3_ips_gpu"]["reason"] == "not asked for"
     assert len(rows) == 2 * len(testbeds.RUNS)

@@ -190,10 +190,13 @@ def test_operations_are_counted():
     net = models.create("resnet50", lambda dim: torch.nn.Identity()).eval()
     loader = SimpleNamespace(crops=(Crop(), Crop()))
     twin = models.create("test_efficientnet", lambda dim: torch.nn.Identity())
-    found = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU)
+    found = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 2)
     assert found["flops"]["teacher"] == pytest.approx(2 * 2 * 4.1e9, rel=0.02)  # two views, two operations each
-    alone = throughput.work(SimpleNamespace(loader=loader, twin=net), twin, CPU)
+    alone = throughput.work(SimpleNamespace(loader=loader, twin=net), twin, CPU, 2)
     assert alone["flops"]["student"] == pytest.approx(3 * found["flops"]["teacher"], rel=0.05)  # but for the images' gradient
+    models.split_bn(twin, 4)  # takes 4 images and more
+    again = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 8)
+    assert again["flops"] == pytest.approx(found["flops"]) and again["traffic"] == pytest.approx(found["traffic"])
 
 
 def test_ones_own_images_are_measured(folder, tmp_path):

@@ -1,7 +1,6 @@
 """The real command: every way to start it, what it writes, resuming, refusing, stopping, and equality with PyTorch's DDP."""
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess

@@ -14,7 +14,6 @@ TRIES = 10  # of a random crop before the centre crop
 # After the blur's come three rows of coins.
 AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 7
 
-
 def feed(crops: tuple[Crop, ...], seed: int, words: np.ndarray, device: str, first: int = 0) -> list[np.ndarray]:
     """What the graph takes of each image, [B,...]: sides of the tries as shares of sqrt(H W), [V,TRIES,2] (height, width), their place as a share
     of the free room, [V,1,2], and for each view what `names` says.  first: number of the first crop among the method's views."""

@@ -162,7 +162,6 @@ def classes_of(names: list[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([at[n] for n in names], np.int64), classes
 
 
-
 def _images(root: Path, folder: str) -> list[str]:
     """A folder's own images by name, then those of its folders."""
     folders, files = _scan(root / folder)

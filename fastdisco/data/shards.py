@@ -189,7 +189,6 @@ def rows_of(tar: Path) -> list[Row]:
     return [Row.parse(line) for line in _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]]
 
 
-
 def _index_of(tar: Path) -> Path:
     return tar.with_suffix(".index")
 

@@ -55,7 +55,6 @@ def _mine(indices: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([indices[:0], *(indices[i:i + batch] for i in range(dist.rank() * batch, len(indices), dist.world() * batch))])
 
 
-
 def _features(encode, batches) -> tuple[Tensor, Tensor]:
     """Unit rows [N,F] float32 and labels [N]."""
     xs, ys = [], []
