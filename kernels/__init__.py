@@ -52,8 +52,8 @@ def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float = 0.2, temp_t: flo
         raise ValueError(f"seed: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] and alike; student and teacher must embed in one width")
     checks.of_queue("seed", zs, queue, dict(temp_s=temp_s, temp_t=temp_t), dict(zt=zt, queue=queue))
     if temp_t < 0.01 and queue.dtype in (torch.bfloat16, torch.float16):
-        raise ValueError(f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves a cosine by some 1e-4 to 1e-3 and so "
-                         "the teacher's probabilities by orders of magnitude; take a float32 queue or temp_t of 0.01 and more")
+        raise ValueError(f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves a cosine by some 1e-4 to 1e-3 and "
+                         "so the teacher's probabilities by orders of magnitude; take a float32 queue or temp_t of 0.01 and more")
     return ops.seed(zs, zt, queue, temp_s, temp_t, torch.is_grad_enabled() and zs.requires_grad)[0]
 
 

@@ -182,7 +182,8 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
                 if e.is_dir(follow_symlinks=False):
                     folders.append(e.name)
                 elif e.is_symlink() and e.is_dir():
-                    raise UserError(f"{e.path}: a link to a folder is not followed; put the folder itself in its place, or a folder of links to files")
+                    raise UserError(f"{e.path}: a link to a folder is not followed; put the folder itself in its place, "
+                                    "or a folder of links to files")
                 elif e.name.rpartition(".")[2].lower() in EXTENSIONS:
                     files.append(e.name)
     except OSError as err:

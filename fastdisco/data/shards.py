@@ -140,8 +140,8 @@ def refuse_sorted(listing: Listing):
     within = (cells * (cells - 1)).sum() / max(1, (sizes * (sizes - 1)).sum())
     allowed = chance + 0.1 + 6 * (chance * (1 - chance) / n) ** 0.5
     if max(beside, within) > allowed:
-        raise UserError(f"{listing.source}: its samples are sorted by class ({beside:.0%} of neighbours and {within:.0%} of pairs in a tar are of one "
-                        f"class, {chance:.0%} in random order), so batches would hold few classes; pack it in random order: "
+        raise UserError(f"{listing.source}: its samples are sorted by class ({beside:.0%} of neighbours and {within:.0%} of pairs in a tar are of "
+                        f"one class, {chance:.0%} in random order), so batches would hold few classes; pack it in random order: "
                         f"fastdisco data pack {listing.source} NEW_FOLDER")
 
 
