@@ -54,7 +54,7 @@ class Data(Block):
     eval_batch: int = Field(128, ge=1)  # images per rank
 
     @model_validator(mode="after")
-    def _forward(self):
+    def _nothing_goes_back(self):
         if self.decode == "gpu" and self.augment == "cpu":
             raise ValueError("decode: gpu with data.augment: cpu would copy every image back; take cpu for both, or gpu for data.augment")
         return self
@@ -102,7 +102,7 @@ class Teacher(Block):
 
     @field_validator("cache", mode="before")
     @classmethod
-    def _off(cls, value):
+    def _off_to_word(cls, value):
         return "off" if value is False else value  # as YAML 1.1 reads off
 
     @model_validator(mode="after")
@@ -122,11 +122,11 @@ class Bn(Block):
 
     @field_validator("shuffle", mode="before")
     @classmethod
-    def _switch(cls, value):
+    def _bool_to_word(cls, value):
         return {True: "gather", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads a bare off as false
 
     @model_validator(mode="after")
-    def _one_of(self):
+    def _groups_or_sync(self):
         if self.sync and self.groups > 1:
             raise ValueError(f"bn.sync: statistics over all ranks and in {self.groups} parts of each (bn.groups) exclude each other; set one of them")
         return self
@@ -187,7 +187,7 @@ class Seed(Block):
     momentum: float = Field(0.999, ge=0, le=1)  # of the mean student, which only contrast needs
 
     @model_validator(mode="after")
-    def _resolved(self):
+    def _queue_is_fine_enough(self):
         if self.temp_teacher < 0.01 and self.queue_dtype in ("bf16", "fp16"):
             raise ValueError(f"method.queue_dtype: {self.queue_dtype} is too coarse for method.temp_teacher {self.temp_teacher:g}; set fp32")
         return self
@@ -238,7 +238,8 @@ class Optim(Block):
     @model_validator(mode="after")
     def _schedules(self):
         if self.lr_min and self.schedule != "cosine":
-            raise ValueError(f"optim.lr_min: the schedule {self.schedule} does not end at {self.lr_min:g}; set optim.lr_min=0 or optim.schedule=cosine")
+            raise ValueError(f"optim.lr_min: the schedule {self.schedule} does not end at {self.lr_min:g}; "
+                             "set optim.lr_min=0 or optim.schedule=cosine")
         if self.weight_decay_end is not None and not self.weight_decay:
             raise ValueError("optim.weight_decay_end: a schedule from 0 is not known; set optim.weight_decay to a small number")
         return self
@@ -253,7 +254,7 @@ class Engine(Block):
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, laid over the generated ones
 
     @model_validator(mode="after")
-    def _scaled(self):
+    def _fp16_at_stage_0(self):
         if self.precision == "fp16" and self.stage:
             raise ValueError(f"precision: fp16 works at stage 0 only, found {self.stage} (from stage 1 on DeepSpeed never lowers the loss scale "
                              "after an overflow, and clips scaled gradients); take bf16")
@@ -322,13 +323,14 @@ class Config(Block):
         return [group.model_dump(mode="json", exclude_unset=True) for group in views]  # else a group's defaults would hide `view` when read back
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _blocks_agree(self):
         names = _names(self)
         if twice := [n for n in names if names.count(n) > 1]:
             raise ValueError(f"students: {len(twice)} are named {twice[0]}; give each its own, as in students: [{{name: ...}}]")
         method, batch, crops = self.method, self.data.batch, sum(group.count for group in self.views)
         need = {"moco": 2, "seed": 2 if method.name == "seed" and method.contrast else 1}.get(method.name)
-        if crops != need if need else crops < 2:
+        fits = crops == need if need else crops >= 2
+        if not fits:
             raise ValueError(f"views: {method.name} takes {need or '2 or more'} crops of an image{' here' * bool(need)}, found {crops}; "
                              f"set views=[{{count: {need or 2}}}] for example")
         if method.name == "seed" and self.teacher is None:
@@ -339,7 +341,8 @@ class Config(Block):
             raise ValueError(f"method.queue: {method.queue} embeddings are no multiple of data.batch {batch}; nearest: "
                              f"{method.queue // batch * batch} or {(method.queue // batch + 1) * batch}")
         if self.bn.shuffle == "load" and method.name not in ("moco", "seed"):
-            raise ValueError(f"bn.shuffle: load hands out other images as view B, and {method.name} compares the views of an image; set bn.shuffle=off")
+            raise ValueError(f"bn.shuffle: load hands out other images as view B, and {method.name} compares the views of an image; "
+                             "set bn.shuffle=off")
         if self.bn.shuffle == "load" and self.teacher and self.teacher.cache != "off":
             raise ValueError(f"bn.shuffle: load hands out other images as view B, and teacher.cache={self.teacher.cache} replays embeddings of whole "
                              "images; set bn.shuffle=gather or off")
@@ -349,9 +352,11 @@ class Config(Block):
         if self.engine.stage and self.optim.clip_each:
             raise ValueError(f"optim.clip_each: at engine.stage {self.engine.stage} gradients are flat pieces of many tensors; set it to false")
         if self.data.eval_size > self.data.eval_resize:
-            raise ValueError(f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to {self.data.eval_resize} (data.eval_resize)")
+            raise ValueError(f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to {self.data.eval_resize} "
+                             "(data.eval_resize)")
         if self.optim.warmup_epochs >= self.run.epochs:
-            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} leave nothing of the {self.run.epochs} epochs (run.epochs); lower it")
+            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} leave nothing of the {self.run.epochs} epochs (run.epochs); "
+                             "lower it")
         if self.perf.compile in ("student", "both") and self.engine.stage == 3:
             raise ValueError(f"perf.compile: {self.perf.compile} works at engine.stage 0 to 2, for at 3 weights come and go within the forward")
         if self.perf.compile in ("teacher", "both") and self.teacher is None:

@@ -84,7 +84,8 @@ def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float
     }
     if cfg.precision != "fp32":  # weights, gradients and batch-norm statistics stay fp32
         # No module is "safe" for less: from stage 1 on DeepSpeed would reduce the gradients of those in half precision, unlike at stage 0.
-        ours["torch_autocast"] = {"enabled": True, "dtype": str(models.DTYPE[cfg.precision]).removeprefix("torch."), "lower_precision_safe_modules": []}
+        dtype = str(models.DTYPE[cfg.precision]).removeprefix("torch.")
+        ours["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     decided = [k for k in cfg.deepspeed if k in ours and k != "zero_optimization"]
     if decided:
         raise UserError(f"engine.deepspeed.{decided[0]}: is made from data.*, optim.clip and engine.*; set it there")

@@ -163,7 +163,8 @@ def from_run(folder: Path, which: str = "student", overrides: list[str] = (), st
     folder = Path(folder).absolute()  # "." has parents too
     step = folder if (folder / "state.pt").is_file() else last(folder)
     if step is None:
-        raise UserError(f"{folder}: no checkpoint of fastdisco here (no {folder / 'checkpoints' / 'last'}); give the folder of a run that has saved one")
+        raise UserError(f"{folder}: no checkpoint of fastdisco here (no {folder / 'checkpoints' / 'last'}); "
+                        "give the folder of a run that has saved one")
     cfg = config.load(step.parent.parent / "config.yaml", overrides)
     alone = config.students(cfg)
     if (student or "") not in alone:

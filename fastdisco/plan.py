@@ -1,7 +1,7 @@
 """What a run would be and need, found without starting it: `train.py --dry-run`.  Networks are made without memory."""
 import math
 from pathlib import Path
-from typing import Iterator
+from typing import Generator, Iterator
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from fastdisco import config, data, methods, models, optim
 from fastdisco.config import Config, UserError
 from fastdisco.data import shards
+from fastdisco.methods import Progress
 from fastdisco.teacher import formats, runtime
 
 GIB = 2**30
@@ -23,8 +24,22 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     missing = []
     micro = config.micro_batch(cfg, world)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
+    crops = [crop.size for crop in config.crops(cfg)]
     yield f"run         {folder} by {cfg.method.name}: {'continues what is there' if (folder / 'config.yaml').exists() else 'new'}"
+    nets = yield from _students(cfg)
+    teacher = yield from _teacher(cfg, missing)
+    train = yield from _data(cfg, missing)
+    yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "
+           f"crops of {', '.join(f'{crops.count(s)} x {s}' for s in dict.fromkeys(crops))} px; lr {lr:.4g}")
+    yield f"cost        {cfg.run.epochs} epochs{_steps(cfg, train)}"
+    for name, own in config.students(cfg).items():
+        yield memory(name, own, nets[name], lr, teacher, crops, micro, world)
+        teacher = 0  # there is one for all
+    yield f"missing     {', '.join(missing) or 'nothing'}"
 
+
+def _students(cfg: Config) -> Generator[str, None, dict[str, nn.Module]]:
+    """Yields its lines, as the next two do; returns the networks by name."""
     nets = {}
     for name, own in config.students(cfg).items():
         with torch.device("meta"):
@@ -32,7 +47,11 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
         parts = ", ".join(f"{models.size(m) / 1e6:.2f} M in {part}" for part, m in net.named_children())
         yield (f"student     {name and f'{name}: '}{own.student.arch} {own.student.kwargs or ''}".rstrip()
                + f": {models.size(net) / 1e6:.2f} M weights, {parts}")
+    return nets
 
+
+def _teacher(cfg: Config, missing: list[str]) -> Generator[str, None, int]:
+    """Returns its number of weights, as far as it is known; adds to what is missing."""
     teacher = 0
     if cfg.teacher is None:
         yield "teacher     none"
@@ -52,7 +71,11 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
         taught = config.crops(cfg)[:methods.kind(cfg.method.name).taught]
         runtime.of_noise(found.net, runtime.noise(tuple(dict.fromkeys(crop.size for crop in taught))))
         yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
+    return teacher
 
+
+def _data(cfg: Config, missing: list[str]) -> Generator[str, None, data.Listing | None]:
+    """Returns the training images, if they are there; adds to what is missing."""
     listings = {}
     for key, path in (("train", cfg.data.train), ("val", cfg.data.val)):
         if path is None:
@@ -65,22 +88,17 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
             yield f"data.{key:<7}{path}: {len(x.kept)} images of {len(x.classes)} classes, {len(x.left_out)} left out by the quarantine"
     if len(listings) == 2:
         data.same_classes(*listings.values())
+    return listings.get("train")
 
-    crops = [crop.size for crop in config.crops(cfg)]
-    yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "
-           f"crops of {', '.join(f'{crops.count(s)} x {s}' for s in dict.fromkeys(crops))} px; lr {lr:.4g}")
-    if "train" in listings:
-        shards.refuse_sorted(listings["train"])
-        steps = len(listings["train"].kept) // cfg.data.batch
-        if not steps:
-            raise UserError(f"data.batch: {cfg.data.batch} images, but {cfg.data.train} has {len(listings['train'].kept)}; lower it")
-        yield f"cost        {cfg.run.epochs} epochs x {steps:,} steps = {min(cfg.run.epochs * steps, cfg.run.max_steps or math.inf):,} steps"
-    else:
-        yield f"cost        {cfg.run.epochs} epochs; steps are known when the data is there"
-    for name, own in config.students(cfg).items():
-        yield memory(name, own, nets[name], lr, teacher, crops, micro, world)
-        teacher = 0  # there is one for all
-    yield f"missing     {', '.join(missing) or 'nothing'}"
+
+def _steps(cfg: Config, train: data.Listing | None) -> str:
+    if train is None:
+        return "; steps are known when the data is there"
+    shards.refuse_sorted(train)
+    steps = len(train.kept) // cfg.data.batch
+    if not steps:
+        raise UserError(f"data.batch: {cfg.data.batch} images, but {cfg.data.train} has {len(train.kept)}; lower it")
+    return f" x {steps:,} steps = {min(cfg.run.epochs * steps, cfg.run.max_steps or math.inf):,} steps"
 
 
 def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int], micro: int, world: int) -> str:
@@ -94,7 +112,9 @@ def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crop
     state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor) and x.ndim)
     own = sum(p.numel() * p.element_size() for p in net.parameters())
     share = lambda stage: world if cfg.engine.stage >= stage else 1  # noqa: E731 - ZeRO parts the state from stage 1 on, gradients 2, weights 3
-    ema = 0 if cfg.method.name == "swav" or cfg.method.name == "seed" and not cfg.method.contrast else own
+    with torch.device("meta"):
+        method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle="off")
+    ema = 0 if method.momentum(Progress(0, 0.0)) is None else own
     held = own / share(3) + own / share(2) + state / share(1) + ema + 4 * teacher
     at = lambda x: x.untyped_storage()._cdata  # noqa: E731
     held_anyway, kept = {at(x) for x in net.state_dict(keep_vars=True).values()}, {}
@@ -108,5 +128,5 @@ def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crop
         net([torch.empty(micro, 3, size, size, device="meta") for size in crops])
     saved = sum(x.untyped_storage().nbytes() for x in kept.values())
     gib = lambda n: f"{n / GIB:.2f}"  # noqa: E731
-    return (f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, "
-            f"teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
+    return (f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, "
+            f"mean student {gib(ema)}, teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")

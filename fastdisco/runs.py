@@ -16,8 +16,8 @@ from fastdisco.config import Config, UserError
 
 # What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
 _FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.prefetch", "data.eval_batch", "teacher.file",
-         "teacher.student", "teacher.cache", "teacher.cache_folder", "teacher.graph", "engine.stage", "engine.overlap", "engine.bucket_mb", "perf.", "eval.", "log.",
-         "checkpoint.")
+         "teacher.student", "teacher.cache", "teacher.cache_folder", "teacher.graph", "engine.stage", "engine.overlap", "engine.bucket_mb",
+         "perf.", "eval.", "log.", "checkpoint.")
 
 
 def claim(cfg: Config, overwrite: bool = False) -> Path:
@@ -36,7 +36,8 @@ def agree(cfg: Config, overwrite: bool = False) -> Path:
     """As `claim`, but only looks."""
     folder = cfg.run.out / cfg.run.name
     if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted there; take another run.name or run.out")
+        raise UserError(f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted there; "
+                        "take another run.name or run.out")
     if not overwrite:
         _agree(cfg, folder)
     return folder

@@ -2,9 +2,8 @@
 whose other form is chunked torch (chunked.py); the specification is reference.py."""
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from fastdisco.kernels import ops, reference
+from fastdisco.kernels import checks, ops, reference
 from fastdisco.kernels.rkd import rkd
 from fastdisco.kernels.views import swapped
 
@@ -27,7 +26,7 @@ def moco(z: Tensor, k: Tensor, queue: Tensor, temp: float, t: Tensor | None = No
         raise ValueError(f"moco: z {list(z.shape)} must be [V,B,d] and k {list(k.shape)} alike in B and d")
     if t is not None and t.shape != z.shape:
         raise ValueError(f"moco: z {list(z.shape)} and t {list(t.shape)} differ; student and teacher must embed in one width")
-    _check("moco", z, queue, dict(temp=temp), dict(k=k, queue=queue, t=t))
+    checks.of_queue("moco", z, queue, dict(temp=temp), dict(k=k, queue=queue, t=t))
     return ops.moco(z, k, t, queue, temp, torch.is_grad_enabled() and z.requires_grad)[0].unbind()
 
 
@@ -51,10 +50,10 @@ def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float = 0.2, temp_t: flo
     Raises ValueError as `moco` does, and for a temp_t that the queue's dtype cannot resolve."""
     if zs.ndim != 2 or zs.shape != zt.shape:
         raise ValueError(f"seed: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] and alike; student and teacher must embed in one width")
-    _check("seed", zs, queue, dict(temp_s=temp_s, temp_t=temp_t), dict(zt=zt, queue=queue))
+    checks.of_queue("seed", zs, queue, dict(temp_s=temp_s, temp_t=temp_t), dict(zt=zt, queue=queue))
     if temp_t < 0.01 and queue.dtype in (torch.bfloat16, torch.float16):
-        raise ValueError(f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves a cosine by some 1e-4 to 1e-3 and so "
-                         "the teacher's probabilities by orders of magnitude; take a float32 queue or temp_t of 0.01 and more")
+        raise ValueError(f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves a cosine by some 1e-4 to 1e-3 and "
+                         "so the teacher's probabilities by orders of magnitude; take a float32 queue or temp_t of 0.01 and more")
     return ops.seed(zs, zt, queue, temp_s, temp_t, torch.is_grad_enabled() and zs.requires_grad)[0]
 
 
@@ -66,7 +65,7 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
     Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
     if zs.shape != zt.shape:
         raise ValueError(f"distill: zs {list(zs.shape)} and zt {list(zt.shape)} differ; student and teacher must embed in one width")
-    _targets("distill", dict(zt=zt))
+    checks.targets("distill", dict(zt=zt))
     with torch.autocast(zs.device.type, enabled=False):
         return reference.distill(zs, zt)
 
@@ -83,38 +82,3 @@ def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor):
         raise ValueError(f"enqueue: keys {list(keys.shape)} on {keys.device} do not fit a contiguous queue {list(queue.shape)} on {queue.device}, "
                          f"ptr on {ptr.device}")
     ops.enqueue(queue, ptr, keys)
-
-
-def _check(loss: str, z: Tensor, queue: Tensor, temps: dict[str, float], targets: dict[str, Tensor | None]):
-    for name, temp in temps.items():
-        if not temp > 0:  # nor nan
-            raise ValueError(f"{loss}: {name} is {temp} and must be positive")
-    if queue.ndim != 2 or not len(queue) or queue.shape[1] != z.shape[-1] or not z.numel():
-        raise ValueError(f"{loss}: rows {list(z.shape)} need a queue [K,d] as wide, neither empty; it is {list(queue.shape)}")
-    _targets(loss, targets)
-    for name, x in targets.items():
-        if x is not None and x.device != z.device:
-            raise ValueError(f"{loss}: {name} is on {x.device} and the student's rows on {z.device}; move it there")
-    if not queue.is_contiguous():
-        raise ValueError(f"{loss}: queue has strides {queue.stride()} and must be contiguous; a copy each step would cost what the op saves")
-    if not torch.compiler.is_compiling():
-        _unit_rows(loss, queue)
-
-
-def _targets(loss: str, inputs: dict[str, Tensor | None]):
-    for name, x in inputs.items():
-        if x is not None and x.requires_grad:
-            raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")
-
-
-_seen = WeakIdKeyDictionary()  # queues whose rows were found to be unit rows; `enqueue` keeps them so
-
-
-def _unit_rows(loss: str, queue: Tensor):
-    """Raises ValueError for a queue that was never normalised.  Once per tensor: on a GPU the answer has to be waited for."""
-    if queue in _seen or queue.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    worst = max((part.float().norm(dim=1) - 1).abs().max().item() for part in queue.split(1 << 16))
-    if not worst < 0.02:  # bfloat16 rounds a length by less than 0.004
-        raise ValueError(f"{loss}: queue holds a row whose length is off by {worst:.2g} from 1; fill it with F.normalize(rows, dim=1) or `enqueue`")
-    _seen[queue] = True

@@ -16,8 +16,8 @@ WIDEST = 256  # the accumulator of a wider row does not fit the registers
 def _form(z: Tensor, queue: Tensor):
     if z.device.type != "cuda" or z.shape[-1] > WIDEST or torch.float64 in (z.dtype, queue.dtype):
         return chunked
-    from fastdisco.kernels import queue  # triton is no dependency of a machine without a GPU
-    return queue
+    from fastdisco.kernels import queue as swept  # triton is no dependency of a machine without a GPU
+    return swept
 
 
 # ---- MoCo and DisCo

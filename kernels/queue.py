@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdisco.kernels import launch
+from fastdisco.kernels import launch, reference
 from fastdisco.kernels.chunked import fixed_maximum
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-EPS = tl.constexpr(1e-12)
+EPS = tl.constexpr(reference.EPS)
 LOG2E = tl.constexpr(math.log2(math.e))
 OPTIONS = dict(enable_fp_fusion=True)  # triton 3.10 turns it off unless asked
 SHORT = 256  # rows of a queue whose copy in float32 costs nothing, while the rounding of so few weights would not average out
@@ -108,7 +108,8 @@ def sweep(how: launch.Launch, d: int, k: int, running: bool, want_mean: bool) ->
 def _gather(found: tuple[Tensor, Tensor, Tensor], d: int, splits: int = 1) -> dict:
     """Compile-time arguments of a row's program."""
     splits = max(splits, len(found[0]))
-    return dict(CP=launch.padded(d), SPLITS=max(GATHER, triton.next_power_of_2(splits)), GATHER=GATHER, RUNNING=found[1].numel() > 0, num_warps=4, **OPTIONS)
+    return dict(CP=launch.padded(d), SPLITS=max(GATHER, triton.next_power_of_2(splits)), GATHER=GATHER, RUNNING=found[1].numel() > 0,
+                num_warps=4, **OPTIONS)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -276,7 +277,8 @@ def _gathered(total, top, mean, row, rows, splits, own, inverse, cols, C: tl.con
     if MEAN:
         for i in tl.range(0, splits, GATHER):
             few = i + tl.arange(0, GATHER)
-            part = tl.load(mean + (few.to(tl.int64) * rows + row)[:, None] * C + cols[None, :], mask=(few < splits)[:, None] & (cols < C)[None, :], other=0.0)
+            part = tl.load(mean + (few.to(tl.int64) * rows + row)[:, None] * C + cols[None, :],
+                           mask=(few < splits)[:, None] & (cols < C)[None, :], other=0.0)
             if RUNNING:
                 part *= tl.exp2(tl.load(top + few * rows + row, mask=few < splits, other=float("-inf")) - best)[:, None]
             acc += tl.sum(part, 0)

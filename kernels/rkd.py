@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdisco.kernels import checks
 from fastdisco.kernels.reference import unit, wide
 
 
@@ -15,8 +16,7 @@ def rkd(zs: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError when zt requires grad or the shapes do not fit."""
     if zs.ndim != 2 or len(zs) != len(zt) or len(zs) < 2:
         raise ValueError(f"rkd: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] of the same 2 images or more")
-    if zt.requires_grad:
-        raise ValueError("rkd: zt requires grad but is a target; detach it")
+    checks.targets("rkd", dict(zt=zt))
     with torch.autocast(zs.device.type, enabled=False):
         (s_far, s_angle), (t_far, t_angle) = _relations(unit(zs)), _relations(unit(zt).to(wide(zs)))
         return F.smooth_l1_loss(s_far, t_far), F.smooth_l1_loss(s_angle, t_angle)

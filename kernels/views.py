@@ -4,6 +4,7 @@ The prototypes need a gradient themselves, so there is no one-pass form as for a
 import torch
 from torch import Tensor
 
+from fastdisco.kernels import checks
 from fastdisco.kernels.reference import wide
 
 
@@ -17,10 +18,8 @@ def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
     Raises ValueError when targets requires grad, the shapes do not fit, there is only one view or temp is not positive."""
     if scores.ndim != 3 or scores.shape[1:] != targets.shape[1:] or not 1 <= len(targets) <= len(scores) or len(scores) < 2:
         raise ValueError(f"swapped: targets {list(targets.shape)} must be [G,B,P] of the first G of the V >= 2 views of scores {list(scores.shape)}")
-    if targets.requires_grad:
-        raise ValueError("swapped: targets requires grad but is a target; detach it")
-    if not temp > 0:
-        raise ValueError(f"swapped: temp is {temp} and must be positive")
+    checks.targets("swapped", dict(targets=targets))
+    checks.positive("swapped", dict(temp=temp))
     with torch.autocast(scores.device.type, enabled=False):
         return _Swapped.apply(scores, targets, temp)
 

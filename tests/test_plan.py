@@ -71,3 +71,14 @@ def test_memory_by_hand(stage, gib):
     big = plan.memory("", cfg, net, 0.1, 0, [8, 8], 1000 * batch, 4)
     assert float(re.search(r"at most ([\d.]+) GiB", big)[1]) == pytest.approx(1000 * saved / 2**30, abs=0.006)
     assert f"student {own:.2f}, its optimizer {2 * own:.2f}, mean student {own:.2f}, teacher 0.00" in text
+
+
+@pytest.mark.parametrize("method, has", [({"name": "moco"}, True), ({"name": "swav"}, False), ({"name": "dino"}, True), ({"name": "seed"}, False),
+                                         ({"name": "seed", "contrast": 1}, True)])
+def test_memory_counts_a_mean_student_where_the_method_has_one(method, has):
+    with torch.device("meta"):
+        net = models.Net(nn.Sequential(nn.Flatten(), nn.Linear(192, 2**14)), nn.Linear(2**14, 2**14))
+    views = {"views": [{"count": 2}]} if "contrast" in method else {}
+    raw = {"run": {"name": "x"}, "data": {"train": "/t"}, "teacher": {"file": "/t"}, "method": method, "optim": {"name": "sgd"}} | views
+    text = plan.memory("", config.validate(raw, "here"), net, 0.1, 0, [8, 8], 2, 1)
+    assert f"mean student {'1.01' if has else '0.00'}" in text

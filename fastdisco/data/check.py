@@ -168,10 +168,9 @@ def _sha256(path: Path) -> str:
 def _named(one: Listing, only: list[str] | None) -> np.ndarray:
     if only is None:
         return np.arange(len(one.files))
-    at = {name: i for i, name in enumerate(one.files)}
-    if strange := [n for n in only if n not in at]:
+    if strange := [n for n in only if n not in one.number]:
         raise UserError(f"{one.source}: has no image {shorten(strange)}; give names as they stand in the listing, for example {one.files[0]}")
-    return np.unique([at[n] for n in only])
+    return np.unique([one.number[n] for n in only])
 
 
 def _write(one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, out: Path | None) -> Path:

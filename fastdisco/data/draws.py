@@ -11,8 +11,8 @@ TRIES = 10  # of a random crop before the centre crop
 
 # One view's draws, [ROWS,2].  The two columns of a try hold the same draw, once for the height and once for the width.
 # A row's number enters its hash: new ones come last.
-AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, COINS, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 4, 2 * TRIES + 7
-
+# After the blur's come three rows of coins.
+AREA, RATIO, PLACE, LIGHT, COLOUR, BLUR, ROWS = 0, TRIES, 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2, 2 * TRIES + 3, 2 * TRIES + 7
 
 def feed(crops: tuple[Crop, ...], seed: int, words: np.ndarray, device: str, first: int = 0) -> list[np.ndarray]:
     """What the graph takes of each image, [B,...]: sides of the tries as shares of sqrt(H W), [V,TRIES,2] (height, width), their place as a share

@@ -50,6 +50,11 @@ class Listing(_Listing):
         """Indices of the images to use, ascending."""
         return np.setdiff1d(np.arange(len(self.files)), self.left_out)
 
+    @cached_property
+    def number(self) -> dict[str, int]:
+        """The index of an image by its name."""
+        return {name: i for i, name in enumerate(self.files)}
+
     def open(self, index: int) -> BinaryIO:
         """An image's bytes as a file; raises OSError."""
         if self.places is None:
@@ -177,7 +182,8 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
                 if e.is_dir(follow_symlinks=False):
                     folders.append(e.name)
                 elif e.is_symlink() and e.is_dir():
-                    raise UserError(f"{e.path}: a link to a folder is not followed; put the folder itself in its place, or a folder of links to files")
+                    raise UserError(f"{e.path}: a link to a folder is not followed; put the folder itself in its place, "
+                                    "or a folder of links to files")
                 elif e.name.rpartition(".")[2].lower() in EXTENSIONS:
                     files.append(e.name)
     except OSError as err:

@@ -25,26 +25,13 @@ INTERPOLATION = dict(linear=types.INTERP_LINEAR, cubic=types.INTERP_CUBIC)
 VERSION = ".".join(nvidia.dali.__version__.split(".")[:2])  # another may round a view otherwise
 
 
-def train(crops: tuple[Crop, ...], reader: dict, feed: Callable, way: Way, **pipe):
+# Besides what they name, these take the arguments of DALI's Pipeline: batch_size, num_threads ...
+@pipeline_def(enable_conditionals=True)
+def train(crops: tuple[Crop, ...], reader: dict, feed: Callable, way: Way):
     """Pipeline whose outputs are the views [S,S,3] of each crop, float32 or float16.
 
     reader  arguments of fn.readers.file, or of fn.readers.webdataset
     feed    number of the batch -> what `draws.feed` gives of its images"""
-    return _train(crops, reader, feed, way, **pipe)
-
-
-def evaluate(resize: int, size: int, mean, std, reader: dict, way: Way, **pipe):
-    """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision rounds."""
-    return _evaluate(resize, size, mean, std, reader, way, **pipe)
-
-
-def decode(source, way: Way, **pipe):
-    """Pipeline that only decodes what source() returns, encoded images as uint8 arrays: which are unreadable?"""
-    return _decode(source, way, **pipe)
-
-
-@pipeline_def(enable_conditionals=True)
-def _train(crops, reader, feed, way):
     image, hw = _decoded(_read(reader), way)
     tries, place, each = _fed(crops, feed, way)
     start, end = _boxes(hw, tries, place, crops)
@@ -56,7 +43,8 @@ def _train(crops, reader, feed, way):
 
 
 @pipeline_def
-def _evaluate(resize, size, mean, std, reader, way):
+def evaluate(resize: int, size: int, mean, std, reader: dict, way: Way):
+    """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision rounds."""
     image, hw = _decoded(_read(reader), way)
     hw = fn.cast(hw, dtype=types.INT64)
     new = hw * resize // fn.reductions.min(hw)
@@ -69,7 +57,8 @@ def _evaluate(resize, size, mean, std, reader, way):
 
 
 @pipeline_def
-def _decode(source, way):
+def decode(source, way: Way):
+    """Pipeline that only decodes what source() returns, encoded images as uint8 arrays: which are unreadable?"""
     return _image(fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1), way)
 
 

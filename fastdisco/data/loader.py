@@ -206,7 +206,8 @@ def _built(listing: Listing, indices: np.ndarray, pipeline: Callable):
             gone = [t for t in listing.places.tars if not (listing.root / t).is_file()] if listing.places else []
             if not gone:
                 raise
-            raise UserError(f"{listing.root}: {shorten(gone)} is no longer there; put it back, then the same command continues", anywhere=True) from None
+            raise UserError(f"{listing.root}: {shorten(gone)} is no longer there; put it back, then the same command continues",
+                            anywhere=True) from None
     return pipe
 
 

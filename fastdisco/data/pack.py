@@ -57,11 +57,11 @@ def pack(src: Path, dst: Path, seed: int = 0, shard_mb: float = SHARD_MB, jpeg: 
 
 
 def _listed(found: Listing) -> Images:
-    if link := next((f for f in found.files if (found.root / f).is_symlink()), None) if found.places is None else None:
-        raise UserError(f"{found.root / link}: is a link, and none is followed; put the file itself there")
+    if found.places is None:
+        if link := next((f for f in found.files if (found.root / f).is_symlink()), None):
+            raise UserError(f"{found.root / link}: is a link, and none is followed; put the file itself there")
     path = found.root / QUARANTINE
-    at = {name: i for i, name in enumerate(found.files)}
-    left_out = {at[n]: reason for n, reason in (read_quarantine(path) if path.exists() else {}).items() if n in at}
+    left_out = {found.number[n]: reason for n, reason in (read_quarantine(path) if path.exists() else {}).items() if n in found.number}
 
     def read(i):
         name = found.files[i]
@@ -108,14 +108,14 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict:
         while done < len(order):
             tar = dst / f"{len(tars):06}.tar"
             about, rows = _finished(tar) or _tar(tar, order[done:], images, limit, pool, lambda n: bar.update(task, completed=done + n))
-            if [int(r.split("\t", 1)[0]) for r in rows] != order[done:done + len(rows)].tolist():
+            if [row.index for row in rows] != order[done:done + len(rows)].tolist():
                 raise UserError(f"{tar}: its index is of other samples than this command packs; remove it and give the command again")
             done += len(rows)
             tars[tar.name] = dict(bytes=about["bytes"], samples=len(rows), sha256=about["sha256"])
             bar.update(task, completed=done)
     if images.left_out:
-        stems = {int(r.split("\t", 1)[0]): f"{tar}/{r.split(chr(9), 4)[4]}" for tar in tars for r in shards.rows_of(dst / tar)}
-        write_whole(dst / QUARANTINE, "".join(f"{stems[i]}\t{reason}\n" for i, reason in sorted(images.left_out.items())))
+        names = {row.index: f"{tar}/{row.name}" for tar in tars for row in shards.rows_of(dst / tar)}
+        write_whole(dst / QUARANTINE, "".join(f"{names[i]}\t{reason}\n" for i, reason in sorted(images.left_out.items())))
     counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
     manifest = wanted | dict(samples=len(order), bytes=sum(t["bytes"] for t in tars.values()), classes=images.classes, class_counts=counts, tars=tars)
     write_whole(dst / shards.MANIFEST, json.dumps(manifest, indent=1))
@@ -135,7 +135,7 @@ def _reuse(dst: Path, name: str, wanted: dict) -> dict:
     return found
 
 
-def _finished(tar: Path) -> tuple[dict, list[str]] | None:
+def _finished(tar: Path) -> tuple[dict, list[shards.Row]] | None:
     """The index of a tar that is complete."""
     try:
         about = shards.about(tar)
@@ -144,7 +144,8 @@ def _finished(tar: Path) -> tuple[dict, list[str]] | None:
         return None
 
 
-def _tar(tar: Path, order: np.ndarray, images: Images, limit: int, pool: ThreadPoolExecutor, seen: Callable[[int], None]) -> tuple[dict, list[str]]:
+def _tar(tar: Path, order: np.ndarray, images: Images, limit: int, pool: ThreadPoolExecutor,
+         seen: Callable[[int], None]) -> tuple[dict, list[shards.Row]]:
     """Writes a tar of the first images of `order` that fit, then its index."""
     part, rows, at, sha = tar.with_suffix(".part"), [], 0, hashlib.sha256()
     part.unlink(missing_ok=True)  # so that nothing else is written through a link of that name
@@ -162,7 +163,7 @@ def _tar(tar: Path, order: np.ndarray, images: Images, limit: int, pool: ThreadP
                 if rows:
                     break
                 raise UserError(f"{tar}: image {i} has {len(content)} bytes, more than a tar may have ({limit}); raise --shard-mb")
-            rows.append(f"{i}\t{label}\t{at + tarfile.BLOCKSIZE}\t{len(content)}\t{stem}.{extension}")
+            rows.append(shards.Row(i, label, at + tarfile.BLOCKSIZE, len(content), f"{stem}.{extension}"))
             for member in sample:
                 put(member)
             seen(len(rows))
@@ -171,8 +172,8 @@ def _tar(tar: Path, order: np.ndarray, images: Images, limit: int, pool: ThreadP
         os.fsync(f.fileno())
     os.replace(part, tar)
     about = shards.header(at, sha.hexdigest())
-    write_whole(tar.with_suffix(".index"), "\n".join([about, *rows]) + "\n")
-    return json.loads(about), rows
+    write_whole(tar.with_suffix(".index"), shards.index_text(about, rows))
+    return about, rows
 
 
 def _member(name: str, content: bytes) -> bytes:

@@ -6,6 +6,7 @@ then for each sample its index, label (-1: none), offset and size of the image, 
 import json
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.progress import track
@@ -19,6 +20,25 @@ MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished
 RUN = 8  # samples that follow each other in a tar and stay together in an epoch: one read of about 1 MB instead of many small ones
 OPEN = 512  # tars that one pipeline has open; a process may have 1024 files
+
+
+class Row(NamedTuple):
+    """A sample, as a line of an index tells it."""
+
+    index: int  # in a foreign tar the position there
+    label: int  # -1: none
+    offset: int  # of the image, as its size: bytes
+    size: int
+    name: str  # of the image's member
+
+    def line(self) -> str:
+        return "\t".join(map(str, self))
+
+    @classmethod
+    def parse(cls, line: str) -> "Row":
+        """Raises ValueError for what is no such line."""
+        index, label, offset, size, name = line.split("\t", 4)
+        return cls(int(index), int(label), int(offset), int(size), name)
 
 
 def load(source: Path, root: Path, tars: list[str]) -> Listing:
@@ -37,8 +57,8 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
     for k, (name, text) in enumerate(zip(tars, texts)):
         head, *lines = text.removesuffix("\n").split("\n")  # not splitlines, which splits at more than that
         try:
-            *columns, members = zip(*(line.split("\t", 4) for line in lines))
-            numbers.append(np.array([list(map(int, c)) for c in columns], np.int64))
+            *columns, members = zip(*map(Row.parse, lines))
+            numbers.append(np.array(columns, np.int64))
             _fits(root / name, json.loads(head)["bytes"], numbers[-1], members[-1], manifest)
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{_index_of(root / name)}: is not an index that fastdisco wrote, or damaged; remove it, it is written anew") from None
@@ -120,12 +140,12 @@ def refuse_sorted(listing: Listing):
     within = (cells * (cells - 1)).sum() / max(1, (sizes * (sizes - 1)).sum())
     allowed = chance + 0.1 + 6 * (chance * (1 - chance) / n) ** 0.5
     if max(beside, within) > allowed:
-        raise UserError(f"{listing.source}: its samples are sorted by class ({beside:.0%} of neighbours and {within:.0%} of pairs in a tar are of one "
-                        f"class, {chance:.0%} in random order), so batches would hold few classes; pack it in random order: "
+        raise UserError(f"{listing.source}: its samples are sorted by class ({beside:.0%} of neighbours and {within:.0%} of pairs in a tar are of "
+                        f"one class, {chance:.0%} in random order), so batches would hold few classes; pack it in random order: "
                         f"fastdisco data pack {listing.source} NEW_FOLDER")
 
 
-def scan(tar: Path, stored: bool) -> list[str]:
+def scan(tar: Path, stored: bool) -> list[Row]:
     """The rows of a tar's index.  stored: its samples bear a stable index, else theirs is the position in the tar.
 
     Raises UserError for what is no tar of samples."""
@@ -136,7 +156,7 @@ def scan(tar: Path, stored: bool) -> list[str]:
             rows.append(_row(tar, stem, parts, stored, len(rows)))
 
     for name, offset, size, content in _members(tar):
-        head, _, ext = name.rpartition("/")[2].partition(".")
+        _, _, ext = name.rpartition("/")[2].partition(".")
         key = name[:len(name) - len(ext)]
         if key != stem:
             close()
@@ -148,9 +168,14 @@ def scan(tar: Path, stored: bool) -> list[str]:
     return rows
 
 
-def header(bytes_: int, sha256: str | None) -> str:
-    """The first line of an index; sha256 is known of tars that were packed here."""
-    return json.dumps({"fastdisco index": 1, "bytes": bytes_, "sha256": sha256})
+def header(bytes_: int, sha256: str | None) -> dict:
+    """What an index says of its tar; sha256 is known of those that were packed here."""
+    return {"fastdisco index": 1, "bytes": bytes_, "sha256": sha256}
+
+
+def index_text(about: dict, rows: list[Row]) -> str:
+    """What an index file holds."""
+    return "\n".join([json.dumps(about), *(row.line() for row in rows)]) + "\n"
 
 
 def about(tar: Path) -> dict:
@@ -159,8 +184,9 @@ def about(tar: Path) -> dict:
         return json.loads(f.readline())
 
 
-def rows_of(tar: Path) -> list[str]:
-    return _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]
+def rows_of(tar: Path) -> list[Row]:
+    """Of its index."""
+    return [Row.parse(line) for line in _index_of(tar).read_text(errors="surrogateescape").removesuffix("\n").split("\n")[1:]]
 
 
 def _index_of(tar: Path) -> Path:
@@ -176,7 +202,7 @@ def _index(tar: Path, stored: bool) -> tuple[str, bool]:
         pass
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); allow reading it") from None
-    text = "\n".join([header(tar.stat().st_size, None), *scan(tar, stored)]) + "\n"
+    text = index_text(header(tar.stat().st_size, None), scan(tar, stored))
     try:
         write_whole(path, text)
     except OSError:
@@ -241,7 +267,7 @@ def _foreign_classes(source: Path, label: np.ndarray) -> tuple[np.ndarray, list[
     return classes_of([str(x) for x in label.tolist()])
 
 
-def _row(tar: Path, stem: str, parts: dict, stored: bool, position: int) -> str:
+def _row(tar: Path, stem: str, parts: dict, stored: bool, position: int) -> Row:
     images = [ext for ext in parts if ext in EXTENSIONS]
     if len(images) != 1:
         found = " and ".join(images) if images else "none"
@@ -253,7 +279,7 @@ def _row(tar: Path, stem: str, parts: dict, stored: bool, position: int) -> str:
     label = _number(tar, parts["cls"]) if "cls" in parts else -1
     if stored and "idx" not in parts:
         raise UserError(f"{tar}: its sample {stem}* has no index (a member .idx), so {MANIFEST} there is not of this tar; pack the data again")
-    return f"{_number(tar, parts['idx']) if stored else position}\t{label}\t{offset}\t{size}\t{name}"
+    return Row(_number(tar, parts["idx"]) if stored else position, label, offset, size, name)
 
 
 def _number(tar: Path, part: tuple) -> int:

@@ -61,13 +61,12 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
     if absolute:
         inside = f"{found.root.resolve()}/"
         names = [n.removeprefix(inside) for n in names if n.startswith(inside)]
-    at = {name: i for i, name in enumerate(found.files)} if names else {}
-    if strange := [n for n in names if n not in at]:
+    if strange := [n for n in names if n not in found.number]:
         raise UserError(f"{path}: names {shorten(strange)}, not in {found.source}; remove the file, or write it anew by "
                         f"`fastdisco data check {found.source}`")
     if len(names) == len(found.files):
         raise UserError(f"{path}: names every image of {found.source}; nothing is left to read")
-    return np.sort(np.array([at[n] for n in names], np.int64))
+    return np.sort(np.array([found.number[n] for n in names], np.int64))
 
 
 def _expand(pattern: Path) -> list[str]:

@@ -36,7 +36,8 @@ def how(cfg: config.Teacher, precision: str, sizes: tuple[int, ...], device: tor
     asked = cfg.precision if cfg.precision != "auto" else "fp16" if cuda else precision
     if asked == "fp16" and not cuda:
         raise UserError("teacher.precision: fp16 needs a GPU; take fp32, bf16 or auto")
-    return How(device, models.DTYPE[asked], cfg.fold and cfg.bn == "eval", cfg.bn_group if cfg.bn == "batch" else 0, cfg.graph and graphs and cuda, sizes)
+    group = cfg.bn_group if cfg.bn == "batch" else 0
+    return How(device, models.DTYPE[asked], cfg.fold and not group, group, cfg.graph and graphs and cuda, sizes)
 
 
 class Teacher:
