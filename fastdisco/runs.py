@@ -13,6 +13,7 @@ import torch
 
 from fastdisco import config, dist
 from fastdisco.config import Config, UserError
+from fastdisco.files import write_whole
 
 # What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
 _FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.prefetch", "data.eval_batch", "teacher.file",
@@ -47,8 +48,8 @@ def describe(cfg: Config, folder: Path):
     """Writes config.yaml and env.json; not before the run is known to belong to this data and teacher."""
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.dump(cfg))
-        (folder / "env.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        write_whole(folder / "config.yaml", config.dump(cfg))
+        write_whole(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
     dist.barrier()
 
 
