@@ -45,7 +45,7 @@ def test_cifar_trains_through_a_kill(cifar, tmp_path):
     assert trained > untrained(out) + 0.01
 
 
-# Settings, and by how much the contrastive term must end below its value where all outputs are alike, which is also where a collapse ends.
+# Settings, and below what the contrastive term must end: less than where all outputs are alike, which is also where a collapse ends.
 STUDENT = ["student.arch=mobilenetv3_small_050", "student.hidden=512", "bn.groups=1", "log.every=10"]
 CROPS = "views=[{count: 2}, {count: 4, size: 24, scale: [0.2, 0.5]}]"
 METHODS = {
@@ -83,7 +83,8 @@ def test_the_loss_of_each_method_falls(method, trained):
     lines = trained(method, *STUDENT, *settings)[:-1]
     at = lambda term, part: sum(x[f"train/loss_{term}"] for x in part) / len(part)  # noqa: E731
     first, last = lines[:5], lines[-5:]
-    assert at(term, last) < below < max(at(term, lines[i:i + 5]) for i in range(len(lines) - 5))
+    highest = max(at(term, lines[i:i + 5]) for i in range(len(lines) - 5))  # a queue of random rows is easy: MoCo's and SEED's rise at first
+    assert at(term, last) < min(below, highest - 0.05)
     if method == "disco":
         assert all(at(term, last) < 0.7 * at(term, first) for term in ("distill", "rkd_distance", "rkd_angle"))
     else:  # a teacher of half an epoch is no measure for how far images are to be apart
