@@ -26,7 +26,7 @@ def row_of_rounds(name: str, values: list[float], digits: int, unit: str, aim: f
 
 def write(bench: str, device: str, summary: list[dict], samples, folder: Path | None = None, **more) -> Path:
     """<bench>-<device>.json in bench/results or the folder: summary, raw samples, versions, commit, hardware, command, date."""
-    from fastdisco import runs
+    from fastdisco.run import folder as runs
     path = (folder or RESULTS) / f"{bench}-{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {k: v for k, v in runs.environment().items() if k != "host"}
@@ -81,7 +81,7 @@ def elapsed_ms(run, repeats: int) -> float:
 def now(device) -> float:
     """Seconds, when all ranks and the device have done what was asked of them."""
     import torch
-    from fastdisco import dist
+    from fastdisco.common import dist
     if device.type == "cuda":
         torch.cuda.synchronize()
     dist.barrier()

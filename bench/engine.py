@@ -19,7 +19,10 @@ from common import now, row, row_of_rounds, write
 
 import torch
 
-from fastdisco import config, dist, engine, heads, kernels, models, optim
+from fastdisco import config, engine, kernels, models
+from fastdisco.common import dist
+from fastdisco.models import heads
+from fastdisco.engine import optim
 
 ARMS = {"ddp": {}, "stage0": {"stage": 0}, "stage0_at_end": {"stage": 0, "overlap": False}, "stage1": {"stage": 1}, "stage2": {"stage": 2},
         "stage3": {"stage": 3}}  # what they set in the engine's block

@@ -18,7 +18,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from fastdisco import data
 from fastdisco.data import demo, draws, graph, loader
-from fastdisco.views import Crop
+from fastdisco.config import Crop
 
 CPU = torch.device("cpu")
 BATCH = 64

@@ -29,8 +29,8 @@ from PIL import Image, ImageFilter
 from fastdisco import data
 from fastdisco.data import draws, loader, pack
 from fastdisco.data.decoder import graphs
-from fastdisco.data.way import Way
-from fastdisco.views import Crop
+from fastdisco.data.placement import Way
+from fastdisco.config import Crop
 
 CROP = Crop()
 CORES = len(os.sched_getaffinity(0))

@@ -14,7 +14,8 @@ from PIL import ImageFilter
 from torch import Tensor, nn
 from torchvision import transforms as T
 
-from fastdisco import dist, models
+from fastdisco.common import dist
+from fastdisco import models
 
 TF32 = "convolutions in TF32, matrix products not: torch's defaults, which the official code leaves"
 

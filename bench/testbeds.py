@@ -15,7 +15,7 @@ from common import ROOT, row, write
 
 import torch
 
-from fastdisco import heads
+from fastdisco.models import heads
 from throughput import jpegs, random_teacher
 
 STEPS = 20

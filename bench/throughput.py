@@ -35,10 +35,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 import official
-from fastdisco import config, data, dist, engine, heads, models, optim, pupils, teacher
+from fastdisco import config, data, engine, models, teacher
+from fastdisco.common import dist
+from fastdisco.models import heads
+from fastdisco.engine import optim
+from fastdisco.run import students as pupils
 from fastdisco.config import UserError
 from fastdisco.data import demo
-from fastdisco.log import console, say
+from fastdisco.common.console import console, say
 from fastdisco.methods import Nets, Progress
 from fastdisco.models import Out
 

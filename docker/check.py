@@ -76,7 +76,7 @@ def apex() -> str:
 
 def fastdisco() -> str:
     import fastdisco
-    from fastdisco import runs
+    from fastdisco.run import folder as runs
     assert shutil.which("fastdisco"), "the command `fastdisco` is not on PATH"
     return f"{fastdisco.__version__} in {Path(fastdisco.__file__).parent}, commit {runs.environment()['commit']}"
 

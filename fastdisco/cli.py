@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdisco import config, data, dist, engine, methods, models, pupils, teacher
+from fastdisco import config, data, engine, methods, models, teacher
+from fastdisco.common import dist
+from fastdisco.run import students as pupils
 from fastdisco.config import UserError
 from fastdisco.data import check, demo, pack
 from fastdisco.evals import knn, probe
-from fastdisco.log import refuse, say, shorten
+from fastdisco.common.console import refuse, say, shorten
 from fastdisco.teacher import formats, runtime
 
 

@@ -10,12 +10,16 @@ import math
 
 import torch
 
-from fastdisco import checkpoint, config, data, dist, engine, models, optim, plan, pupils, runs, teacher
+from fastdisco.run import checkpoint, plan, students as pupils, folder as runs
+from fastdisco import config, data, engine, models, teacher
+from fastdisco.common import dist
+from fastdisco.engine import optim
 from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
-from fastdisco.log import Log, Meter, named, refuse, say
+from fastdisco.run.log import Log, Meter, named
+from fastdisco.common.console import refuse, say
 from fastdisco.methods import Progress
-from fastdisco.pupils import Pupil
+from fastdisco.run.students import Pupil
 
 
 def train(cfg: Config, overwrite: bool = False):

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastdisco import config, dist, heads, methods, models, optim
+from fastdisco import config, methods, models
+from fastdisco.common import dist
+from fastdisco.models import heads
+from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress
 from fastdisco.teacher import Teacher
 

@@ -11,7 +11,7 @@ from conftest import ROOT, ranks, run, tiny
 from fastdisco import cli, config, data, teacher
 from fastdisco.config import UserError
 from fastdisco.teacher import cache
-from fastdisco.views import Crop
+from fastdisco.config import Crop
 from test_train import _differences, _fails, _train, losses, metrics
 
 CPU = torch.device("cpu")

@@ -19,9 +19,9 @@ from torchvision.transforms import functional as F
 from fastdisco import config, data
 from fastdisco.config import UserError
 from fastdisco.data import draws, graph, loader
-from fastdisco.data.way import Way
-from fastdisco.data.way import usual as usual_way
-from fastdisco.views import Crop
+from fastdisco.data.placement import Way
+from fastdisco.data.placement import usual as usual_way
+from fastdisco.config import Crop
 
 CPU = torch.device("cpu")
 PLAIN = dict(flip_p=0, jitter_p=0, gray_p=0, blur_p=0, solarize_p=0)

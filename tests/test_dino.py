@@ -9,7 +9,10 @@ import torch.distributed as td
 from torch import nn
 
 from conftest import ranks
-from fastdisco import config, dist, heads, models, optim
+from fastdisco import config, models
+from fastdisco.common import dist
+from fastdisco.models import heads
+from fastdisco.engine import optim
 from fastdisco.methods import Progress
 from fastdisco.methods.dino import Dino
 from loop import DIM, HIDDEN, Run, check_golden, close, crops, drawn, halves, mine, unit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
-from fastdisco import runs
+from fastdisco.run import folder as runs
 
 sys.path.insert(0, str(ROOT / "docker"))
 import check  # noqa: E402

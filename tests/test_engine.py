@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 from conftest import ranks, tiny
-from fastdisco import checkpoint, cli, config, dist, engine, heads, models, optim, runs
+from fastdisco.run import checkpoint, folder as runs
+from fastdisco import cli, config, engine, models
+from fastdisco.common import dist
+from fastdisco.models import heads
+from fastdisco.engine import optim
 from fastdisco.config import Engine, Optim, UserError
 from test_train import _differences, _train, losses
 

@@ -5,10 +5,10 @@ import torch.distributed as td
 from torch import nn
 
 from conftest import ranks
-from fastdisco import dist
+from fastdisco.common import dist
 from fastdisco.config import Engine, UserError
 from fastdisco.engine import deepspeed_config
-from fastdisco.exchange import ALIGN, Exchange
+from fastdisco.engine.exchange import ALIGN, Exchange
 
 
 class Net(nn.Module):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import ranks
-from fastdisco import data, dist
+from fastdisco import data
+from fastdisco.common import dist
 from fastdisco.config import UserError
 from fastdisco.evals import knn
 

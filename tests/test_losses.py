@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdisco import kernels
 from fastdisco.kernels import chunked, reference
-from fastdisco.memory import Queue
+from fastdisco.models.queue import Queue
 
 TEMPS = [0.01, 0.029, 0.03, 0.07, 0.2, 1.0]  # on both sides of the running maximum's limit
 LOSS = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}  # bf16 is rounded by whoever made it: the loss itself is fp32

@@ -2,7 +2,9 @@
 import pytest
 import torch
 
-from fastdisco import config, engine, heads, methods, models, optim
+from fastdisco import config, engine, methods, models
+from fastdisco.models import heads
+from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress
 from fastdisco.teacher import How, Teacher
 

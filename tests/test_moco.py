@@ -11,7 +11,9 @@ import torch.distributed as td
 from torch import nn
 
 from conftest import ranks
-from fastdisco import config, dist, methods, models, optim
+from fastdisco import config, methods, models
+from fastdisco.common import dist
+from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress, spread
 from fastdisco.teacher import Teacher
 

@@ -6,9 +6,10 @@ import torch
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
-from fastdisco import config, heads, models
+from fastdisco import config, models
+from fastdisco.models import heads
 from fastdisco.config import UserError
-from fastdisco.log import shorten
+from fastdisco.common.console import shorten
 
 STUDENTS = {"mobilenetv3_large_100": 1280, "efficientnet_b0": 1280, "efficientnet_b1": 1280, "resnet18": 512, "resnet34": 512,
             "vit_tiny_patch16_224": 192, "xcit_tiny_12_p16_224": 192}  # the paper's, and the published widths of their features

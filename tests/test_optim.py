@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fastdisco import engine, optim
+from fastdisco import engine
+from fastdisco.engine import optim
 from fastdisco.config import Engine, Optim, UserError
 
 

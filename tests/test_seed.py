@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import ranks
-from fastdisco import config, dist, kernels
+from fastdisco import config, kernels
+from fastdisco.common import dist
 from loop import DIM, HIDDEN, Run, check_golden, close, crops, drawn, generator, halves, mine, uniform, unit
 
 B = 8

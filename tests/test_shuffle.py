@@ -5,10 +5,11 @@ import torch
 import torch.distributed as td
 
 from conftest import ranks, tiny
-from fastdisco import config, data, dist
+from fastdisco import config, data
+from fastdisco.common import dist
 from fastdisco.config import UserError
 from fastdisco.data import pack
-from fastdisco.views import Crop
+from fastdisco.config import Crop
 from test_moco import Run, batch
 from test_train import _differences, _train, losses
 

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import ranks, tiny
-from fastdisco import compiled, config, cudagraph, data, log, methods, models, optim, pupils
+from fastdisco.engine import compiled, cudagraph, optim
+from fastdisco import config, data, methods, models
+from fastdisco.common import console as log
+from fastdisco.run import students as pupils
 from fastdisco.config import Optim, UserError
-from fastdisco.cudagraph import Graphed, rehearsal
+from fastdisco.engine.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets, moco
 from fastdisco.models import Out
 from fastdisco.teacher import How, Teacher

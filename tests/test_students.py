@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import ranks, tiny
-from fastdisco import checkpoint, cli, config, models, pupils, teacher
+from fastdisco.run import checkpoint, students as pupils
+from fastdisco import cli, config, models, teacher
 from fastdisco.config import UserError
 from fastdisco.teacher import Teacher
 from test_train import _train, metrics

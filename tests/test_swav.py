@@ -8,7 +8,8 @@ import torch.distributed as td
 from torch import nn
 
 from conftest import ranks
-from fastdisco import config, dist
+from fastdisco import config
+from fastdisco.common import dist
 from fastdisco.methods.swav import sinkhorn
 from loop import DIM, HIDDEN, Run, check_golden, close, crops, drawn, generator, halves, mine, uniform, unit
 

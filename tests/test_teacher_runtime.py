@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdisco import config, heads, models, teacher
+from fastdisco import config, models, teacher
+from fastdisco.models import heads
 from fastdisco.config import UserError
 from fastdisco.teacher import How, Teacher
 from fastdisco.teacher.fold import fold

@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, ranks, run, tiny
 from PIL import Image
-from fastdisco import config, data, dist, engine, heads, methods, models
+from fastdisco import config, data, engine, methods, models
+from fastdisco.common import dist
+from fastdisco.models import heads
 from fastdisco.methods import Nets, Progress
-from fastdisco.views import Crop
+from fastdisco.config import Crop
 from test_train import _train, losses
 
 sys.path.insert(0, str(ROOT / "bench"))

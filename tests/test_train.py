@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from conftest import ROOT, ranks, run, tiny
-from fastdisco import checkpoint, config, data, dist, engine, methods, models, train
+from fastdisco.run import checkpoint
+from fastdisco import config, data, engine, methods, models, train
+from fastdisco.common import dist
 from fastdisco.config import UserError
 
 SCRIPT = ROOT / "fastdisco/train.py"

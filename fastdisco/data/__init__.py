@@ -3,6 +3,6 @@ from fastdisco.data.folder import Listing
 from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
 from fastdisco.data.shards import reading_order
 from fastdisco.data.source import listing, same_classes
-from fastdisco.data.way import way
+from fastdisco.data.placement import way
 
 __all__ = ["Batch", "EvalLoader", "Listing", "TrainLoader", "listing", "reading_order", "same_classes", "way"]

@@ -21,8 +21,8 @@ from fastdisco.data.decoder import Decoder
 from fastdisco.data.folder import Listing
 from fastdisco.data.pack import QUARANTINE, ahead
 from fastdisco.data.source import listing, read_quarantine, same_classes
-from fastdisco.files import write_whole
-from fastdisco.log import console, say, shorten
+from fastdisco.common.files import write_whole
+from fastdisco.common.console import console, say, shorten
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; ImageNet's largest has 75 million
 BATCH = 64, 50_000_000  # images and pixels that are decoded at a time

@@ -11,7 +11,7 @@ import torch
 
 from fastdisco.config import UserError
 from fastdisco.data.folder import Listing
-from fastdisco.data.way import kind, usual
+from fastdisco.data.placement import kind, usual
 
 
 def graphs():

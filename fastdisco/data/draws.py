@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from fastdisco import dist
-from fastdisco.views import Crop
+from fastdisco.common import dist
+from fastdisco.config import Crop
 
 TRIES = 10  # of a random crop before the centre crop
 

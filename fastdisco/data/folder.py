@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastdisco.config import UserError
-from fastdisco.log import shorten
+from fastdisco.common.console import shorten
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")  # what DALI decodes
 

@@ -18,8 +18,8 @@ import nvidia.dali
 from nvidia.dali import fn, math, pipeline_def, types
 
 from fastdisco.data import draws
-from fastdisco.data.way import Way
-from fastdisco.views import Crop
+from fastdisco.data.placement import Way
+from fastdisco.config import Crop
 
 INTERPOLATION = dict(linear=types.INTERP_LINEAR, cubic=types.INTERP_CUBIC)
 VERSION = ".".join(nvidia.dali.__version__.split(".")[:2])  # another may round a view otherwise

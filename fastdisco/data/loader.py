@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdisco import dist
+from fastdisco.common import dist
 from fastdisco.config import UserError
 from fastdisco.data import decoder, draws, shards
 from fastdisco.data.decoder import graphs
 from fastdisco.data.folder import Listing
-from fastdisco.data.way import Way, usual
-from fastdisco.log import shorten
-from fastdisco.views import Crop
+from fastdisco.data.placement import Way, usual
+from fastdisco.common.console import shorten
+from fastdisco.config import Crop
 
 CHUNK = 1 << 18  # samples that one pipeline reads on a rank, at least one epoch: its list of files costs some 600 bytes a sample.  Fewer in many tars
 

@@ -20,7 +20,7 @@ from fastdisco.data import cifar, shards
 from fastdisco.data.folder import Listing
 from fastdisco.data.loader import permutation
 from fastdisco.data.source import listing, read_quarantine
-from fastdisco.files import write_whole
+from fastdisco.common.files import write_whole
 
 SHARD_MB = 1024
 QUARANTINE = "quarantine.txt"

@@ -13,8 +13,8 @@ from rich.progress import track
 
 from fastdisco.config import UserError
 from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of
-from fastdisco.files import write_whole
-from fastdisco.log import say, shorten
+from fastdisco.common.files import write_whole
+from fastdisco.common.console import say, shorten
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished

@@ -8,7 +8,7 @@ import numpy as np
 from fastdisco.config import UserError
 from fastdisco.data import folder, shards
 from fastdisco.data.folder import Listing
-from fastdisco.log import shorten
+from fastdisco.common.console import shorten
 
 GIVE = "give a folder with one folder of images per class, a folder of tars, or a text file with a line `<image> <class>` for each image"
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdisco import config, data, dist
-from fastdisco.views import Crop
+from fastdisco import config, data
+from fastdisco.common import dist
+from fastdisco.config import Crop
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdisco import dist
+from fastdisco.common import dist
 from fastdisco.models import DTYPE, Out
 
 

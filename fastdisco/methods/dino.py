@@ -4,7 +4,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdisco import config, dist, kernels
+from fastdisco import config, kernels
+from fastdisco.common import dist
 from fastdisco.methods import Method, Nets, Progress, distilled, spread
 
 LARGE = 2  # the first views, which the mean student and the teacher see

@@ -5,8 +5,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdisco import config, cudagraph, dist, kernels
-from fastdisco.memory import Queue
+from fastdisco import config, kernels
+from fastdisco.engine import cudagraph
+from fastdisco.common import dist
+from fastdisco.models.queue import Queue
 from fastdisco.methods import Method, Nets, Progress, distilled, queue_dtype, spread
 
 

@@ -3,8 +3,9 @@ contrast beside it."""
 import torch
 from torch import Tensor
 
-from fastdisco import config, dist, kernels
-from fastdisco.memory import Queue
+from fastdisco import config, kernels
+from fastdisco.common import dist
+from fastdisco.models.queue import Queue
 from fastdisco.methods import Method, Nets, Progress, queue_dtype, spread
 from fastdisco.methods.moco import encode
 

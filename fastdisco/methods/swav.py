@@ -2,8 +2,9 @@
 import torch
 from torch import Tensor, nn
 
-from fastdisco import config, dist, kernels
-from fastdisco.memory import Queue
+from fastdisco import config, kernels
+from fastdisco.common import dist
+from fastdisco.models.queue import Queue
 from fastdisco.methods import Method, Nets, Progress, distilled, spread
 
 CODED = 2  # the first views, which are the large ones

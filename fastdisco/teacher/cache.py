@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
-from fastdisco import config, dist
+from fastdisco import config
+from fastdisco.common import dist
 from fastdisco.config import UserError
 from fastdisco.data import TrainLoader, reading_order
-from fastdisco.files import write_whole
-from fastdisco.log import console, say
+from fastdisco.common.files import write_whole
+from fastdisco.common.console import console, say
 from fastdisco.models import Out
 from fastdisco.teacher.runtime import How, Teacher
 

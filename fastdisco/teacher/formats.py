@@ -6,9 +6,10 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import heads, models
+from fastdisco.models import heads
+from fastdisco import models
 from fastdisco.config import UserError
-from fastdisco.log import shorten
+from fastdisco.common.console import shorten
 
 
 class Source(NamedTuple):

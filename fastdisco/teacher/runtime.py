@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdisco import config, cudagraph, models
+from fastdisco import config, models
+from fastdisco.engine import cudagraph
 from fastdisco.config import UserError
 from fastdisco.models import Out
 from fastdisco.teacher.fold import fold

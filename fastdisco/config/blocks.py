@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from fastdisco.views import Crop, Crops
+from fastdisco.config import Crop, Crops
 
 
 class UserError(Exception):

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastdisco import dist
+from fastdisco.common import dist
 from fastdisco.config import UserError
-from fastdisco.files import write_whole
+from fastdisco.common.files import write_whole
 
 console = Console(highlight=False)
 

@@ -6,7 +6,8 @@ from typing import Generator, Iterator
 import torch
 from torch import nn
 
-from fastdisco import config, data, methods, models, optim
+from fastdisco import config, data, methods, models
+from fastdisco.engine import optim
 from fastdisco.config import Config, UserError
 from fastdisco.data import shards
 from fastdisco.methods import Progress

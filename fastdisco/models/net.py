@@ -19,9 +19,11 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdisco import config, dist, heads
+from fastdisco import config
+from fastdisco.common import dist
+from fastdisco.models import heads
 from fastdisco.config import UserError
-from fastdisco.log import shorten
+from fastdisco.common.console import shorten
 
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of a configuration

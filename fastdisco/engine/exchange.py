@@ -5,7 +5,7 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from fastdisco import dist
+from fastdisco.common import dist
 
 ALIGN = 32  # elements; the optimizer's kernels read 16 bytes at a time only where each tensor starts at a multiple of them
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdisco.config import UserError
-from fastdisco.log import say
+from fastdisco.common.console import say
 
 WARM_UP = 3  # forwards before the capture: libraries choose their algorithms and allocate in the first ones
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fastdisco import config, dist
+from fastdisco import config
+from fastdisco.common import dist
 from fastdisco.config import Config, UserError
-from fastdisco.files import write_whole
+from fastdisco.common.files import write_whole
 
 # What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
 _FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.prefetch", "data.eval_batch", "teacher.file",

@@ -5,10 +5,12 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import compiled, config, cudagraph, data, dist, engine, methods, models, optim, teacher
+from fastdisco.engine import compiled, cudagraph, optim
+from fastdisco import config, data, engine, methods, models, teacher
+from fastdisco.common import dist
 from fastdisco.config import Config
 from fastdisco.data import Listing, TrainLoader
-from fastdisco.log import say
+from fastdisco.common.console import say
 from fastdisco.methods import Method, Nets, Progress
 from fastdisco.models import Out
 

@@ -9,9 +9,10 @@ from typing import Any, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import dist, models
+from fastdisco.common import dist
+from fastdisco import models
 from fastdisco.config import Engine, UserError
-from fastdisco.exchange import Exchange
+from fastdisco.engine.exchange import Exchange
 
 
 def start(cfg: Engine) -> torch.device:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdisco.config import UserError
-from fastdisco.cudagraph import rehearsal
-from fastdisco.log import say
+from fastdisco.engine.cudagraph import rehearsal
+from fastdisco.common.console import say
 
 ROUNDS = 5  # timed, of either form
 
