@@ -26,10 +26,10 @@ def row_of_rounds(name: str, values: list[float], digits: int, unit: str, aim: f
 
 def write(bench: str, device: str, summary: list[dict], samples, folder: Path | None = None, **more) -> Path:
     """<bench>-<device>.json in bench/results or the folder: summary, raw samples, versions, commit, hardware, command, date."""
-    from fastdisco.run import folder as runs
+    from fastdisco.run.environment import environment
     path = (folder or RESULTS) / f"{bench}-{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {k: v for k, v in runs.environment().items() if k != "host"}
+    about = {k: v for k, v in environment().items() if k != "host"}
     about["command"] = " ".join(Path(x).name if Path(x).is_absolute() else x for x in sys.argv)  # where data lie says nothing elsewhere
     content = dict(bench=bench, device=device, date=datetime.date.today().isoformat(), summary=summary, samples=samples, **more, **about)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -57,7 +57,7 @@ def measure(listing: data.Listing, size: int, images: int, threads: int, rounds:
     crops = (Crop(size=size),) * 2
     hashed = data.TrainLoader(listing, crops, BATCH, 0, 10**6, 1, threads, CPU)
     files = hashed._order(0)
-    native = _native(crops, loader._reader(listing, files, ""), hashed.way, **loader._pipe(BATCH, threads, CPU, hashed.way))
+    native = _native(crops, loader._reader(listing, files, ""), hashed.placement, **loader._pipe(BATCH, threads, CPU, hashed.placement))
     run = {"hashed": lambda: next(hashed), "native": native.run}
     for f in run.values():
         for _ in range(4):
@@ -73,7 +73,7 @@ def measure(listing: data.Listing, size: int, images: int, threads: int, rounds:
 
 
 @pipeline_def(enable_conditionals=True)
-def _native(crops, reader, way):
+def _native(crops, reader, placement):
     """The same work on pixels, drawn by fn.random and random_resized_crop."""
     encoded = fn.readers.file(**reader)[0]
     image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
@@ -88,7 +88,7 @@ def _native(crops, reader, way):
         taps = types.Constant(draws.gaussian(np.float32([crop.blur_sigma[1]]), crop))
         d |= dict(across=taps, down=fn.reshape(taps, shape=[-1, 1]))
         x = fn.random_resized_crop(image, size=[crop.size, crop.size], random_area=crop.scale, random_aspect_ratio=crop.ratio)
-        views.append(graph._augment(x, crop, d, way))
+        views.append(graph._augment(x, crop, d, placement))
     return tuple(views)
 
 

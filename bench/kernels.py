@@ -50,7 +50,7 @@ def main():
     args = parser.parse_args()
     if args.memory:
         return print(json.dumps(resident_growth(*args.memory[:2], *map(int, args.memory[2:]))))
-    import fastdisco.runs  # noqa: F401  the result needs it: were it missing only at the end, all would have been measured for nothing
+    import fastdisco.run.environment  # noqa: F401  the result needs it: were it missing only at the end, all would have been measured for nothing
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is there is written below
     end = time.monotonic() + 60 * args.minutes
     device = "gpu" if torch.cuda.is_available() else "cpu"

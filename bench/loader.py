@@ -29,12 +29,12 @@ from PIL import Image, ImageFilter
 from fastdisco import data
 from fastdisco.data import draws, loader, pack
 from fastdisco.data.decoder import graphs
-from fastdisco.data.placement import Way
+from fastdisco.data.placement import Placement
 from fastdisco.config import Crop
 
 CROP = Crop()
 CORES = len(os.sched_getaffinity(0))
-CPU = Way("cpu", "cpu", "cpu", False, 0.0, 2)
+CPU = Placement("cpu", "cpu", "cpu", False, 0.0, 2)
 IMAGES = 256  # of a stage in a round
 STAGES = ("reading", "decoding", "draws", "resizing", "normalising", "jitter", "gray", "blur")
 
@@ -85,7 +85,7 @@ def on_cpu(args, root: Path, tars: Path) -> tuple[list[dict], dict]:
 def on_gpu(args, root: Path, tars: Path) -> tuple[list[dict], dict]:
     """One setting after another, each kept at its best; then the three ways against each other."""
     pack.pack(root, tars, shard_mb=16)
-    base, threads, table = Way("gpu", "gpu", "gpu", True, 0.65, 2), args.threads, []
+    base, threads, table = Placement("gpu", "gpu", "gpu", True, 0.65, 2), args.threads, []
 
     def best_of(candidates):
         """Measures (way, threads) each, returns the fastest."""
@@ -142,7 +142,7 @@ def interleaved(arms: dict, rounds: int, seconds: float) -> tuple[dict, dict]:
 def serve(pipe, make, root: Path, batch: int, threads: int, how):
     """An arm, until it is killed: for each number of seconds that it is told, images/s and memory in GB."""
     torch.set_num_threads(1)
-    gpu = isinstance(how, Way) and how.out == "gpu"
+    gpu = isinstance(how, Placement) and how.out == "gpu"
     if gpu:
         torch.zeros(1, device="cuda")
         free = torch.cuda.mem_get_info()[0]
@@ -164,11 +164,11 @@ def serve(pipe, make, root: Path, batch: int, threads: int, how):
         pipe.send((rate_, (free - torch.cuda.mem_get_info()[0]) / 1e9 if gpu else resident()))
 
 
-def ours(root: Path, batch: int, threads: int, way: Way):
+def ours(root: Path, batch: int, threads: int, way: Placement):
     device = torch.device("cuda" if way.out == "gpu" else "cpu")
     listing = data.listing(root)
     batch = min(batch, len(listing.files))
-    return data.TrainLoader(listing, (CROP, CROP), batch, 0, 10**6, 1, threads, device, way=way), way.prefetch
+    return data.TrainLoader(listing, (CROP, CROP), batch, 0, 10**6, 1, threads, device, placement=way), way.prefetch
 
 
 def torchvision(root: Path, batch: int, threads: int, kind: str):

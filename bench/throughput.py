@@ -39,7 +39,7 @@ from fastdisco import config, data, engine, models, teacher
 from fastdisco.common import dist
 from fastdisco.models import heads
 from fastdisco.engine import optim
-from fastdisco.run import students as pupils
+from fastdisco.run import students
 from fastdisco.config import UserError
 from fastdisco.data import demo
 from fastdisco.common.console import console, say
@@ -257,20 +257,20 @@ class Ours:
     def __init__(self, cfg: config.Config, listing: data.Listing, micro: int, device: torch.device):
         self.cfg, self.device, self.done = cfg, device, 0
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cfg.engine.tf32, cfg.perf.cudnn_benchmark
-        pupil = pupils.create("", cfg, micro, device)
-        self.loader = pupils.loader(cfg, listing, micro, device, pupil.method.permuted)
+        pupil = students.create("", cfg, micro, device)
+        self.loader = students.loader(cfg, listing, micro, device, pupil.method.permuted)
         self.live = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, self.loader, cfg.perf.graphs)
         torch.manual_seed(cfg.run.seed)
         self.twin = models.of(cfg, train=True).to(device, memory_format=torch.channels_last)  # the student without the engine
         self.twin_optimizer = optim.create(self.twin, cfg.optim, pupil.lr)
-        pupil, = pupils.prepare([pupil], self.live, self.loader)
+        pupil, = students.prepare([pupil], self.live, self.loader)
         self.net, self.ema, self.student, self.method, self.nets = pupil.net, pupil.ema, pupil.engine, pupil.method, pupil.nets(self.live)
 
     def plain(self, views: list[Tensor]) -> Out:
         with engine.autocast(self.cfg.engine.precision, self.device):
             return self.twin(views)
 
-    def step(self, views: list[Tensor], recorded: teacher.Recorded | None = None) -> Tensor:
+    def step(self, views: list[Tensor], recorded: teacher.CachedTeacher | None = None) -> Tensor:
         """One iteration of train.py's loop, with the teacher or its recorded embeddings."""
         loss = self.loss(self.nets._replace(teacher=recorded) if recorded else self.nets, views)
         self.student.backward(loss)
@@ -299,7 +299,7 @@ class Ours:
         return Progress(self.done, 0.5, 0.5 * self.cfg.run.epochs, self.done)
 
 
-def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official, ready: data.Batch, half: Ours | None, size: int, workers: int,
+def arms(ours: Ours, recorded: teacher.CachedTeacher, theirs: official.Official, ready: data.Batch, half: Ours | None, size: int, workers: int,
          folder: str) -> dict[str, Callable[[int], tuple[float, float]]]:
     """Name -> a function that runs some steps and returns the seconds of one, and of it those that waited for data."""
     device, views = ours.device, ready.views
@@ -335,7 +335,7 @@ def arms(ours: Ours, recorded: teacher.Recorded, theirs: official.Official, read
 
     def loaded(step, source):
         def run(n):
-            for _ in range(ours.loader.way.prefetch if n > 1 else 0):  # what was made ahead while other arms ran
+            for _ in range(ours.loader.placement.prefetch if n > 1 else 0):  # what was made ahead while other arms ran
                 step(next(source))
             begin, waited = now(device), 0.0
             for _ in range(n):
@@ -398,13 +398,13 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
     half = None
     if device.type == "cpu" and cfg.engine.precision == "fp32":
         half = Ours(cfg.model_copy(update={"engine": cfg.engine.model_copy(update={"precision": "bf16"})}), listing, micro, device)
-    replayed = data.TrainLoader(few, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, way=ours.loader.way, rounds=1)
+    replayed = data.TrainLoader(few, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, 1, cfg.data.threads, device, placement=ours.loader.placement, rounds=1)
     recorded = teacher.create(cfg.teacher.model_copy(update={"cache": "record"}), cfg.student.dim, cfg.engine.precision, replayed)
     recorded.complete()
     seen = next(replayed)
     recorded.at(seen.index, seen.epoch)
     near = torch.nn.functional.cosine_similarity(recorded(seen.views).z, ours.nets.teacher(seen.views).z.float(), dim=-1).min().item()
-    net = teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, teacher.How(device)).net  # as published: not folded
+    net = teacher.load(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, teacher.Options(device)).net  # as published: not folded
     queue = cfg.method.queue // cfg.data.batch * cfg.data.batch
     theirs = official.Official(copy.deepcopy(ours.twin), copy.deepcopy(net), queue, cfg.student.dim, device, cfg.method.temp, cfg.method.momentum)
     run = arms(ours, recorded, theirs, ready, half, cfg.view.size, workers, plain_folder(few, folder))
@@ -412,7 +412,7 @@ def measure(cfg: config.Config, batch: int, folder: Path, device: torch.device, 
     for name in sorted(run):
         run[name](1)  # warm-up: first shapes, graphs, workers
         steps[name] = shared(max(1, min(100, round(seconds / max(run[name](1)[0], 1e-6)))))
-    idle = 1.5 * ours.loader.way.prefetch * run["loader"](2)[0]
+    idle = 1.5 * ours.loader.placement.prefetch * run["loader"](2)[0]
     took, waits = {name: [] for name in run}, []
     for r in range(rounds):
         if shared(r >= 3 and time.monotonic() > until):

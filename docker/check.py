@@ -76,9 +76,9 @@ def apex() -> str:
 
 def fastdisco() -> str:
     import fastdisco
-    from fastdisco.run import folder as runs
+    from fastdisco.run.environment import environment
     assert shutil.which("fastdisco"), "the command `fastdisco` is not on PATH"
-    return f"{fastdisco.__version__} in {Path(fastdisco.__file__).parent}, commit {runs.environment()['commit']}"
+    return f"{fastdisco.__version__} in {Path(fastdisco.__file__).parent}, commit {environment()['commit']}"
 
 
 def folders() -> str:

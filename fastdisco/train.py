@@ -1,25 +1,32 @@
-"""The training loop: `deepspeed fastdisco/train.py --config configs/mobv3.yaml`."""
+"""The training loop: `deepspeed fastdisco/train.py --config configs/mobv3.yaml`, or `fastdisco train`."""
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # started as a script: sys.path holds this folder instead of the root
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+# As a script this file only starts the command, which reads arguments and configuration, and then imports it.
+if __name__ == "__main__":
+    # Else sys.path holds this folder instead of the root.
+    if not __package__:
+        sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from fastdisco.commands.train import main
 
-import argparse
+    sys.exit(main())
+
 import math
 
 import torch
 
-from fastdisco.run import checkpoint, plan, students as pupils, folder as runs
 from fastdisco import config, data, engine, models, teacher
 from fastdisco.common import dist
+from fastdisco.common.console import say
+from fastdisco.config import Config
 from fastdisco.engine import optim
-from fastdisco.config import Config, UserError
 from fastdisco.evals import knn
-from fastdisco.run.log import Log, Meter, named
-from fastdisco.common.console import refuse, say
 from fastdisco.methods import Progress
-from fastdisco.run.students import Pupil
+from fastdisco.run import checkpoint, students
+from fastdisco.run.folder import claim, describe
+from fastdisco.run.log import Log, Meter, named
+from fastdisco.run.signals import Stop
+from fastdisco.run.students import TrainState
 
 
 def train(cfg: Config, overwrite: bool = False):
@@ -31,30 +38,30 @@ def train(cfg: Config, overwrite: bool = False):
     if val := cfg.data.val and data.listing(cfg.data.val, cfg.data.quarantine):
         data.same_classes(listing, val)
 
-    students = [pupils.create(name, own, micro, device) for name, own in config.students(cfg).items()]
-    loader = pupils.loader(cfg, listing, micro, device, students[0].method.permuted)
-    targets = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs, students[0].method.taught)
-    recorded = isinstance(targets, teacher.Recorded)
+    states = [students.create(name, own, micro, device) for name, own in config.students(cfg).items()]
+    loader = students.loader(cfg, listing, micro, device, states[0].method.permuted)
+    targets = cfg.teacher and teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, cfg.perf.graphs, states[0].method.teacher_views)
+    recorded = isinstance(targets, teacher.CachedTeacher)
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))  # what a network draws in training differs by rank
 
-    folder = runs.claim(cfg, overwrite)
-    state = {k: item for p in students for k, item in checkpoint.items(p.engine, p.ema, p.method, loader, p.name).items()}
+    folder = claim(cfg, overwrite)
+    state = {k: item for p in states for k, item in checkpoint.items(p.engine, p.ema, p.method, loader, p.name).items()}
     meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
     start = checkpoint.restore(folder, state, meta)
-    runs.describe(cfg, folder)
+    describe(cfg, folder)
     if recorded:
         targets.complete()
     steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
-    _announce(cfg, listing, students, micro, steps, start, folder)
+    _announce(cfg, listing, states, micro, steps, start, folder)
 
     if start < steps:
-        students = pupils.prepare(students, targets, loader)
-    meter, stop = Meter(cfg.data.batch, folder, start), runs.Stop()
+        states = students.prepare(states, targets, loader)
+    meter, stop = Meter(cfg.data.batch, folder, start), Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):
             epoch = step / loader.steps_per_epoch
-            rates = {p.name: optim.rate(cfg.optim, p.lr, epoch, cfg.run.epochs) for p in students}
-            for p in students:
+            rates = {p.name: optim.rate(cfg.optim, p.lr, epoch, cfg.run.epochs) for p in states}
+            for p in states:
                 optim.move(p.optimizer, rates[p.name], optim.decay(cfg.optim, epoch, cfg.run.epochs))
             for _ in range(cfg.data.accumulate):
                 progress = Progress(loader.position, epoch / cfg.run.epochs, epoch, step)
@@ -62,8 +69,8 @@ def train(cfg: Config, overwrite: bool = False):
                     batch = next(loader)
                 if recorded:
                     targets.at(batch.index, batch.epoch)
-                scalars, shared = {}, targets and pupils.once(targets)
-                for p in students:
+                scalars, shared = {}, targets and students.once(targets)
+                for p in states:
                     terms = p.method.step(p.nets(shared), batch.views, progress)
                     loss = p.method.loss(terms)
                     p.engine.backward(loss)
@@ -71,7 +78,7 @@ def train(cfg: Config, overwrite: bool = False):
                     p.engine.step()
                     scalars |= named({"loss": loss, **terms}, p.method.weights, p.name)
                 meter.add(scalars)
-            for p in students:
+            for p in states:
                 if p.ema:
                     with engine.gathered(p.engine):
                         models.ema_update(p.ema, p.net, p.method.momentum(progress))  # arXiv:1911.05722, equation 2, for the next step's keys
@@ -87,7 +94,7 @@ def train(cfg: Config, overwrite: bool = False):
                 save = save or asked
             if val and (last or cfg.eval.every and done % cfg.eval.every == 0):
                 with meter.paused():
-                    log.write(done, {k: v for p in students for k, v in evaluate(p, listing, val, device).items()})
+                    log.write(done, {k: v for p in states for k, v in evaluate(p, listing, val, device).items()})
             if save:
                 with meter.paused():
                     checkpoint.save(folder, done, state, meta, cfg.checkpoint.keep)
@@ -99,7 +106,7 @@ def train(cfg: Config, overwrite: bool = False):
     engine.stop()
 
 
-def evaluate(p: Pupil, listing: data.Listing, val: data.Listing, device: torch.device) -> dict[str, float]:
+def evaluate(p: TrainState, listing: data.Listing, val: data.Listing, device: torch.device) -> dict[str, float]:
     """kNN of the student's features, with the weights and batch-norm statistics that a checkpoint holds: the mean over ranks."""
     with torch.random.fork_rng(devices=[]):  # drawn and overwritten
         net = models.of(p.cfg)
@@ -110,30 +117,8 @@ def evaluate(p: Pupil, listing: data.Listing, val: data.Listing, device: torch.d
     return named({f"eval/{k}": v for k, v in scores.items()}, student=p.name)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train.py", description="Trains a student with DisCo, or resumes the run of the same command.")
-    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--overwrite", action="store_true", help="start over, deleting the run's folder")
-    either.add_argument("--dry-run", action="store_true", help="say what the run would be and what it lacks, and start nothing")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it; LOCAL_RANK says the same
-    parser.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06")
-    args = parser.parse_intermixed_args(argv)
-    dist.defaults()
-    try:
-        cfg = config.load(args.config, args.overrides)
-        if args.dry_run:
-            for line in plan.lines(cfg, dist.world(), runs.agree(cfg)):
-                say(line)
-        else:
-            train(cfg, args.overwrite)
-    except UserError as e:
-        return refuse(e)
-    return 0
-
-
-def _announce(cfg: Config, listing, students: list[Pupil], micro: int, steps: int, start: int, folder: Path):
-    for p in students:
+def _announce(cfg: Config, listing, states: list[TrainState], micro: int, steps: int, start: int, folder: Path):
+    for p in states:
         say(f"{folder}: {p.name and f'{p.name}: '}{p.cfg.student.arch} ({p.size / 1e6:.1f} M weights with its head), "
             f"{f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}")
     say(f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = {dist.world()} ranks x {micro} images x "
@@ -143,11 +128,8 @@ def _announce(cfg: Config, listing, students: list[Pupil], micro: int, steps: in
     if dist.world() * cfg.bn.groups == 1 and getattr(cfg.method, "contrast", 0):
         say("one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups (the paper's: 32 images a group)")
     if cfg.optim.lr_scale != "none":
-        rates = ", ".join(f"{p.name and f'{p.name}: '}lr {p.lr:.4g} for optim.lr {p.cfg.optim.lr:.4g} at batch 256" for p in students)
+        rates = ", ".join(f"{p.name and f'{p.name}: '}lr {p.lr:.4g} for optim.lr {p.cfg.optim.lr:.4g} at batch 256" for p in states)
         say(f"optim.lr_scale: {cfg.optim.lr_scale}, {rates}")
     if start:
         say(f"continuing after step {start}")
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,7 +46,7 @@ def copy(made, tmp_path):
 
 
 def opened(folder, out, made, *overrides):
-    """(Recorded, its loader) of that configuration."""
+    """(CachedTeacher, its loader) of that configuration."""
     args = [str(a) for a in _args(folder, out, made, "teacher.cache=replay", *overrides)]
     cfg = config.load(args[1], args[2:])
     loader = data.TrainLoader(data.listing(cfg.data.train), (cfg.view, cfg.view), 8, cfg.run.seed, 6, 1, 1, CPU, rounds=cfg.teacher.cache_rounds)

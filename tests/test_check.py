@@ -13,7 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from conftest import ranks, run, tiny
-from fastdisco import cli, data, train
+from fastdisco import cli, data
+from fastdisco.commands import train
 from fastdisco.config import UserError
 from fastdisco.data import check, decoder, pack
 from test_data import CPU, make, one_sentence, stream

@@ -7,7 +7,8 @@ import yaml
 
 import test_formats as layouts
 from conftest import ROOT
-from fastdisco import config, models, train
+from fastdisco import config, models
+from fastdisco.commands import train
 from fastdisco.teacher import formats
 
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name not in ("base", "demo"))

@@ -19,8 +19,8 @@ from torchvision.transforms import functional as F
 from fastdisco import config, data
 from fastdisco.config import UserError
 from fastdisco.data import draws, graph, loader
-from fastdisco.data.placement import Way
-from fastdisco.data.placement import usual as usual_way
+from fastdisco.data.placement import Placement
+from fastdisco.data.placement import default_placement
 from fastdisco.config import Crop
 
 CPU = torch.device("cpu")
@@ -625,48 +625,48 @@ def test_exif_orientation_is_ignored(tmp_path):
 
 # --- GPU
 
-GPU = Way("gpu", "gpu", "gpu", True, 0.65, 2)
-WAYS = {"gpu": GPU, "cpu decode": GPU._replace(decode="cpu"), "cpu": GPU._replace(decode="cpu", augment="cpu"), "fp32": GPU._replace(half=False),
+GPU = Placement("gpu", "gpu", "gpu", True, 0.65, 2)
+PLACEMENTS = {"gpu": GPU, "cpu decode": GPU._replace(decode="cpu"), "cpu": GPU._replace(decode="cpu", augment="cpu"), "fp32": GPU._replace(half=False),
         "no engine": GPU._replace(hw_load=0.0)}
 RICH = dict(flip_p=1, jitter_p=1, gray_p=1, blur_p=1, solarize_p=1, interpolation="cubic")
 MULTI = (Crop(), Crop(size=96, solarize_p=0.2, blur_p=0.1, scale=(0.05, 0.4)), Crop(size=96, **PLAIN), Crop(size=96, **RICH), Crop(jitter_p=0))
 
 
-def serialised(listing, folder, way):
+def serialised(listing, folder, placement):
     """Operators (name, device) of the graphs of training, evaluation and the check; each is registered for its device and the graphs serialise."""
     from nvidia.dali import backend
     reader = loader._reader(listing, np.arange(40), folder)
     pipe = dict(batch_size=4, num_threads=1, device_id=None)
     known = dict(cpu=set(backend.RegisteredCPUOps()), gpu=set(backend.RegisteredGPUOps()), mixed=set(backend.RegisteredMixedOps()))
     used = []
-    for p in (graph.train(MULTI, reader, lambda i: [], way, **pipe), graph.evaluate(256, 224, Crop().mean, Crop().std, reader, way, **pipe),
-              graph.decode(lambda: [], way, **pipe)):
+    for p in (graph.train(MULTI, reader, lambda i: [], placement, **pipe), graph.evaluate(256, 224, Crop().mean, Crop().std, reader, placement, **pipe),
+              graph.decode(lambda: [], placement, **pipe)):
         assert p.serialize()
         used += [(getattr(o._op, "schema_name", type(o._op).__name__), o._op.device) for o in p._ops]
     assert [u for u in used if u[0] not in known[u[1]]] == []
     return set(used)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_the_gpu_graphs_serialise_and_every_operator_exists_for_its_device(name, few):
-    way = WAYS[name]
-    used = serialised(few, "", way)
-    assert (("decoders__Image", "mixed") in used) == (way.decode == "gpu") != (("decoders__Image", "cpu") in used)
-    assert (("Hsv", "gpu") in used) == (way.augment == "gpu") != (("Hsv", "cpu") in used)
+    placement = PLACEMENTS[name]
+    used = serialised(few, "", placement)
+    assert (("decoders__Image", "mixed") in used) == (placement.decode == "gpu") != (("decoders__Image", "cpu") in used)
+    assert (("Hsv", "gpu") in used) == (placement.augment == "gpu") != (("Hsv", "cpu") in used)
     assert ("CropMirrorNormalize", "gpu") in used and ("CropMirrorNormalize", "cpu") not in used
 
 
 def test_the_way_follows_configuration_and_device():
     gpu, base = torch.device("cuda", 0), dict(train="x")
-    way = lambda device, precision="fp32", **keys: data.way(config.Data(**base, **keys), device, precision)
-    assert way(CPU) == usual_way(CPU) == ("cpu", "cpu", "cpu", False, 0.65, 2)
-    assert way(CPU, "bf16").half is False  # on the CPU halves are slower
-    assert way(gpu) == usual_way(gpu) == ("gpu", "gpu", "gpu", False, 0.65, 2) and way(gpu, "fp16").half and way(gpu, "bf16").half
-    assert way(gpu, decode="cpu")[:3] == ("cpu", "gpu", "gpu") and way(gpu, augment="cpu")[:3] == ("cpu", "cpu", "gpu")
-    assert way(gpu, decode="gpu", hw_decoder_load=0.2, prefetch=5)[3:] == (False, 0.2, 5)
+    placement = lambda device, precision="fp32", **keys: data.place(config.Data(**base, **keys), device, precision)
+    assert placement(CPU) == default_placement(CPU) == ("cpu", "cpu", "cpu", False, 0.65, 2)
+    assert placement(CPU, "bf16").half is False  # on the CPU halves are slower
+    assert placement(gpu) == default_placement(gpu) == ("gpu", "gpu", "gpu", False, 0.65, 2) and placement(gpu, "fp16").half and placement(gpu, "bf16").half
+    assert placement(gpu, decode="cpu")[:3] == ("cpu", "gpu", "gpu") and placement(gpu, augment="cpu")[:3] == ("cpu", "cpu", "gpu")
+    assert placement(gpu, decode="gpu", hw_decoder_load=0.2, prefetch=5)[3:] == (False, 0.2, 5)
     for key in ("decode", "augment"):
         with pytest.raises(UserError) as e:
-            way(CPU, **{key: "gpu"})
+            placement(CPU, **{key: "gpu"})
         one_sentence(e, f"data.{key}", "no", "GPU", "auto or cpu")
     with pytest.raises(UserError) as e:
         config.validate(dict(run=dict(name="x"), data=base | dict(decode="gpu", augment="cpu")), "here")
@@ -674,29 +674,29 @@ def test_the_way_follows_configuration_and_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_gpu_views_are_the_cpus(name, photos, few):
-    gpu, way = torch.device("cuda", 0), WAYS[name]
+    gpu, placement = torch.device("cuda", 0), PLACEMENTS[name]
     crops = (Crop(size=96), Crop(size=64, solarize_p=0.5, interpolation="cubic"), Crop(size=48, jitter_p=0), Crop(size=48, **PLAIN))
     for listing in (photos, few):  # PNG, which nvJPEG does not read, and JPEG
-        there = data.TrainLoader(listing, crops, 4, 0, 5, 1, 1, gpu, way=way)
+        there = data.TrainLoader(listing, crops, 4, 0, 5, 1, 1, gpu, placement=placement)
         for a, b in zip(make(listing, crops, batch=4, epochs=5), there):
             assert torch.equal(a.index, b.index)
             for crop, x, y in zip(crops, a.views, b.views):
-                assert y.device == gpu and y.dtype == (torch.float16 if way.half else torch.float32)
+                assert y.device == gpu and y.dtype == (torch.float16 if placement.half else torch.float32)
                 assert y.is_contiguous(memory_format=torch.channels_last)
-                if way.augment == "cpu":
+                if placement.augment == "cpu":
                     assert abs(x - y.cpu().float()).max() < 2e-3  # float16's rounding of values up to 2.7
                 for one, other in zip(x, y.cpu().float()):
                     assert abs(pixels(one, crop) - pixels(other, crop)).mean() < 3
-        for a, b in zip(data.EvalLoader(listing, 72, 64, 3, 1, CPU), data.EvalLoader(listing, 72, 64, 3, 1, gpu, way=way)):
+        for a, b in zip(data.EvalLoader(listing, 72, 64, 3, 1, CPU), data.EvalLoader(listing, 72, 64, 3, 1, gpu, placement=placement)):
             assert abs(pixels(a.views[0][0], Crop()) - pixels(b.views[0][0].cpu().float(), Crop())).mean() < 1.5
 
 
 @pytest.mark.gpu
 def test_halves_are_the_rounded_floats(photos):
     gpu = torch.device("cuda", 0)
-    a, b = (data.TrainLoader(photos, SMALL, 4, 0, 3, 1, 1, gpu, way=GPU._replace(half=half)) for half in (False, True))
+    a, b = (data.TrainLoader(photos, SMALL, 4, 0, 3, 1, 1, gpu, placement=GPU._replace(half=half)) for half in (False, True))
     for x, y in zip(a, b):
         for u, v in zip(x.views, y.views):
             assert abs(u.half().float() - v.float()).max() < 2e-3  # one unit in the last place of values up to 2.7
@@ -705,7 +705,7 @@ def test_halves_are_the_rounded_floats(photos):
 @pytest.mark.gpu
 def test_taking_batches_waits_for_nothing_and_copies_nothing(photos):
     gpu = torch.device("cuda", 0)
-    train = data.TrainLoader(photos, SMALL, 4, 0, 40, 1, 1, gpu, way=GPU)
+    train = data.TrainLoader(photos, SMALL, 4, 0, 40, 1, 1, gpu, placement=GPU)
     kept = [next(train) for _ in range(3)]
     before = [v.clone() for b in kept for v in b.views]
     train._pipes = [Spy(*train._pipes)]
@@ -733,7 +733,7 @@ def test_what_the_gpu_decoder_does_with_a_bad_file(kind, few, tmp_path, capfd):
         Image.new("RGB", (9, 9)).save(root / bad, "GIF")
     else:
         (root / bad).write_bytes({"truncated": content[:len(content) // 2], "text": b"no image at all", "empty": b"", "header": content[:100]}[kind])
-    train = data.TrainLoader(listing, SMALL, 8, 0, 2, 1, 1, torch.device("cuda", 0), way=GPU)
+    train = data.TrainLoader(listing, SMALL, 8, 0, 2, 1, 1, torch.device("cuda", 0), placement=GPU)
     if kind == "truncated":
         try:
             list(train)

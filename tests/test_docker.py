@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
-from fastdisco.run import folder as runs
+from fastdisco.run import environment
 
 sys.path.insert(0, str(ROOT / "docker"))
 import check  # noqa: E402
@@ -192,10 +192,10 @@ def test_the_check_looks_at_everything_and_counts_what_failed(monkeypatch, capsy
 
 
 def test_an_image_knows_its_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "fastdisco/runs.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastdisco/environment.py"))
     monkeypatch.delenv("FASTDISCO_COMMIT", raising=False)
-    assert runs.environment()["commit"] is None
+    assert environment.environment()["commit"] is None
     monkeypatch.setenv("FASTDISCO_COMMIT", "abc1234")
-    assert runs.environment()["commit"] == "abc1234"
+    assert environment.environment()["commit"] == "abc1234"
     (tmp_path / ".git").mkdir()  # another checkout mounted over the image's: the image's commit is not its commit
-    assert runs.environment()["commit"] is None
+    assert environment.environment()["commit"] is None

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from conftest import ranks, tiny
-from fastdisco.run import checkpoint, folder as runs
+from fastdisco.run import checkpoint
+from fastdisco.run.folder import claim, describe
 from fastdisco import cli, config, engine, models
 from fastdisco.common import dist
 from fastdisco.models import heads
@@ -290,7 +291,7 @@ def _knn(run):
 def test_the_stage_may_change_on_resume(tmp_path):
     of = lambda stage, lr: config.validate({"run": {"name": "a", "out": tmp_path}, "data": {"train": "x"}, "optim": {"lr": lr},  # noqa: E731
                                             "engine": {"stage": stage}}, "test")
-    runs.describe(of(3, 0.1), tmp_path / "a")
-    assert runs.claim(of(0, 0.1)) == tmp_path / "a"
+    describe(of(3, 0.1), tmp_path / "a")
+    assert claim(of(0, 0.1)) == tmp_path / "a"
     with pytest.raises(UserError, match="optim.lr"):
-        runs.claim(of(0, 0.2))
+        claim(of(0, 0.2))

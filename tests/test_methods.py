@@ -6,7 +6,7 @@ from fastdisco import config, engine, methods, models
 from fastdisco.models import heads
 from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress
-from fastdisco.teacher import How, Teacher
+from fastdisco.teacher import Options, Teacher
 
 BASE = {"run": {"name": "x"}, "data": {"train": "t", "batch": 8, "eval_size": 32}, "teacher": {"file": "t"},
         "optim": {"name": "sgd", "lr": 0.01, "warmup_epochs": 0, "clip_each": True, "clip": 1.0}}
@@ -25,7 +25,7 @@ def losses(name, device, precision="fp32"):
     cfg = config.validate(BASE | case | {"student": {"arch": "test_resnet", "hidden": 32} | case.get("student", {})}, "test")
     torch.manual_seed(0)
     net = models.of(cfg, train=True).to(device)
-    teacher = Teacher(models.create("test_resnet", lambda dim: heads.mlp(dim, 32, cfg.student.dim)), How(device))
+    teacher = Teacher(models.create("test_resnet", lambda dim: heads.mlp(dim, 32, cfg.student.dim)), Options(device))
     method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=0, shuffle="off").to(device)
     ema = None if method.momentum(Progress(0, 0.0)) is None else models.ema_copy(net)
     optimizer = optim.create(net, cfg.optim, 0.01)

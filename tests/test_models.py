@@ -7,7 +7,7 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
 from fastdisco import config, models
-from fastdisco.models import heads
+from fastdisco.models import batchnorm, heads
 from fastdisco.config import UserError
 from fastdisco.common.console import shorten
 
@@ -200,7 +200,7 @@ def test_split_batch_norm_keeps_fp32_statistics_under_autocast():
 
 
 def test_one_group_leaves_every_module_as_it_is():
-    assert {type(m) for m in small(1).modules()} & set(models._SPLIT.values()) == set()
+    assert {type(m) for m in small(1).modules()} & set(batchnorm._SPLIT.values()) == set()
 
 
 def test_a_batch_norm_that_cannot_be_split_is_refused():

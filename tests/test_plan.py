@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from conftest import ROOT, tiny
-from fastdisco import config, models, train
+from fastdisco import config, models
+from fastdisco.commands import train
 from fastdisco.run import plan
 from test_formats import save, small_swav
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import tiny
-from fastdisco import cli, teacher, train
+from fastdisco import cli, teacher
+from fastdisco.commands import train
 from fastdisco.evals import probe
 from test_formats import dino, dino_head, save, small_swav, vit_small
 from test_knn import Batch, vote

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from conftest import ranks, tiny
-from fastdisco import cli, data, train
+from fastdisco import cli, data
+from fastdisco.commands import train
 from fastdisco.config import UserError
 from fastdisco.data import loader, pack, shards
 from test_data import CPU, SMALL, WAYS, make, one_sentence, serialised, stream

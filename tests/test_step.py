@@ -14,13 +14,13 @@ from torch import nn
 from conftest import ranks, tiny
 from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco import config, data, methods, models
-from fastdisco.common import console as log
-from fastdisco.run import students as pupils
+from fastdisco.run import log
+from fastdisco.run import students
 from fastdisco.config import Optim, UserError
 from fastdisco.engine.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets, moco
 from fastdisco.models import Out
-from fastdisco.teacher import How, Teacher
+from fastdisco.teacher import Options, Teacher
 from test_teacher_runtime import net, views
 from test_train import _train, losses
 
@@ -195,7 +195,7 @@ def test_a_rehearsed_step_makes_the_graphs_that_training_replays_and_changes_not
     state = copy.deepcopy([method.state_dict(), ema.state_dict()])
     graphs = [Graphed(what, forward, capture=Replayed) for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))]
     nets = Nets(torch.no_grad()(copy.deepcopy(ema)), graphs[0], graphs[1] if with_teacher else None)
-    pupils.rehearse(nets, ema, method, views(2, 4))
+    students.rehearse(nets, ema, method, views(2, 4))
     assert method.keys == [] and str([method.state_dict(), ema.state_dict()]) == str(state)
     for x, y in zip(state, [method.state_dict(), ema.state_dict()]):
         assert all(torch.equal(x[k], y[k]) for k in x)
@@ -333,7 +333,7 @@ def busy():
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=4)], ids=str)
 def test_a_graphed_teacher_equals_the_eager_one_over_many_steps(said, how):
-    graphed, eager = (Teacher(net("resnet18"), How(CUDA, graph=g, **how)) for g in (True, False))
+    graphed, eager = (Teacher(net("resnet18"), Options(CUDA, graph=g, **how)) for g in (True, False))
     kept, want = [], []
     for seed in range(12):
         x = cuda(*views(2, 8, 64, seed))
@@ -353,7 +353,7 @@ def test_fp16_is_near_the_eager_teacher_in_fp32():
     torch.backends.cudnn.allow_tf32 = False
     for arch, bn in (("resnet50", False), ("resnet18", True), ("test_efficientnet", True)):
         plain, x = net(arch, bn).to(CUDA), cuda(*views(2, 32, 128))
-        t = Teacher(net(arch, bn), How(CUDA, torch.float16, True, graph=True, sizes=(128,)))
+        t = Teacher(net(arch, bn), Options(CUDA, torch.float16, True, graph=True, sizes=(128,)))
         with torch.no_grad():
             want = plain(x).z
         assert F.cosine_similarity(t(x).z, want, dim=-1).min() >= 0.9995
@@ -369,7 +369,7 @@ def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, pr
         models.split_bn(s, groups)
         s.requires_grad_(False)
     cfg = config.validate({"run": {"name": "x"}, "data": {"train": "x"}, "engine": {"precision": precision}}, "here")
-    graphed, eager = (pupils.inference(s, cfg, CUDA) for s in students)
+    graphed, eager = (students.inference(s, cfg, CUDA) for s in students)
     graphed = Graphed("mean student", graphed, students[0].buffers())
     other = net("test_efficientnet").to(CUDA)
     near = dict(rtol=1e-4, atol=1e-4) if precision == "fp32" else dict(rtol=5e-2, atol=5e-2)
@@ -387,7 +387,7 @@ def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, pr
 
 @pytest.mark.gpu
 def test_another_shape_and_a_forward_that_waits_run_eagerly(said):
-    t = Teacher(net("resnet18"), How(CUDA, fold=True, graph=True))
+    t = Teacher(net("resnet18"), Options(CUDA, fold=True, graph=True))
     x, few = cuda(*views(2, 8, 64)), cuda(*views(2, 3, 64))
     torch.testing.assert_close(t(x).z[:, :3], t([v[:3] for v in x]).z, rtol=1e-3, atol=1e-3)
     t(few), t(x)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ranks, tiny
-from fastdisco.run import checkpoint, students as pupils
+from fastdisco.run import checkpoint, students
 from fastdisco import cli, config, models, teacher
 from fastdisco.config import UserError
 from fastdisco.teacher import Teacher
@@ -138,7 +138,7 @@ def test_zero_keeps_the_students_apart(folder, tmp_path, stage):
 
 def test_the_teachers_answer_is_kept_for_one_batch_only():
     calls = []
-    shared = pupils.once(lambda views: calls.append(views) or len(calls))
+    shared = students.once(lambda views: calls.append(views) or len(calls))
     a, b = torch.zeros(1), torch.zeros(1)
     assert [shared([a, b]), shared([a, b]), shared([b]), shared([a, b])] == [1, 1, 2, 1]
-    assert pupils.once(lambda views: 5)([a, b]) == 5
+    assert students.once(lambda views: 5)([a, b]) == 5

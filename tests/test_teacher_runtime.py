@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastdisco import config, models, teacher
 from fastdisco.models import heads
 from fastdisco.config import UserError
-from fastdisco.teacher import How, Teacher
+from fastdisco.teacher import Options, Teacher
 from fastdisco.teacher.fold import fold
 
 
@@ -104,13 +104,13 @@ def test_a_fold_that_changes_the_embedding_is_refused():
     torch.manual_seed(0)
     odd = drawn(models.Net(nn.Sequential(nn.Conv2d(3, 4, 3), Odd(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 4)))
     with pytest.raises(UserError, match="teacher.fold=false"):
-        Teacher(odd, How(fold=True))
+        Teacher(odd, Options(fold=True))
 
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_bf16_is_near_the_plain_forward_in_fp32(folded):
     plain, x = net("resnet18"), views(size=64)
-    t = Teacher(copy.deepcopy(plain), How(dtype=torch.bfloat16, fold=folded))
+    t = Teacher(copy.deepcopy(plain), Options(dtype=torch.bfloat16, fold=folded))
     z = t(x).z
     with torch.no_grad():
         want = plain(x).z
@@ -128,16 +128,16 @@ def test_an_overflow_in_half_precision_is_found_at_the_start():
     hot = net(bn=False)
     hot.head[0].weight.data *= 1e6
     hot.head[2].weight.data *= 1e-6
-    assert torch.isfinite(Teacher(copy.deepcopy(hot), How(dtype=torch.float32))(views()).z).all()
+    assert torch.isfinite(Teacher(copy.deepcopy(hot), Options(dtype=torch.float32))(views()).z).all()
     with pytest.raises(UserError, match="float16 has a cosine of nan.*teacher.precision=fp32 or bf16"):
-        Teacher(hot, How(dtype=torch.float16, fold=True))
+        Teacher(hot, Options(dtype=torch.float16, fold=True))
 
 
 def test_a_network_of_another_image_size_is_refused_at_the_start():
     vit = net("vit_tiny_patch16_224", bn=False, depth=1)
     with pytest.raises(UserError, match="teacher.arch: .* images of 64 px .*224.*view.size.*dynamic_img_size"):
-        Teacher(copy.deepcopy(vit), How(dtype=torch.float32, sizes=(64,)))
-    assert Teacher(vit, How(dtype=torch.float32, sizes=(224,)))(views(1, 2, 224)).z.shape == (1, 2, 16)
+        Teacher(copy.deepcopy(vit), Options(dtype=torch.float32, sizes=(64,)))
+    assert Teacher(vit, Options(dtype=torch.float32, sizes=(224,)))(views(1, 2, 224)).z.shape == (1, 2, 16)
 
 
 @pytest.mark.parametrize("factor", [0.0, float("inf")], ids=["all zero", "infinite"])
@@ -146,11 +146,11 @@ def test_weights_that_embed_nothing_are_called_broken(factor):
     for p in broken.head.parameters():
         p.data *= factor
     with pytest.raises(UserError, match="teacher.file: .*no embedding.*broken"):
-        Teacher(broken, How(dtype=torch.float32, fold=True))
+        Teacher(broken, Options(dtype=torch.float32, fold=True))
 
 
 def test_the_fingerprint_is_of_the_weights_as_loaded():
-    prints = {Teacher(net(), how).fingerprint for how in (How(), How(fold=True), How(dtype=torch.bfloat16, fold=True), How(bn_group=2))}
+    prints = {Teacher(net(), how).fingerprint for how in (Options(), Options(fold=True), Options(dtype=torch.bfloat16, fold=True), Options(bn_group=2))}
     assert len(prints) == 1
 
 
@@ -159,7 +159,7 @@ def test_batch_statistics_are_of_groups_of_a_view(group):
     """As the official code has them: a network in train mode, called with `group` images of one view at a time."""
     plain = net("test_efficientnet").double()  # statistics of two images magnify what float32 rounds
     x = [v.double() for v in views(n=3, b=6)]
-    t = Teacher(copy.deepcopy(plain), How(bn_group=group))
+    t = Teacher(copy.deepcopy(plain), Options(bn_group=group))
     before = {k: v.clone() for k, v in t.net.state_dict().items()}
     z = t(x).z
     official = copy.deepcopy(plain).train()
@@ -183,10 +183,10 @@ def test_a_group_that_does_not_divide_the_batch_is_refused():
 
 def test_what_the_configuration_asks_for():
     def how(precision="auto", engine="fp32", device="cpu", graphs=True, **kwargs):
-        return teacher.how(config.Teacher(file="x", precision=precision, **kwargs), engine, (224,), torch.device(device), graphs)
-    assert how() == How(torch.device("cpu"), torch.float32, True, 0, False, (224,))
+        return teacher.options(config.Teacher(file="x", precision=precision, **kwargs), engine, (224,), torch.device(device), graphs)
+    assert how() == Options(torch.device("cpu"), torch.float32, True, 0, False, (224,))
     assert how(engine="bf16").dtype == torch.bfloat16 and how("fp32", "bf16").dtype == torch.float32
-    assert how(device="cuda") == How(torch.device("cuda"), torch.float16, True, 0, True, (224,))
+    assert how(device="cuda") == Options(torch.device("cuda"), torch.float16, True, 0, True, (224,))
     assert how(device="cuda", engine="bf16").dtype == torch.float16 and how("bf16", device="cuda").dtype == torch.bfloat16
     assert not how(device="cuda", graph=False).graph and not how(device="cuda", graphs=False).graph
     assert how(bn="batch", bn_group=16)[2:4] == (False, 16) and not how(fold=False).fold

@@ -13,7 +13,8 @@ import torch
 
 from conftest import ROOT, ranks, run, tiny
 from fastdisco.run import checkpoint
-from fastdisco import config, data, engine, methods, models, train
+from fastdisco import config, data, engine, methods, models
+from fastdisco.commands import train
 from fastdisco.common import dist
 from fastdisco.config import UserError
 

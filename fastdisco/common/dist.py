@@ -1,34 +1,21 @@
 """Ranks: start-up without a launcher, gathering, and the batch shuffle of MoCo.  Everything works the same at one rank."""
-import os
 from typing import Callable
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
+from fastdisco.common.launch import defaults, local_rank, rank, world
+from fastdisco.common.seeding import mix
+
+__all__ = ["Shuffle", "all_gather", "all_gather_async", "all_mean", "all_min", "all_sum", "any_rank", "barrier", "defaults", "device",
+           "local_rank", "mix", "rank", "world"]
+
 _GATHER = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # renamed in torch 2.14
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def defaults():
-    """A plain `python train.py` gets the five variables that a launcher sets; without them DeepSpeed looks for MPI."""
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
-        os.environ.setdefault(name, str(value))
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -81,17 +68,6 @@ def any_rank(flag: bool) -> bool:
 def barrier():
     if world() > 1:
         td.barrier()
-
-
-def mix(*words: int) -> int:
-    """A 63-bit seed from several numbers (splitmix64 of each in turn): (seed, step) -> its own stream."""
-    x = 0
-    for w in words:
-        x = (x ^ w) + 0x9E3779B97F4A7C15 & (1 << 64) - 1
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-        x ^= x >> 31
-    return x >> 1
 
 
 class Shuffle:

@@ -1,26 +1,15 @@
-"""The configuration: every key, its default and its check; YAML in, one validated Config out."""
-import difflib
+"""Every key of the configuration, its default and its check; those of the methods are in methods.py."""
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
-from fastdisco.config import Crop, Crops
-
-
-class UserError(Exception):
-    """One sentence for the user: what was found, where, and what to do.  Commands print it and exit with 2."""
-
-    def __init__(self, text: str, anywhere: bool = False):
-        """anywhere: every rank that raises it says so, for one alone may know; else rank 0 does, for all find the same."""
-        super().__init__(text)
-        self.anywhere = anywhere
-
-
-class Block(BaseModel, extra="forbid", frozen=True, validate_default=True):
-    pass
+from fastdisco.config.block import Block
+from fastdisco.config.crops import Crop, Crops
+from fastdisco.config.merge import overlay
+from fastdisco.config.methods import Dino, Moco, Seed, Swav
+from fastdisco.config.recipes import RECIPES
 
 
 class Run(Block):
@@ -132,93 +121,6 @@ class Bn(Block):
         return self
 
 
-class Rkd(Block):
-    """Relational distillation on view A (arXiv:1904.05068); the paper's comparison has both at 1 and method.distill at 0."""
-
-    distance: float = Field(0.0, ge=0)
-    angle: float = Field(0.0, ge=0)
-
-
-class Moco(Block):
-    name: Literal["moco"] = "moco"
-    temp: float = Field(0.2, gt=0)
-    queue: int = Field(65536, ge=1)  # keys
-    queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, whose tensor cores want it, else fp32
-    momentum: float = Field(0.999, ge=0, le=1)  # of the mean student (EMA)
-    contrast: float = Field(1.0, ge=0)  # weight of the InfoNCE term
-    distill: float = Field(32.0, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: the paper's, see docs/method.md
-    rkd: Rkd = Rkd()  # weights of the relational terms
-
-
-class Swav(Block):
-    name: Literal["swav"] = "swav"
-    temp: float = Field(0.1, gt=0)
-    prototypes: int = Field(3000, ge=2)
-    freeze_steps: int = Field(5005, ge=0)  # for which the prototypes stay as drawn
-    epsilon: float = Field(0.05, gt=0)  # smoothness of the codes
-    iterations: int = Field(3, ge=1)  # of Sinkhorn and Knopp
-    queue: int = Field(3584, ge=0)  # embeddings of each of the first two views that share in the codes; a multiple of data.batch.  0: none
-    queue_epoch: int = Field(15, ge=0)  # at which they begin to be kept; used once there are that many
-    distill: float = Field(1 / 2048, ge=0)  # weight of ||s-t||^2, mean over images, sum over views: 1/2 the mean over 8 x 128 elements
-
-
-class Dino(Block):
-    name: Literal["dino"] = "dino"
-    temp: float = Field(0.1, gt=0)
-    temp_mean: float = Field(0.04, gt=0)  # of the mean student, which is DINO's teacher
-    temp_mean_start: float = Field(0.04, gt=0)
-    temp_warmup_epochs: int = Field(0, ge=0)  # from temp_mean_start to temp_mean, once an epoch
-    prototypes: int = Field(65536, ge=2)  # outputs of the last layer
-    norm_last_layer: bool = True  # their lengths stay 1
-    freeze_epochs: int = Field(1, ge=0)  # for which the last layer stays as drawn
-    momentum: float = Field(0.996, ge=0, le=1)  # of the mean student at the start; 1 at the end, by a cosine
-    centre: float = Field(0.9, ge=0, lt=1)  # momentum of the centre
-    distill: float = Field(1.0, ge=0)  # weight of ||s-t||^2 of the bottlenecks, mean over images, sum over two views: ours, see docs/method.md
-
-
-class Seed(Block):
-    name: Literal["seed"] = "seed"
-    temp: float = Field(0.2, gt=0)
-    temp_teacher: float = Field(0.01, gt=0)  # the paper's; its code's 1e-4 needs the queue in fp32
-    queue: int = Field(65536, ge=1)  # embeddings of the teacher; with contrast as many keys of the mean student
-    queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU where temp_teacher allows, else fp32
-    distill: float = Field(1.0, ge=0)  # weight of SEED's term
-    contrast: float = Field(0.0, ge=0)  # weight of MoCo's term beside it
-    momentum: float = Field(0.999, ge=0, le=1)  # of the mean student, which only contrast needs
-
-    @model_validator(mode="after")
-    def _queue_is_fine_enough(self):
-        if self.temp_teacher < 0.01 and self.queue_dtype in ("bf16", "fp16"):
-            raise ValueError(f"method.queue_dtype: {self.queue_dtype} is too coarse for method.temp_teacher {self.temp_teacher:g}; set fp32")
-        return self
-
-
-# What other blocks default to under a method, as its authors trained; what a configuration says itself goes over it.
-RECIPES = {
-    "moco": {"views": [{"count": 2}]},
-    "swav": {
-        "run": {"epochs": 200},
-        "data": {"batch": 512},
-        "view": {"jitter": [0.8, 0.8, 0.8, 0.2], "std": [0.228, 0.224, 0.225]},
-        "views": [{"count": 2, "size": 224, "scale": [0.14, 1.0]}, {"count": 6, "size": 96, "scale": [0.05, 0.14]}],
-        "student": {"head_bn": True},
-        "bn": {"sync": True},
-        "optim": {"name": "lars", "lr": 0.6, "lr_min": 6e-4, "weight_decay": 1e-6},
-    },
-    "dino": {
-        "run": {"epochs": 100},
-        "data": {"batch": 512},
-        "view": {"jitter": [0.4, 0.4, 0.2, 0.1], "interpolation": "cubic"},
-        "views": [{"size": 224, "scale": [0.4, 1.0], "blur_p": 1.0}, {"size": 224, "scale": [0.4, 1.0], "blur_p": 0.1, "solarize_p": 0.2},
-                  {"count": 8, "size": 96, "scale": [0.05, 0.4], "blur_p": 0.5}],
-        "student": {"head": "dino", "dim": 256, "kwargs": {"drop_path_rate": 0.1}},
-        "optim": {"name": "adamw", "lr": 5e-4, "lr_scale": "linear", "lr_min": 1e-6, "warmup_epochs": 10, "weight_decay": 0.04,
-                  "weight_decay_end": 0.4, "decay_norm_and_bias": False, "clip": 3.0, "clip_each": True},
-    },
-    "seed": {"views": [{"count": 1}], "optim": {"lr_scale": "linear", "warmup_epochs": 5}},
-}
-
-
 class Optim(Block):
     name: str = "sgd"  # any name of timm.optim
     lr: float = Field(0.03, ge=0)
@@ -316,7 +218,7 @@ class Config(Block):
                 raise ValueError(f"view.{taken[0]}: the crops of {method['name']} have a {taken[0]} of their own; write them out as views, "
                                  f"by default {recipe['views']}")
             raw = {k: v for k, v in raw.items() if k != "views"}
-        return _over(recipe, raw | {"method": method})
+        return overlay(recipe, raw | {"method": method})
 
     @field_serializer("views")
     def _as_given(self, views):
@@ -324,7 +226,7 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _blocks_agree(self):
-        names = _names(self)
+        names = student_names(self)
         if twice := [n for n in names if names.count(n) > 1]:
             raise ValueError(f"students: {len(twice)} are named {twice[0]}; give each its own, as in students: [{{name: ...}}]")
         method, batch, crops = self.method, self.data.batch, sum(group.count for group in self.views)
@@ -368,158 +270,6 @@ class Config(Block):
         return self
 
 
-def load(path: Path | str, overrides: list[str] = ()) -> Config:
-    """Config of a YAML file with `block.key=value` overrides laid over it; value is YAML (`1e-3` is a number, `null` is none).
 
-    A key `base` names a file, relative to this one, that the file itself is laid over; one level, so that two files tell all.
-    Raises UserError naming the file or override, the key, what is wrong and, for an unknown key, the nearest right one."""
-    path = Path(path)
-    raw = _read(path)
-    if "base" in raw:
-        if not isinstance(base := raw.pop("base"), str):
-            raise UserError(f"{path}: base: the name of a YAML file beside it is expected (found {base!r})")
-        below = _read(path.parent / base, f"correct `base` in {path}")
-        if "base" in below:
-            raise UserError(f"{path.parent / base}: is the base of {path} and names one itself; write what it needs into one of the two")
-        raw = _over(below, raw)
-    for item in overrides:
-        _override(raw, item)
-    return validate(raw, path)
-
-
-def validate(raw: dict, source: Path | str) -> Config:
-    """Config of nested dicts; `source` is named in the error."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as e:
-        errors = [err for err in e.errors() if (err["loc"], err["type"]) != (("views",), "missing")]  # the method would have brought them
-        raise UserError(f"{source}: " + "; ".join(map(_sentence, errors))) from None
-
-
-def students(cfg: Config) -> dict[str, Config]:
-    """The configuration that each student would have alone, by name; without `students` the one there is, named ''."""
-    return {name: cfg.model_copy(update={
-        "students": (),
-        "student": cfg.student.model_copy(update={k: v for k in ("arch", "hidden", "kwargs") if (v := getattr(one, k)) is not None}),
-        "optim": cfg.optim.model_copy(update={} if one.lr is None else {"lr": one.lr}),
-    }) for name, one in zip(_names(cfg), cfg.students)} or {"": cfg}
-
-
-def dump(cfg: Config) -> str:
-    """The whole resolved configuration as YAML that `load` reads back to an equal Config."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
-
-
-def crops(cfg: Config) -> tuple[Crop, ...]:
-    """The crops of an image, one by one: each group of `views` laid over `view`, `count` times."""
-    return tuple(cfg.view.model_copy(update={k: getattr(group, k) for k in group.model_fields_set - {"count"}})
-                 for group in cfg.views for _ in range(group.count))
-
-
-def flatten(d: dict, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; empty dicts stay values."""
-    out = {}
-    for k, v in d.items():
-        out |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v}
-    return out
-
-
-def micro_batch(cfg: Config, world: int) -> int:
-    """Images per rank and forward pass: the one place where the global batch is divided."""
-    parts = world * cfg.data.accumulate
-    batch, rest = divmod(cfg.data.batch, parts)
-    if rest:
-        near = [n for n in (batch * parts, (batch + 1) * parts) if n]
-        raise UserError(f"data.batch: {cfg.data.batch} does not divide by {world} ranks x {cfg.data.accumulate} accumulated; "
-                        f"nearest: {' or '.join(map(str, near))}")
-    if batch % cfg.bn.groups:
-        raise UserError(f"bn.groups: {cfg.bn.groups} does not divide the {batch} images of a rank's micro batch; take a divisor of {batch}")
-    if cfg.teacher and cfg.teacher.bn == "batch" and batch % min(cfg.teacher.bn_group, batch):
-        raise UserError(f"teacher.bn_group: {cfg.teacher.bn_group} does not divide the {batch} images of a rank's micro batch; "
-                        f"take a divisor of {batch}")
-    if batch // cfg.bn.groups < 2:
-        raise UserError("data.batch: batch norm sees 1 image in each group and needs 2; enlarge data.batch or lower bn.groups")
-    return batch
-
-
-def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict:
-    try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
-    except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
-    return raw
-
-
-def _names(cfg: Config) -> list[str]:
+def student_names(cfg: Config) -> list[str]:
     return [one.name or one.arch or cfg.student.arch for one in cfg.students]
-
-
-def _override(raw: dict, item: str):
-    key, eq, value = item.partition("=")
-    if not eq or not key:
-        raise UserError(f"override '{item}': expected block.key=value, for example optim.lr=0.06")
-    *blocks, last = key.split(".")
-    node = raw
-    for b in blocks:
-        if not isinstance(node.get(b), dict):  # absent, or null as in `teacher: null`
-            node[b] = {}
-        node = node[b]
-    try:
-        node[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"override '{item}': the value is not valid YAML") from None
-
-
-def _over(below: dict, above: dict) -> dict:
-    """`above` laid over `below`, block by block; null blocks stay null."""
-    return below | {k: _over(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}
-
-
-def _sentence(err: dict) -> str:
-    loc, name = [str(p) for p in err["loc"]], ""
-    if loc[:1] == ["method"] and len(loc) > 1:  # pydantic puts the method's name into the way
-        name = f" for method {loc.pop(1)}"
-    where = ".".join(loc)
-    if err["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1], name.split()[-1:])
-        if loc[0] == "method" and (others := [m for m in RECIPES if loc[-1] in _keys_at(["method"], [m])]) and len(loc) == 2:
-            return f"unknown key {where}{name}, which is one of {' and '.join(others)}; known here: {', '.join(known)}"
-        near = [k for k in flatten(_tree(Config)) if k.split(".")[-1] == loc[-1]]  # the right key in the wrong block
-        near = near or [".".join(loc[:-1] + [k]) for k in difflib.get_close_matches(loc[-1], known, 1, 0.5)]
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {where}; {hint}"
-    if err["type"] == "union_tag_invalid":
-        near = difflib.get_close_matches(err["ctx"]["tag"], RECIPES, 1, 0.5)
-        return f"{where}.name: no method is called {err['ctx']['tag']!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPES)}")
-    msg = err["msg"].removeprefix("Value error, ")
-    if err["type"] == "missing":
-        return f"{where} is required"
-    return f"{where}: {msg} (found {err['input']!r})" if where and not msg.startswith(f"{loc[0]}.") else msg
-
-
-def _models_of(field) -> list[type[BaseModel]]:
-    kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
-    return [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-
-
-def _keys_at(loc: list[str], method: list[str] = ()) -> list[str]:
-    model = Config
-    for part in loc:
-        if not part.isdigit():  # an item of a list
-            model = next(m for m in _models_of(model.model_fields[part]) if part != "method" or [m.model_fields["name"].default] == list(method))
-    return list(model.model_fields)
-
-
-def _tree(model: type[BaseModel]) -> dict:
-    return {k: {n: t for m in found for n, t in _tree(m).items()} if (found := _models_of(f)) else None for k, f in model.model_fields.items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; here it is a number."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))

@@ -15,16 +15,16 @@ from PIL import Image
 from rich.progress import track
 from rich.table import Table
 
-from fastdisco.config import UserError
+from fastdisco.common.console import console, say, shorten
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import write_whole
+from fastdisco.common.limits import MAX_PIXELS
 from fastdisco.data import shards
 from fastdisco.data.decoder import Decoder
 from fastdisco.data.folder import Listing
 from fastdisco.data.pack import QUARANTINE, ahead
 from fastdisco.data.source import listing, read_quarantine, same_classes
-from fastdisco.common.files import write_whole
-from fastdisco.common.console import console, say, shorten
 
-MAX_PIXELS = 100_000_000  # 300 MB decoded; ImageNet's largest has 75 million
 BATCH = 64, 50_000_000  # images and pixels that are decoded at a time
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM")  # what DALI reads, by Pillow's names
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # in the last bytes of a whole file; MPO is a JPEG with more behind it

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fastdisco.config import UserError
+from fastdisco.common.errors import UserError
 
 # member -> the key of its labels; names and their key
 KINDS = {

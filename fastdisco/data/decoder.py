@@ -9,9 +9,9 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from fastdisco.config import UserError
+from fastdisco.common.errors import UserError
 from fastdisco.data.folder import Listing
-from fastdisco.data.placement import kind, usual
+from fastdisco.data.placement import default_placement, kind
 
 
 def graphs():
@@ -37,7 +37,7 @@ class Decoder:
     def __init__(self, device: torch.device, batch: int, threads: int):
         """batch: images at most."""
         device = torch.device(device)
-        self._make = lambda: graphs().decode(lambda: self._images, usual(device), batch_size=batch, num_threads=threads, prefetch_queue_depth=1,
+        self._make = lambda: graphs().decode(lambda: self._images, default_placement(device), batch_size=batch, num_threads=threads, prefetch_queue_depth=1,
                                              device_id=(device.index or 0) if kind(device) == "gpu" else None,
                                              exec_async=False, exec_pipelined=False)  # so that what DALI prints is of this very batch
         self._start()

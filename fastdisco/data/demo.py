@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from fastdisco.config import UserError
+from fastdisco.common.errors import UserError
 
 PHOTOS = {  # class -> file in an installed package, opened as a file: the packages' own loaders may download
     "astronaut": "skimage/data/astronaut.png",

@@ -8,8 +8,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from fastdisco.config import UserError
 from fastdisco.common.console import shorten
+from fastdisco.common.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")  # what DALI decodes
 

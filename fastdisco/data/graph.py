@@ -17,9 +17,9 @@ import numpy as np
 import nvidia.dali
 from nvidia.dali import fn, math, pipeline_def, types
 
-from fastdisco.data import draws
-from fastdisco.data.placement import Way
 from fastdisco.config import Crop
+from fastdisco.data import draws
+from fastdisco.data.placement import Placement
 
 INTERPOLATION = dict(linear=types.INTERP_LINEAR, cubic=types.INTERP_CUBIC)
 VERSION = ".".join(nvidia.dali.__version__.split(".")[:2])  # another may round a view otherwise
@@ -27,25 +27,25 @@ VERSION = ".".join(nvidia.dali.__version__.split(".")[:2])  # another may round 
 
 # Besides what they name, these take the arguments of DALI's Pipeline: batch_size, num_threads ...
 @pipeline_def(enable_conditionals=True)
-def train(crops: tuple[Crop, ...], reader: dict, feed: Callable, way: Way):
+def train(crops: tuple[Crop, ...], reader: dict, feed: Callable, placement: Placement):
     """Pipeline whose outputs are the views [S,S,3] of each crop, float32 or float16.
 
     reader  arguments of fn.readers.file, or of fn.readers.webdataset
     feed    number of the batch -> what `draws.feed` gives of its images"""
-    image, hw = _decoded(_read(reader), way)
-    tries, place, each = _fed(crops, feed, way)
+    image, hw = _decoded(_read(reader), placement)
+    tries, place, each = _fed(crops, feed, placement)
     start, end = _boxes(hw, tries, place, crops)
     views = []
     for v, (crop, d) in enumerate(zip(crops, each)):
         x = fn.resize(image, size=[crop.size, crop.size], roi_start=start[v, 0], roi_end=end[v, 0], interp_type=INTERPOLATION[crop.interpolation])
-        views.append(_augment(x, crop, d, way))
+        views.append(_augment(x, crop, d, placement))
     return tuple(views)
 
 
 @pipeline_def
-def evaluate(resize: int, size: int, mean, std, reader: dict, way: Way):
+def evaluate(resize: int, size: int, mean, std, reader: dict, placement: Placement):
     """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision rounds."""
-    image, hw = _decoded(_read(reader), way)
+    image, hw = _decoded(_read(reader), placement)
     hw = fn.cast(hw, dtype=types.INT64)
     new = hw * resize // fn.reductions.min(hw)
     spare = new - size
@@ -53,13 +53,13 @@ def evaluate(resize: int, size: int, mean, std, reader: dict, way: Way):
     start = half + (spare - 2 * half) * (half - half // 2 * 2)  # spare / 2, a half rounded to even as Python's round does
     x = fn.resize(image, size=fn.cast(new, dtype=types.FLOAT))
     x = fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
-    return _normalise(x, mean, std, way)
+    return _normalise(x, mean, std, placement)
 
 
 @pipeline_def
-def decode(source, way: Way):
+def decode(source, placement: Placement):
     """Pipeline that only decodes what source() returns, encoded images as uint8 arrays: which are unreadable?"""
-    return _image(fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1), way)
+    return _image(fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1), placement)
 
 
 def _read(reader):
@@ -70,29 +70,29 @@ def _read(reader):
     return fn.readers.webdataset(**reader, ext=["img"], dont_use_mmap=True, missing_component_behavior="error")
 
 
-def _fed(crops, feed, way):
+def _fed(crops, feed, placement):
     """What `feed` gives: tries and place, and for each view a dict of the draws that it takes."""
     kinds = dict(light_first=(types.BOOL, 0), jitter=(types.BOOL, 0), gray=(types.BOOL, 0), blur=(types.BOOL, 0), solarize=(types.BOOL, 0),
                  flip=(types.INT32, 0), across=(types.FLOAT, 2), down=(types.FLOAT, 2))
-    names = [draws.names(crop, way.augment) for crop in crops]
+    names = [draws.names(crop, placement.augment) for crop in crops]
     dtype, ndim = zip((types.FLOAT, 3), (types.FLOAT, 3), *(kinds.get(n, (types.FLOAT, 0)) for one in names for n in one))
     tries, place, *rest = fn.external_source(source=feed, num_outputs=len(dtype), batch=True, dtype=list(dtype), ndim=list(ndim))
     rest = iter(rest)
     return tries, place, [{n: next(rest) for n in one} for one in names]
 
 
-def _decoded(encoded, way):
+def _decoded(encoded, placement):
     """Image [H,W,3] uint8 where the augmentation is, and its (H, W) as float32 [2] on the CPU."""
-    image = _image(encoded, way)
-    if way.decode == "gpu":
+    image = _image(encoded, placement)
+    if placement.decode == "gpu":
         return image, fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)[0:2]
-    return image.gpu() if way.augment == "gpu" else image, image.shape(dtype=types.FLOAT)[0:2]
+    return image.gpu() if placement.augment == "gpu" else image, image.shape(dtype=types.FLOAT)[0:2]
 
 
-def _image(encoded, way):
-    if way.decode == "cpu":
+def _image(encoded, placement):
+    if placement.decode == "cpu":
         return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
-    return fn.decoders.image(encoded, device="mixed", output_type=types.RGB, adjust_orientation=False, hw_decoder_load=way.hw_load,
+    return fn.decoders.image(encoded, device="mixed", output_type=types.RGB, adjust_orientation=False, hw_decoder_load=placement.hw_load,
                              jpeg_fancy_upsampling=True)  # without it the chroma differs from the CPU's
 
 
@@ -117,9 +117,9 @@ def _boxes(hw, tries, place, crops):
     return start, start + shape
 
 
-def _augment(x, crop, d, way):
+def _augment(x, crop, d, placement):
     """A resized crop [S,S,3] uint8 -> the normalised view.  What has chance 0 is not in the graph, what has 1 needs no coin."""
-    device = way.augment
+    device = placement.augment
     if crop.jitter_p == 1:
         x = _jitter(x, d, device)
     elif crop.jitter_p > 0:
@@ -139,7 +139,7 @@ def _augment(x, crop, d, way):
     elif crop.solarize_p > 0:
         if d["solarize"]:
             x = _solarize(x)
-    return _normalise(x, crop.mean, crop.std, way, mirror=d["flip"])
+    return _normalise(x, crop.mean, crop.std, placement, mirror=d["flip"])
 
 
 def _still(x, crop, d):
@@ -198,9 +198,9 @@ def _solarize(x):
     return math.min(x, 255.0 - x)
 
 
-def _normalise(x, mean, std, way, mirror=0):
+def _normalise(x, mean, std, placement, mirror=0):
     """[H,W,3] of 0..255 -> the network's; channels stay last, so the batch is a channels_last tensor of the network without a copy."""
-    if way.out != way.augment:
+    if placement.out != placement.augment:
         x = x.gpu()
     mean, std = [255 * m for m in mean], [255 * s for s in std]
-    return fn.crop_mirror_normalize(x, dtype=types.FLOAT16 if way.half else types.FLOAT, output_layout="HWC", mean=mean, std=std, mirror=mirror)
+    return fn.crop_mirror_normalize(x, dtype=types.FLOAT16 if placement.half else types.FLOAT, output_layout="HWC", mean=mean, std=std, mirror=mirror)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fastdisco.common import dist
-from fastdisco.config import UserError
+from fastdisco.common.console import shorten
+from fastdisco.common.errors import UserError
+from fastdisco.config import Crop
 from fastdisco.data import decoder, draws, shards
 from fastdisco.data.decoder import graphs
 from fastdisco.data.folder import Listing
-from fastdisco.data.placement import Way, usual
-from fastdisco.common.console import shorten
-from fastdisco.config import Crop
+from fastdisco.data.placement import Placement, default_placement
 
 CHUNK = 1 << 18  # samples that one pipeline reads on a rank, at least one epoch: its list of files costs some 600 bytes a sample.  Fewer in many tars
 
@@ -35,8 +35,8 @@ class TrainLoader:
     holds depends on neither; and the whole state of the loader is `position`."""
 
     def __init__(self, listing: Listing, crops: Sequence[Crop], batch: int, seed: int, epochs: int, accumulate: int, threads: int,
-                 device: torch.device, start: int = 0, way: Way | None = None, rounds: int | None = None, permuted: bool = False):
-        """batch: images per rank and micro batch.  threads: of the CPU, on this rank.  start: micro batches already seen.  way: None is the usual.
+                 device: torch.device, start: int = 0, placement: Placement | None = None, rounds: int | None = None, permuted: bool = False):
+        """batch: images per rank and micro batch.  threads: of the CPU, on this rank.  start: micro batches already seen.  placement: None is the usual.
         rounds: epoch e has the views (not the order) of epoch e mod rounds, as recorded embeddings need; None: every epoch has its own.
 
         permuted: all views but the first are of this rank's share of the batch permuted over ranks, as `dist.Shuffle` would split it; the views
@@ -48,7 +48,7 @@ class TrainLoader:
             raise UserError(f"{listing.root}: {n} images do not fill one step of {every} (data.batch); add images or lower data.batch to {n} or less")
         shards.refuse_sorted(listing)
         self.listing, self.crops, self.batch, self.seed, self.threads, self.device = listing, tuple(crops), batch, seed, threads, device
-        self.way, self.rounds = way or usual(device), rounds
+        self.placement, self.rounds = placement or default_placement(device), rounds
         self._parts = [(0, self.crops, self._order)]  # number of the first view, crops, which images they are of
         if permuted:
             self._parts = [(0, self.crops[:1], self._order), (1, self.crops[1:], self._permuted)]
@@ -74,7 +74,7 @@ class TrainLoader:
             raise StopIteration
         if self.position == self._chunk_end:
             self._open()
-        parts = [_run(pipe, self.listing, images, self.position - self._chunk_start, self.batch, self.device, self.way)
+        parts = [_run(pipe, self.listing, images, self.position - self._chunk_start, self.batch, self.device, self.placement)
                  for pipe, images in zip(self._pipes, self._files_at)]
         index, epoch = parts[0][1], self._round(self.position // self._per_epoch)
         self._position += 1
@@ -84,22 +84,22 @@ class TrainLoader:
         """What decides, besides epoch and index, every pixel of the first `views` views, or of all."""
         crops = {str(v): c.model_dump(mode="json") for v, c in enumerate(self.crops[:views])}
         return {"data": self.listing.fingerprint, "seed": self.seed, "views": crops,
-                "decode": self.way.decode, "augment": self.way.augment, "dali": graphs().VERSION}
+                "decode": self.placement.decode, "augment": self.placement.augment, "dali": graphs().VERSION}
 
     def views_of(self, indices: np.ndarray, epoch: int) -> Iterator[Batch]:
         """Each of these images once, in that order, with the views of that epoch; the last batch is what is left.  Moves no position."""
         epoch = self._round(epoch)
         pipeline = lambda reader, now, batch: self._pipeline(0, self.crops, reader, draws.words(now, epoch), batch, self.threads)
-        return _each(self.listing, indices, epoch, self.batch, self.device, self.way, pipeline)
+        return _each(self.listing, indices, epoch, self.batch, self.device, self.placement, pipeline)
 
     def _pipeline(self, first: int, crops: tuple[Crop, ...], reader: dict, words: np.ndarray, batch: int, threads: int):
         """Of some of the method's views, from number `first` on, of the images with these words."""
-        words, seed, augment = words.reshape(-1, batch), self.seed, self.way.augment  # feed without self, which would live as long as its pipeline
+        words, seed, augment = words.reshape(-1, batch), self.seed, self.placement.augment  # feed without self, which would live as long as its pipeline
 
         def feed(i):
             return draws.feed(crops, seed, words[i % len(words)], augment, first)  # the reader, too, begins anew after the last
 
-        return graphs().train(crops, reader, feed, self.way, **_pipe(batch, threads, self.device, self.way))
+        return graphs().train(crops, reader, feed, self.placement, **_pipe(batch, threads, self.device, self.placement))
 
     def _round(self, epoch: int) -> int:
         return epoch % self.rounds if self.rounds else epoch
@@ -142,23 +142,23 @@ class EvalLoader:
     """Images in order, each once, the last batch what is left; can be iterated again.  len() is the number of images."""
 
     def __init__(self, listing: Listing, resize: int, size: int, batch: int, threads: int, device: torch.device,
-                 indices: Sequence[int] | None = None, mean=Crop().mean, std=Crop().std, way: Way | None = None):
+                 indices: Sequence[int] | None = None, mean=Crop().mean, std=Crop().std, placement: Placement | None = None):
         """resize: short side, then a centre crop of `size`.  indices: which images of the listing, in which order; None: all but the quarantine's."""
         if size > resize:
             raise UserError(f"data.eval_size: a centre crop of {size} does not fit into a short side of {resize} (data.eval_resize); lower it")
         self.listing, self.batch, self.threads, self.device = listing, batch, threads, device
         self.indices = listing.kept if indices is None else np.asarray(indices, np.int64)
-        self._view, self.way = (resize, size, mean, std), way or usual(device)
+        self._view, self.placement = (resize, size, mean, std), placement or default_placement(device)
 
     def __len__(self):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
-        pipeline = lambda reader, now, batch: graphs().evaluate(*self._view, reader, self.way, **_pipe(batch, self.threads, self.device, self.way))
-        return _each(self.listing, self.indices, 0, self.batch, self.device, self.way, pipeline)
+        pipeline = lambda reader, now, batch: graphs().evaluate(*self._view, reader, self.placement, **_pipe(batch, self.threads, self.device, self.placement))
+        return _each(self.listing, self.indices, 0, self.batch, self.device, self.placement, pipeline)
 
 
-def _each(listing: Listing, indices: np.ndarray, epoch: int, batch: int, device: torch.device, way: Way, pipeline: Callable) -> Iterator[Batch]:
+def _each(listing: Listing, indices: np.ndarray, epoch: int, batch: int, device: torch.device, placement: Placement, pipeline: Callable) -> Iterator[Batch]:
     """Each of the images once, in that order, through pipeline(reader, indices, batch); the last batch is what is left."""
     n = len(indices)
     batch = min(batch, n)
@@ -167,7 +167,7 @@ def _each(listing: Listing, indices: np.ndarray, epoch: int, batch: int, device:
         now = padded[:shards.at_once(listing, padded, batch)][:max(1, CHUNK // batch) * batch]
         pipe = _built(listing, now, lambda reader: pipeline(reader, now, batch))
         for i in range(len(now) // batch):
-            views, index = _run(pipe, listing, now, i, batch, device, way)
+            views, index = _run(pipe, listing, now, i, batch, device, placement)
             here = min(batch, n)
             index = index[:here]
             yield Batch([v[:here] for v in views], torch.from_numpy(listing.labels)[index], index, epoch)
@@ -191,9 +191,9 @@ def _keys(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
 
 
-def _pipe(batch: int, threads: int, device: torch.device, way: Way) -> dict:
-    gpu = (torch.device(device).index or 0) if way.out == "gpu" else None  # None: DALI touches no driver
-    return dict(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=way.prefetch)
+def _pipe(batch: int, threads: int, device: torch.device, placement: Placement) -> dict:
+    gpu = (torch.device(device).index or 0) if placement.out == "gpu" else None  # None: DALI touches no driver
+    return dict(batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=placement.prefetch)
 
 
 def _built(listing: Listing, indices: np.ndarray, pipeline: Callable):
@@ -218,16 +218,16 @@ def _reader(listing: Listing, indices: np.ndarray, folder: str) -> dict:
     return dict(file_root=str(listing.root), files=[listing.files[i] for i in indices.tolist()])
 
 
-def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device: torch.device, way: Way) -> tuple[list[Tensor], Tensor]:
+def _run(pipe, listing: Listing, indices: np.ndarray, i: int, batch: int, device: torch.device, placement: Placement) -> tuple[list[Tensor], Tensor]:
     """Views as [B,3,S,S] tensors without a copy, and the images' indices [B]; i: the batch's number since the pipeline was built.
 
     On a GPU nothing waits: the views are ready for what is launched on the current stream from here on, and DALI takes their memory back when
     the tensors are gone, after what that stream did with them until then."""
     try:
-        views = pipe.run(torch.cuda.current_stream(device) if way.out == "gpu" else None)
+        views = pipe.run(torch.cuda.current_stream(device) if placement.out == "gpu" else None)
     except RuntimeError as e:
-        ahead = np.unique(indices[i * batch:(i + 1 + way.prefetch) * batch])  # and what would stop the run next
-        bad = decoder.unreadable(listing, ahead, device if way.decode == "gpu" else torch.device("cpu"))
+        ahead = np.unique(indices[i * batch:(i + 1 + placement.prefetch) * batch])  # and what would stop the run next
+        bad = decoder.unreadable(listing, ahead, device if placement.decode == "gpu" else torch.device("cpu"))
         if not bad:
             raise
         names, source = [listing.files[j] for j in bad], shlex.quote(str(listing.source))

@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from fastdisco.config import UserError
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import write_whole
+from fastdisco.common.limits import SHARD_MB
 from fastdisco.data import cifar, shards
 from fastdisco.data.folder import Listing
 from fastdisco.data.loader import permutation
 from fastdisco.data.source import listing, read_quarantine
-from fastdisco.common.files import write_whole
 
-SHARD_MB = 1024
 QUARANTINE = "quarantine.txt"
 FIRST = 2**63  # the order's epoch: none of the training
 

@@ -4,10 +4,10 @@ from typing import NamedTuple
 import torch
 
 from fastdisco import config
-from fastdisco.config import UserError
+from fastdisco.common.errors import UserError
 
 
-class Way(NamedTuple):
+class Placement(NamedTuple):
     """Devices are cpu or gpu; nothing goes back from the GPU.  All ways give the same views, up to rounding and the decoder's last bit."""
 
     decode: str
@@ -18,7 +18,7 @@ class Way(NamedTuple):
     prefetch: int  # batches made ahead
 
 
-def way(images: config.Data, device: torch.device, precision: str = "fp32") -> Way:
+def place(images: config.Data, device: torch.device, precision: str = "fp32") -> Placement:
     """The way that the configuration asks for on this device.  precision: of the network's forward passes; bf16 gets float16 too, which holds
     normalised pixels more exactly, and DALI has no bf16.
 
@@ -29,12 +29,12 @@ def way(images: config.Data, device: torch.device, precision: str = "fp32") -> W
             raise UserError(f"data.{key}: gpu needs an NVIDIA GPU, there is none here; take auto or cpu")
     augment = out if images.augment == "auto" else images.augment
     decode = augment if images.decode == "auto" else images.decode
-    return Way(decode, augment, out, out == "gpu" and precision != "fp32", images.hw_decoder_load, images.prefetch)
+    return Placement(decode, augment, out, out == "gpu" and precision != "fp32", images.hw_decoder_load, images.prefetch)
 
 
-def usual(device: torch.device) -> Way:
+def default_placement(device: torch.device) -> Placement:
     """With the defaults of the configuration."""
-    return way(config.Data.model_construct(), device)
+    return place(config.Data.model_construct(), device)
 
 
 def kind(device: torch.device) -> str:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from fastdisco.config import UserError
-from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of
-from fastdisco.common.files import write_whole
 from fastdisco.common.console import say, shorten
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import write_whole
+from fastdisco.data.folder import EXTENSIONS, Listing, Places, classes_of
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdisco.config import UserError
+from fastdisco.common.console import shorten
+from fastdisco.common.errors import UserError
 from fastdisco.data import folder, shards
 from fastdisco.data.folder import Listing
-from fastdisco.common.console import shorten
 
 GIVE = "give a folder with one folder of images per class, a folder of tars, or a text file with a line `<image> <class>` for each image"
 

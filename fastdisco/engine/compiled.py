@@ -5,9 +5,9 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdisco.config import UserError
-from fastdisco.engine.cudagraph import rehearsal
 from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
+from fastdisco.engine.cudagraph import rehearsal
 
 ROUNDS = 5  # timed, of either form
 

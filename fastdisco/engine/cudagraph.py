@@ -5,8 +5,8 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fastdisco.config import UserError
 from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
 
 WARM_UP = 3  # forwards before the capture: libraries choose their algorithms and allocate in the first ones
 
@@ -77,7 +77,7 @@ class Graphed:
         dtype    views are cast to it on their way into the graph; None: that of the first call"""
         self.what, self.forward, self.kept, self.dtype, self.capture = what, forward, list(kept), dtype, capture
         self.shapes = self.graph = None
-        self.told = False
+        self.warned = False
 
     def __call__(self, views: list[Tensor]) -> tuple | Later:
         shapes = [tuple(v.shape) for v in views]
@@ -90,17 +90,17 @@ class Graphed:
                 if not RECOVERS:
                     raise UserError(f"{self.what}: cannot run as a CUDA graph: {why}, after which torch {torch.__version__} cannot go on; set "
                                     "perf.graphs=false, or take torch 2.13 or later", anywhere=True) from e
-                self._tell(why)
+                self._warn(why)
         if self.graph and shapes == self.shapes:
             return self.graph(views)
         if self.graph:
-            self._tell(f"views {shapes} differ from those of its graph, {self.shapes}")
+            self._warn(f"views {shapes} differ from those of its graph, {self.shapes}")
         return self.forward(views)
 
-    def _tell(self, why: str):
-        if not self.told:
+    def _warn(self, why: str):
+        if not self.warned:
             say(f"{self.what}: runs eagerly, not as a CUDA graph: {why}", anywhere=True)  # a capture may fail on one rank alone
-            self.told = True
+            self.warned = True
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
-from fastdisco.config import Optim, UserError
+from fastdisco.common.errors import UserError
+from fastdisco.config import Optim
 
 
 def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim.Optimizer:

@@ -1,111 +1,13 @@
 """DeepSpeed around the student alone: its configuration made from ours, what has to be settled before it is imported, and the weights and
 optimizer state of any ZeRO stage under the parameters' names."""
 import contextlib
-import logging
-import os
-from functools import partial
-from typing import Any, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdisco.common import dist
-from fastdisco import models
-from fastdisco.config import Engine, UserError
-from fastdisco.engine.exchange import Exchange
-
-
-def start(cfg: Engine) -> torch.device:
-    """Joins the ranks (NCCL on GPUs, gloo otherwise), sets how float32 is computed, and returns this rank's device.
-
-    Raises UserError where the precision cannot run."""
-    dist.defaults()
-    device = dist.device()
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.tf32, False
-    if cfg.precision == "fp16" and device.type == "cpu":
-        raise UserError("engine.precision: fp16 needs a GPU (it overflows every step on CPU); take fp32 or bf16")
-    deepspeed = _deepspeed()
-    # A compiled all-reduce that only inference uses: it would cost 40 s and a compiler at the first start, and a stale lock file hangs it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def create(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine, micro_batch: int, accumulate: int, clip: float):
-    """The DeepSpeed engine: called like `net`, with `backward(loss)` and `step()` once each micro batch.
-
-    At stage 0 the net's weights become channels_last, and its gradients are exchanged while the backward runs.
-    From stage 1 on the optimizer no longer holds the net's parameters, at stage 3 neither does the net: see `gathered`.
-    Raises UserError for an optimizer or a net that DeepSpeed cannot take; optim.create and the config have refused the others."""
-    if cfg.stage and isinstance(optimizer, torch.optim.Adagrad):
-        raise UserError(f"optim.name: at ZeRO stage {cfg.stage} DeepSpeed makes a new Adagrad, without our weight decay and learning rates; "
-                        "set engine.stage=0 or take another optimizer")
-    if bare := [name for name, p in net.named_parameters() if not p.dim()]:
-        raise UserError(f"student.arch: DeepSpeed cannot send a weight without dimension to the other ranks, as {bare[0]} is; take another")
-    overlap = cfg.overlap and dist.device().type == "cuda" and dist.world() > 1  # alone it would only wait for the device in every backward
-    told = deepspeed_config(cfg, micro_batch, accumulate, clip, models.size(net), overlap)
-    deepspeed = _deepspeed()
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())  # optim.create has tested it
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=told)
-    if clip and not cfg.stage:  # the same norm and factor; DeepSpeed's form takes a kernel or two for each weight, and waits for the device
-        engine.clip_fp32_gradients = partial(nn.utils.clip_grad_norm_, list(net.parameters()), clip)
-    if cfg.stage == 0:  # else the weights are slices of one flat tensor, contiguous each; channels_last views suffice for activations
-        net.to(memory_format=torch.channels_last)  # not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous
-        if cfg.overlap:
-            # What DeepSpeed calls at the end of each backward, where its own would reduce all gradients at once.
-            engine.allreduce_gradients = Exchange(net, _bytes(cfg), engine.is_gradient_accumulation_boundary).finish
-    return engine
-
-
-def deepspeed_config(cfg: Engine, micro_batch: int, accumulate: int, clip: float, size: int, overlap: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration with cfg.deepspeed laid over it; `size` is the net's number of weights, `overlap` whether stages 1 and 2 exchange
-    gradients while the backward runs.
-
-    Raises UserError for a top-level key other than _RAW_KEYS (ours decides it, or DeepSpeed would ignore it silently), and for what would keep
-    state where our checkpoints do not look."""
-    parts = {"reduce_bucket_size": size, "reduce_scatter": False, "contiguous_gradients": False, "compute_grad_norm": clip > 0}
-    if overlap:  # buckets below the net's size, else the only one would go out at the end
-        parts |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": min(size, _bytes(cfg) // 4)}
-    zero = {"stage": cfg.stage} | {  # measured, see docs/engine.md
-        0: {},
-        1: parts,
-        2: parts,
-        3: {"reduce_bucket_size": size, "memory_efficient_linear": False},
-    }[cfg.stage]
-    ours = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": clip,  # always written: left out, DeepSpeed clips at 1.0
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # optim.create tests it
-        "timers": {"throughput": {"enabled": False}},  # its timer waits for the device every step
-        "steps_per_print": None,
-    }
-    if cfg.precision != "fp32":  # weights, gradients and batch-norm statistics stay fp32
-        # No module is "safe" for less: from stage 1 on DeepSpeed would reduce the gradients of those in half precision, unlike at stage 0.
-        dtype = str(models.DTYPE[cfg.precision]).removeprefix("torch.")
-        ours["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    decided = [k for k in cfg.deepspeed if k in ours and k != "zero_optimization"]
-    if decided:
-        raise UserError(f"engine.deepspeed.{decided[0]}: is made from data.*, optim.clip and engine.*; set it there")
-    unknown = sorted(set(cfg.deepspeed) - _RAW_KEYS)
-    if unknown:
-        raise UserError(f"engine.deepspeed.{unknown[0]}: not a top-level key that can be passed to DeepSpeed, which would ignore it "
-                        f"silently; known: {', '.join(sorted(_RAW_KEYS))}")
-    raw = dict(cfg.deepspeed)
-    over = raw.pop("zero_optimization", {})
-    if cfg.stage == 0 and cfg.overlap and (theirs := sorted(set(raw) & _REDUCTION)):
-        raise UserError(f"engine.deepspeed.{theirs[0]}: belongs to DeepSpeed's own exchange of gradients, which engine.overlap replaces at stage 0; "
-                        "set engine.overlap=false or remove it")
-    if elsewhere := sorted(set(over) & _ELSEWHERE):
-        raise UserError(f"engine.deepspeed.zero_optimization.{elsewhere[0]}: keeps weights or optimizer state where the checkpoint does not look; "
-                        "remove it")
-    zero = zero | over
-    if zero["stage"] != cfg.stage:
-        raise UserError(f"engine.deepspeed.zero_optimization.stage: {zero['stage']} disagrees with engine.stage {cfg.stage}; set engine.stage")
-    return ours | raw | {"zero_optimization": zero}
+from fastdisco.engine.deepspeed_engine import import_deepspeed
 
 
 def gathered(engine, write: bool = False):
@@ -114,7 +16,7 @@ def gathered(engine, write: bool = False):
     With `write`, what rank 0 wrote into them stays.  Every rank must enter it."""
     if engine.zero_optimization_stage() < 3:
         return contextlib.nullcontext()
-    return _deepspeed().zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0 if write else None)
+    return import_deepspeed().zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0 if write else None)
 
 
 def weights(engine) -> dict[str, Tensor]:
@@ -162,34 +64,7 @@ def load_optimizer_state(engine, state: dict[str, dict]):
             base.state[flat][key] = _cut([saved[p.name][key] for p in pieces], pieces, flat) if per_element else _like(value, flat, fused)
 
 
-def autocast(precision: str, device: torch.device, cache: bool = True):
-    """The precision of the forward passes that do not go through the engine: mean student, evaluation.
-
-    cache  keep weights that were cast until the context ends; not in a CUDA graph, which must cast them anew in each replay"""
-    return torch.autocast(device.type, dtype=models.DTYPE[precision], enabled=precision != "fp32", cache_enabled=cache)
-
-
-def scaler(engine) -> torch.amp.GradScaler | None:
-    """The loss scaler of fp16 at ZeRO stage 0, else None."""
-    return engine.torch_autocast_z0_gradscaler
-
-
-def stop():
-    """Leaves the process group, so that the process ends without complaint."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-# DeepSpeed ignores unknown top-level keys, so ours names the ones that make sense here.
-_RAW_KEYS = {"zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler",
-             "wall_clock_breakdown", "memory_breakdown", "dump_state", "compile"}
-_REDUCTION = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger"}
-_ELSEWHERE = {"offload_optimizer", "offload_param", "zenflow", "zero_hpz_partition_size", "round_robin_gradients"}
 _NO_STATE = {"params", "fused", "foreach"}  # of an optimizer's group; the last two follow from the device
-
-
-def _bytes(cfg: Engine) -> int:
-    return int(cfg.bucket_mb * 2**20)
 
 
 class _Piece(NamedTuple):
@@ -247,11 +122,3 @@ def _like(value, p: Tensor, fused: bool):
     if _same_shape(value, p.shape):
         return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(p.device if value.dim() or fused else "cpu", copy=True)
-
-
-def _deepspeed():
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says on every rank that it found no GPU
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    import deepspeed
-    return deepspeed

@@ -45,7 +45,7 @@ def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Lis
         bank = np.sort(np.random.default_rng(seed).permutation(bank)[:cfg.bank])
     loaders = [data.EvalLoader(listing, images.eval_resize, images.eval_size, images.eval_batch, images.threads, device,
                                indices=_mine(data.reading_order(listing, indices), images.eval_batch), mean=view.mean, std=view.std,
-                               way=data.way(images, device))
+                               placement=data.place(images, device))
                for listing, indices in ((train, bank), (val, val.kept))]
     return run(encode, *loaders, len(train.classes), cfg.k, cfg.temp)
 

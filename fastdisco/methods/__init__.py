@@ -31,7 +31,7 @@ class Progress(NamedTuple):
 class Method(nn.Module):
     """Has no trainable parameters; its state dict is its whole resume state, the same on every rank."""
 
-    taught: int | None = None  # how many of the first views the teacher is asked about; None: all
+    teacher_views: int | None = None  # how many of the first views the teacher is asked about; None: all
     permuted: bool = False  # all views but the first are to be of this rank's share of the permuted batch, see data.TrainLoader
     weights: dict[str, float]  # of the losses among what `step` returns; the rest is logged
 

@@ -12,7 +12,7 @@ LARGE = 2  # the first views, which the mean student and the teacher see
 
 
 class Dino(Method):
-    taught = LARGE
+    teacher_views = LARGE
     centre: Tensor  # [P], running mean of the mean student's scores
 
     def __init__(self, cfg: config.Dino, dim: int, seed: int, shuffle: str):

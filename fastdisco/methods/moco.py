@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastdisco import config, kernels
-from fastdisco.engine import cudagraph
 from fastdisco.common import dist
-from fastdisco.models.queue import Queue
+from fastdisco.engine import cudagraph
 from fastdisco.methods import Method, Nets, Progress, distilled, queue_dtype, spread
+from fastdisco.models.queue import Queue
 
 
 class Moco(Method):

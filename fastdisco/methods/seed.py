@@ -5,13 +5,13 @@ from torch import Tensor
 
 from fastdisco import config, kernels
 from fastdisco.common import dist
-from fastdisco.models.queue import Queue
 from fastdisco.methods import Method, Nets, Progress, queue_dtype, spread
 from fastdisco.methods.moco import encode
+from fastdisco.models.queue import Queue
 
 
 class Seed(Method):
-    taught = 1
+    teacher_views = 1
 
     def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: str):
         super().__init__()

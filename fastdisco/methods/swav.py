@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from fastdisco import config, kernels
 from fastdisco.common import dist
-from fastdisco.models.queue import Queue
 from fastdisco.methods import Method, Nets, Progress, distilled, spread
+from fastdisco.models.queue import Queue
 
 CODED = 2  # the first views, which are the large ones
 

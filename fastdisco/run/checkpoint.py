@@ -12,9 +12,9 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import nn
 
-from fastdisco.common import dist
 from fastdisco import engine
-from fastdisco.config import UserError
+from fastdisco.common import dist
+from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.models import last, mean_buffers, read
 

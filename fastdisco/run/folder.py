@@ -1,20 +1,14 @@
 """The folder of a run: its resolved configuration, its environment, and whether a command may continue it."""
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
-
-import torch
 
 from fastdisco import config
 from fastdisco.common import dist
-from fastdisco.config import Config, UserError
+from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
+from fastdisco.config import Config
+from fastdisco.run.environment import environment
 
 # What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
 _FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.prefetch", "data.eval_batch", "teacher.file",
@@ -54,34 +48,6 @@ def describe(cfg: Config, folder: Path):
     dist.barrier()
 
 
-class Stop:
-    """`asked` turns true at SIGTERM or the first Ctrl-C; a second Ctrl-C interrupts at once."""
-
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def environment() -> dict:
-    """Versions, commit, hardware and command of this process."""
-    names = ("torch", "torchvision", "triton", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "apex", "numpy")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": versions, "commit": _commit(), "command": " ".join(sys.argv), "ranks": dist.world(), "host": platform.node(),
-            "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "cuda": torch.version.cuda}
-
-
 def _agree(cfg: Config, folder: Path):
     path = folder / "config.yaml"
     if not path.exists():
@@ -92,22 +58,3 @@ def _agree(cfg: Config, folder: Path):
     if differ:
         raise UserError(f"{folder}: holds a run of another configuration: {', '.join(differ)}; "
                         "give this one another run.name, or start over with --overwrite")
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # a container image, which was told at its build, or an installed copy
-        return os.environ.get("FASTDISCO_COMMIT") or None
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # no git, or a repository of another user
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

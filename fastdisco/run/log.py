@@ -2,40 +2,19 @@
 import json
 import math
 import resource
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastdisco.common import dist
-from fastdisco.config import UserError
+from fastdisco.common.console import console, say
+from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
-
-console = Console(highlight=False)
-
-
-def say(text: str, anywhere: bool = False):
-    """One line of rank 0, or of any with its number, above the bar where there is one."""
-    if dist.rank() == 0 or anywhere:
-        console.print(f"rank {dist.rank()}: {text}" if dist.rank() else text, markup=False, soft_wrap=True)
-
-
-def refuse(error: UserError) -> int:
-    """Says a command's error on stderr; the exit code."""
-    if dist.rank() == 0 or error.anywhere:
-        print(f"fastdisco: error: {error}", file=sys.stderr, flush=True)
-    return 2
-
-
-def shorten(names: list[str], show: int = 4) -> str:
-    """'a, b, c, d and 7 more'"""
-    return ", ".join(names[:show]) + (f" and {len(names) - show} more" if len(names) > show else "")
 
 
 def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:

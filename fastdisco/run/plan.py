@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from fastdisco import config, data, methods, models
-from fastdisco.engine import optim
-from fastdisco.config import Config, UserError
+from fastdisco.common.errors import UserError
+from fastdisco.config import Config
 from fastdisco.data import shards
+from fastdisco.engine import optim
 from fastdisco.methods import Progress
 from fastdisco.teacher import formats, runtime
 
@@ -69,7 +70,7 @@ def _teacher(cfg: Config, missing: list[str]) -> Generator[str, None, int]:
     else:
         found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, cfg.teacher.student)
         teacher = models.size(found.net)
-        taught = config.crops(cfg)[:methods.kind(cfg.method.name).taught]
+        taught = config.crops(cfg)[:methods.kind(cfg.method.name).teacher_views]
         runtime.of_noise(found.net, runtime.noise(tuple(dict.fromkeys(crop.size for crop in taught))))
         yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
     return teacher

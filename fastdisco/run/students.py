@@ -5,17 +5,17 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco import config, data, engine, methods, models, teacher
 from fastdisco.common import dist
+from fastdisco.common.console import say
 from fastdisco.config import Config
 from fastdisco.data import Listing, TrainLoader
-from fastdisco.common.console import say
+from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco.methods import Method, Nets, Progress
 from fastdisco.models import Out
 
 
-class Pupil(NamedTuple):
+class TrainState(NamedTuple):
     name: str  # '' where there is one
     cfg: Config  # as it would have it alone
     net: models.Net
@@ -33,7 +33,7 @@ class Pupil(NamedTuple):
         return Nets(self.engine, self.mean, targets, self.prototypes)
 
 
-def create(name: str, cfg: Config, micro: int, device: torch.device) -> Pupil:
+def create(name: str, cfg: Config, micro: int, device: torch.device) -> TrainState:
     """A student from its configuration, its weights the same on every rank; micro: images a rank and forward."""
     torch.manual_seed(cfg.run.seed)
     shuffle = cfg.bn.shuffle if dist.world() * cfg.bn.groups > 1 else "off"
@@ -47,13 +47,13 @@ def create(name: str, cfg: Config, micro: int, device: torch.device) -> Pupil:
     if ema and cfg.engine.stage == 0:
         ema.to(memory_format=torch.channels_last)  # as the engine has the net
     mean, prototypes = (m and inference(m, cfg, device) for m in (ema, net.prototypes))
-    return Pupil(name, cfg, net, student, ema, mean, prototypes, method, optimizer, lr, size)
+    return TrainState(name, cfg, net, student, ema, mean, prototypes, method, optimizer, lr, size)
 
 
 def loader(cfg: Config, listing: Listing, micro: int, device: torch.device, permuted: bool = False) -> TrainLoader:
     """What the training reads, and what its teacher is recorded on; permuted: as of methods.Method."""
     return TrainLoader(listing, config.crops(cfg), micro, cfg.run.seed, cfg.run.epochs, cfg.data.accumulate, cfg.data.threads, device,
-                       way=data.way(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher), permuted=permuted)
+                       placement=data.place(cfg.data, device, cfg.engine.precision), rounds=teacher.rounds(cfg.teacher), permuted=permuted)
 
 
 def once(targets: Callable[[list[Tensor]], Out]) -> Callable[[list[Tensor]], Out]:
@@ -68,33 +68,33 @@ def once(targets: Callable[[list[Tensor]], Out]) -> Callable[[list[Tensor]], Out
     return call
 
 
-def prepare(pupils: list[Pupil], targets, loader: TrainLoader) -> list[Pupil]:
+def prepare(states: list[TrainState], targets, loader: TrainLoader) -> list[TrainState]:
     """Compiles and captures what the configuration asks for, on noise: before there is a data pipeline, for where one of its threads waits for
     the GPU, a capture breaks.  Nothing that training reads changes.  targets: the teacher, or None."""
-    perf, device = pupils[0].cfg.perf, loader.device
+    perf, device = states[0].cfg.perf, loader.device
     live = targets if isinstance(targets, teacher.Teacher) else None  # recorded embeddings have nothing to prepare
     graphs = perf.graphs and device.type == "cuda"
     if not (graphs or perf.compile):
-        return pupils
-    g, dtype = torch.Generator().manual_seed(0), torch.float16 if loader.way.half else torch.float32
+        return states
+    g, dtype = torch.Generator().manual_seed(0), torch.float16 if loader.placement.half else torch.float32
     views = [torch.randn(loader.batch, 3, c.size, c.size, generator=g).to(device, dtype, memory_format=torch.channels_last) for c in loader.crops]
     if perf.compile in ("student", "both"):
-        for p in pupils:
+        for p in states:
             with engine.autocast(p.cfg.engine.precision, device):
                 compiled.compile(p.name or "student", p.net, lambda: compiled.forward_backward(p.net, views), perf.backend)
     if perf.compile in ("teacher", "both") and live:
-        compiled.compile("teacher", live.net, lambda: live.eager(views[:pupils[0].method.taught]), perf.backend)
+        compiled.compile("teacher", live.net, lambda: live.eager(views[:states[0].method.teacher_views]), perf.backend)
     if graphs:
-        together = pupils[0].cfg.bn.sync and dist.world() > 1  # a collective in each norm, and graphs hold none
+        together = states[0].cfg.bn.sync and dist.world() > 1  # a collective in each norm, and graphs hold none
         if together:
             say("mean student: runs eagerly, not as a CUDA graph: bn.sync exchanges statistics between the ranks in its forward")
-        pupils = [p if together else p._replace(mean=p.ema and cudagraph.Graphed("mean student", p.mean, p.ema.buffers())) for p in pupils]
-        replayed = lambda v: Out(torch.ones(len(v), loader.batch, pupils[0].cfg.student.dim, device=device))  # noqa: E731 - any embeddings do
-        for p in pupils:
+        states = [p if together else p._replace(mean=p.ema and cudagraph.Graphed("mean student", p.mean, p.ema.buffers())) for p in states]
+        replayed = lambda v: Out(torch.ones(len(v), loader.batch, states[0].cfg.student.dim, device=device))  # noqa: E731 - any embeddings do
+        for p in states:
             with torch.random.fork_rng(devices=[]):
                 stand_in = copy.deepcopy(p.ema) if p.ema else models.of(p.cfg, train=True).to(device)
             rehearse(p.nets(live or (targets and replayed))._replace(student=inference(stand_in, p.cfg, device)), p.ema, p.method, views)
-    return pupils
+    return states
 
 
 def rehearse(nets: Nets, ema: models.Net | None, method: Method, views: list[Tensor]):

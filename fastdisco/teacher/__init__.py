@@ -3,22 +3,22 @@ from pathlib import Path
 from typing import Any
 
 from fastdisco import config
-from fastdisco.config import UserError
+from fastdisco.common.errors import UserError
 from fastdisco.data import TrainLoader
 from fastdisco.teacher import formats
-from fastdisco.teacher.cache import Recorded
-from fastdisco.teacher.runtime import How, Teacher, how
+from fastdisco.teacher.cache import CachedTeacher
+from fastdisco.teacher.runtime import Options, Teacher, options
 
-__all__ = ["How", "Recorded", "Teacher", "create", "how", "load", "rounds"]
+__all__ = ["Options", "CachedTeacher", "Teacher", "create", "options", "load", "rounds"]
 
 
-def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, graphs: bool = True, taught: int | None = None) -> Teacher | Recorded:
-    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, how and Recorded.
+def create(cfg: config.Teacher, dim: int, precision: str, loader: TrainLoader, graphs: bool = True, teacher_views: int | None = None) -> Teacher | CachedTeacher:
+    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says so); see load, options and CachedTeacher.
 
-    precision: of the engine; graphs: whether there may be any; taught: how many of the first views it will be asked about, None: all."""
-    run = how(cfg, precision, tuple(dict.fromkeys(c.size for c in loader.crops[:taught])), loader.device, graphs)
+    precision: of the engine; graphs: whether there may be any; teacher_views: how many of the first views it will be asked about, None: all."""
+    run = options(cfg, precision, tuple(dict.fromkeys(c.size for c in loader.crops[:teacher_views])), loader.device, graphs)
     here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
-    return here(run) if cfg.cache == "off" else Recorded(cfg, dim, run, loader, here, taught)
+    return here(run) if cfg.cache == "off" else CachedTeacher(cfg, dim, run, loader, here, teacher_views)
 
 
 def rounds(cfg: config.Teacher | None) -> int | None:
@@ -26,12 +26,12 @@ def rounds(cfg: config.Teacher | None) -> int | None:
     return cfg.cache_rounds if cfg and cfg.cache != "off" else None
 
 
-def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, run: How = How(), student: str | None = None) -> Teacher:
+def load(file: Path, arch: str | None, kwargs: dict[str, Any], dim: int, run: Options = Options(), student: str | None = None) -> Teacher:
     """The teacher of a checkpoint of the kinds in formats.FORMATS, or of the folder of one of our runs (or of one of its checkpoints).
 
     arch, kwargs  the timm model that its backbone belongs to; None: told by the file
     dim           width of the student's embedding, which the teacher's must have
-    run           how and where it runs, see `how`
+    run           how and where it runs, see `options`
     student       which one of a run that has several
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is no such thing as a random teacher."""
     try:

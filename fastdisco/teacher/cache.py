@@ -19,24 +19,24 @@ from torch import Tensor
 
 from fastdisco import config
 from fastdisco.common import dist
-from fastdisco.config import UserError
-from fastdisco.data import TrainLoader, reading_order
-from fastdisco.common.files import write_whole
 from fastdisco.common.console import console, say
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import write_whole
+from fastdisco.data import TrainLoader, reading_order
 from fastdisco.models import Out
-from fastdisco.teacher.runtime import How, Teacher
+from fastdisco.teacher.runtime import Options, Teacher
 
 VERSION = 1
 BLOCK = 1024  # images whose rows only one rank writes: whole pages of both files, since a network disk may lose what two machines write into one
 COMMAND = "`fastdisco teacher record --config ...`"
 
 
-class Recorded:
+class CachedTeacher:
     """Called like a Teacher, after `at` has said whose views these are."""
 
-    def __init__(self, cfg: config.Teacher, dim: int, run: How, loader: TrainLoader, load: Callable[[How], Teacher],
-                 taught: int | None = None):
-        """run: of the teacher; loader: with cfg.cache_rounds rounds; load: the teacher of cfg, to run so; taught: as of methods.Method.
+    def __init__(self, cfg: config.Teacher, dim: int, run: Options, loader: TrainLoader, load: Callable[[Options], Teacher],
+                 teacher_views: int | None = None):
+        """run: of the teacher; loader: with cfg.cache_rounds rounds; load: the teacher of cfg, to run so; teacher_views: as of methods.Method.
 
         Of the teacher only the fingerprint is needed, unless `complete` has to record: it is loaded on the CPU and let go.
         Raises UserError where the folder holds embeddings of anything else, naming what, or a damaged file, and with cfg.cache replay where
@@ -51,11 +51,11 @@ class Recorded:
             say(f"{cfg.file} is not here: the embeddings in {self.folder} are taken as those of this teacher")
             of = found["teacher"]
         else:
-            of = load(How()).fingerprint
+            of = load(Options()).fingerprint
         self._precision = str(run.dtype).removeprefix("torch.")
-        self.about = {"version": VERSION, "teacher": of, "precision": self._precision, "dim": dim, **loader.recipe(taught)}
+        self.about = {"version": VERSION, "teacher": of, "precision": self._precision, "dim": dim, **loader.recipe(teacher_views)}
         self.fingerprint = hashlib.sha256(json.dumps([self.about, self.rounds], sort_keys=True).encode()).hexdigest()
-        self._row = len(loader.crops[:taught]), dim
+        self._row = len(loader.crops[:teacher_views]), dim
         self._block = (found or {}).get("block", BLOCK)
         self._slots = -(-len(loader.listing.files) // self._block) * self._block
         self._now = self._round = None

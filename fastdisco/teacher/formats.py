@@ -6,10 +6,10 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco.models import heads
 from fastdisco import models
-from fastdisco.config import UserError
 from fastdisco.common.console import shorten
+from fastdisco.common.errors import UserError
+from fastdisco.models import heads
 
 
 class Source(NamedTuple):
@@ -82,22 +82,22 @@ def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
     if not any(k.startswith("head.") for k in weights):
         raise UserError(f"{file}: is {row.name}, but has no projection head (no {row.head_keys} beside the backbone), whose output DisCo distils; "
                         "take the checkpoint as its training wrote it, not one stripped for evaluation")
-    told, share = _recognise(weights, (arch, *ARCHS) if arch else ARCHS)
+    detected, share = _recognise(weights, (arch, *ARCHS) if arch else ARCHS)
     if arch is None and share < 0.5:
-        raise UserError(f"{file}: is {row.name}, of no architecture known here (nearest: {told}, of whose weights {share:.0%} agree); "
+        raise UserError(f"{file}: is {row.name}, of no architecture known here (nearest: {detected}, of whose weights {share:.0%} agree); "
                         "set teacher.arch to the timm model that it was trained with")
     head = _nearest(row.heads, weights)
     hidden, dim = _rows(weights.get("head.0.weight")), _rows(weights.get(f"head.{head.places[-1]}.weight" if head.places else "head.weight"))
     with torch.random.fork_rng(devices=[]):  # drawn and overwritten: with and without a teacher, a seed gives the same student
-        net = models.create(arch or told, lambda features: head.make(features, hidden, dim), kwargs)
+        net = models.create(arch or detected, lambda features: head.make(features, hidden, dim), kwargs)
     if arch is None:
-        remedy = f"the nearest architecture known here is {told}; if it is another, set teacher.arch"
-    elif share == 1 and (told, {}) != (arch, kwargs):
-        remedy = f"teacher.arch is {arch} with {kwargs}, but the weights are those of {told}: set teacher.arch={told} and no teacher.kwargs"
+        remedy = f"the nearest architecture known here is {detected}; if it is another, set teacher.arch"
+    elif share == 1 and (detected, {}) != (arch, kwargs):
+        remedy = f"teacher.arch is {arch} with {kwargs}, but the weights are those of {detected}: set teacher.arch={detected} and no teacher.kwargs"
     else:
         remedy = f"teacher.arch is {arch} with {kwargs}: set it to the model that this file was trained with"
     models.load_weights(net, weights, file, remedy)
-    return Source(net, row.name, arch or told, kwargs, f"{head.name}: {_widths(net.head)}", dim, ignored)
+    return Source(net, row.name, arch or detected, kwargs, f"{head.name}: {_widths(net.head)}", dim, ignored)
 
 
 def _from_run(folder: Path, arch: str | None, kwargs: dict[str, Any], student: str | None) -> Source:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdisco import config, models
+from fastdisco.common.errors import UserError
 from fastdisco.engine import cudagraph
-from fastdisco.config import UserError
 from fastdisco.models import Out
 from fastdisco.teacher.fold import fold
 
@@ -18,7 +18,7 @@ from fastdisco.teacher.fold import fold
 NEAR = {torch.float32: 0.9995, torch.float16: 0.9995, torch.bfloat16: 0.99}
 
 
-class How(NamedTuple):
+class Options(NamedTuple):
     """The defaults leave the network as it is."""
 
     device: torch.device | str = "cpu"
@@ -29,7 +29,7 @@ class How(NamedTuple):
     sizes: tuple[int, ...] = (64,)  # pixels; of the noise that checks the above
 
 
-def how(cfg: config.Teacher, precision: str, sizes: tuple[int, ...], device: torch.device, graphs: bool) -> How:
+def options(cfg: config.Teacher, precision: str, sizes: tuple[int, ...], device: torch.device, graphs: bool) -> Options:
     """What the configuration asks for.  precision: of the engine; sizes: of the views; graphs: whether there may be any.
 
     Raises UserError for fp16 on a CPU."""
@@ -38,7 +38,7 @@ def how(cfg: config.Teacher, precision: str, sizes: tuple[int, ...], device: tor
     if asked == "fp16" and not cuda:
         raise UserError("teacher.precision: fp16 needs a GPU; take fp32, bf16 or auto")
     group = cfg.bn_group if cfg.bn == "batch" else 0
-    return How(device, models.DTYPE[asked], cfg.fold and not group, group, cfg.graph and graphs and cuda, sizes)
+    return Options(device, models.DTYPE[asked], cfg.fold and not group, group, cfg.graph and graphs and cuda, sizes)
 
 
 class Teacher:
@@ -48,24 +48,24 @@ class Teacher:
     depend on the other 31 images of a GPU and its running statistics drift away from the checkpoint; `bn_group` gives those targets, with the
     running statistics left alone.  SEED's and SwAV+DisCo's teachers are in eval mode."""
 
-    def __init__(self, net: models.Net, how: How = How()):
+    def __init__(self, net: models.Net, options: Options = Options()):
         """net: on the CPU, as loaded.  Raises UserError where it does not take views of that size, or its embeddings of noise in half
         precision are not near those of before."""
-        self.net, self.how, self.fingerprint = net.eval().requires_grad_(False), how, fingerprint(net)
-        probe = noise(how.sizes, next(net.parameters()).dtype)
-        want = of_noise(net, probe) if how.dtype and not how.bn_group else None
-        if how.fold:
+        self.net, self.options, self.fingerprint = net.eval().requires_grad_(False), options, fingerprint(net)
+        probe = noise(options.sizes, next(net.parameters()).dtype)
+        want = of_noise(net, probe) if options.dtype and not options.bn_group else None
+        if options.fold:
             fold(net, probe[:1])
         for m in net.modules():
-            if how.bn_group and isinstance(m, _BatchNorm):
+            if options.bn_group and isinstance(m, _BatchNorm):
                 m.train()
                 m.track_running_stats = False  # the batch's statistics, and nothing is written into the running ones
-            if how.dtype and not isinstance(m, _BatchNorm):  # whose statistics half precision would round; it takes inputs of any
-                m._apply(lambda x: x.to(how.dtype) if x.is_floating_point() else x, recurse=False)
-        net.to(how.device, memory_format=torch.channels_last)
+            if options.dtype and not isinstance(m, _BatchNorm):  # whose statistics half precision would round; it takes inputs of any
+                m._apply(lambda x: x.to(options.dtype) if x.is_floating_point() else x, recurse=False)
+        net.to(options.device, memory_format=torch.channels_last)
         if want is not None:
             self._check(want, probe)
-        self.forward = cudagraph.Graphed("teacher", self.eager, dtype=how.dtype) if how.graph else self.eager
+        self.forward = cudagraph.Graphed("teacher", self.eager, dtype=options.dtype) if options.graph else self.eager
 
     def __call__(self, views: list[Tensor]) -> Out | cudagraph.Later:
         """[B,3,S,S] per view, in any float dtype -> z [V,B,d] in float32 or wider, which as a graph is computed beside what the caller does next."""
@@ -74,22 +74,22 @@ class Teacher:
     @torch.no_grad()  # not inference_mode: a loss may save the targets for its backward
     def eager(self, views: list[Tensor]) -> Out:
         """The same without a graph."""
-        views = [v.to(self.how.dtype or v.dtype) for v in views]
+        views = [v.to(self.options.dtype or v.dtype) for v in views]
         with torch.autocast(views[0].device.type, enabled=False):
-            if group := self.how.bn_group:
+            if group := self.options.bn_group:
                 z = torch.stack([torch.cat([self.net([part]).z[0] for part in v.split(group)]) for v in views])
             else:
                 z = self.net(views).z
         return Out(z.to(torch.promote_types(z.dtype, torch.float32)))
 
     def _check(self, want: Tensor, probe: list[Tensor]):
-        got = self.eager([v.to(self.how.device, memory_format=torch.channels_last) for v in probe]).z.to(want)
+        got = self.eager([v.to(self.options.device, memory_format=torch.channels_last) for v in probe]).z.to(want)
         near = F.cosine_similarity(got, want, dim=-1).min().item()
-        least = NEAR[self.how.dtype]
+        least = NEAR[self.options.dtype]
         if not near >= least:  # nor nan, which an overflow gives
-            dtype = str(self.how.dtype).removeprefix("torch.")
+            dtype = str(self.options.dtype).removeprefix("torch.")
             raise UserError(f"teacher.precision: of noise, the embedding in {dtype} has a cosine of {near:.5f} to the one in float32, less than "
-                            f"{least}; set teacher.precision=fp32{' or bf16' if self.how.dtype == torch.float16 else ''}")
+                            f"{least}; set teacher.precision=fp32{' or bf16' if self.options.dtype == torch.float16 else ''}")
 
 
 def noise(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

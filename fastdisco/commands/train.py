@@ -1,0 +1,50 @@
+"""Trains a student with DisCo, or resumes the run of the same command."""
+import argparse
+
+from fastdisco import config
+from fastdisco.common import launch
+from fastdisco.common.console import refuse, say
+from fastdisco.common.errors import UserError
+
+COMMANDS = {"": "train a student, or go on with the run of the same command"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python fastdisco/train.py`; the exit code, 2 where a user's error stopped it."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    add(parser)
+    try:
+        return run(parser.parse_intermixed_args(argv))
+    except UserError as e:
+        return refuse(e)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastdisco train`."""
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--overwrite", action="store_true", help="start over, deleting the run's folder")
+    either.add_argument(
+        "--dry-run", action="store_true", help="say what the run would be and what it lacks, and start nothing"
+    )
+    # The deepspeed launcher passes it; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Reads the configuration before torch is imported, so that a wrong key is answered at once."""
+    launch.defaults()
+    cfg = config.load(args.config, args.overrides)
+    if args.dry_run:
+        from fastdisco.run import plan
+        from fastdisco.run.folder import agree
+
+        for line in plan.lines(cfg, launch.world(), agree(cfg)):
+            say(line)
+    else:
+        from fastdisco.train import train
+
+        train(cfg, args.overwrite)
+    return 0

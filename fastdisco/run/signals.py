@@ -1,0 +1,16 @@
+"""SIGTERM and Ctrl-C: the loop stops after the step under way."""
+import signal
+
+
+class Stop:
+    """`asked` turns true at SIGTERM or the first Ctrl-C; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
