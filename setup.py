@@ -1,4 +1,6 @@
-"""Packaging. The folder kernels/ is installed as fastdisco.kernels: a top-level `kernels` would overwrite Hugging Face's package of that name."""
+"""Packaging. The folder kernels/ is installed as fastdisco.kernels: a top-level `kernels` would
+overwrite Hugging Face's package of that name."""
+
 import re
 from pathlib import Path
 

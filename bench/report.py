@@ -1,7 +1,9 @@
-"""Rewrites the tables of README.md and docs/ from bench/results/: `python bench/report.py`; `--check` fails where one is stale.
+"""Rewrites the tables of README.md and docs/ from bench/results/: `python bench/report.py`;
+`--check` fails where one is stale.
 
-A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->; NAME is the bench.  <!-- bench:NAME full:PAGE --> has its measured rows alone,
-and says that PAGE has all."""
+A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->; NAME is the bench.  <!--
+bench:NAME full:PAGE --> has its measured rows alone, and says that PAGE has all."""
+
 import argparse
 import json
 import re
@@ -36,16 +38,31 @@ def fill(text: str, results: Path) -> str:
 
 
 def table(bench: str, results: Path, full: str | None = None) -> str:
-    """The summaries of all devices' results of a bench, one after another; where a page has the full table, their measured rows."""
-    return "\n".join(_one(json.loads(p.read_text()), full) for p in sorted(results.glob(f"{bench}-*.json"))) or "Not measured yet.\n"
+    """The summaries of all devices' results of a bench, one after another; where a page has the
+    full table, their measured rows."""
+    return (
+        "\n".join(
+            _one(json.loads(p.read_text()), full) for p in sorted(results.glob(f"{bench}-*.json"))
+        )
+        or "Not measured yet.\n"
+    )
 
 
 def _one(result: dict, full: str | None) -> str:
     hardware = ", ".join(result["gpus"]) or f"{result['cpu']}, {result['cores']} cores"
-    lines = [f"{hardware}; torch {result['versions']['torch']}; commit {result['commit']}; {result['date']}; `{result['command']}`", "",
-             "| row | value | unit | aim |", "|---|---|---|---|"]
+    lines = [
+        f"{hardware}; torch {result['versions']['torch']}; commit {result['commit']}; "
+        f"{result['date']}; `{result['command']}`",
+        "",
+        "| row | value | unit | aim |",
+        "|---|---|---|---|",
+    ]
     rows = [r for r in result["summary"] if r["value"] is not None or not full]
-    lines += [f"| {r['name']} | {_value(r)} | {r['unit']} | {'' if r['aim'] is None else _number(r['aim'])} |" for r in rows]
+    lines += [
+        f"| {r['name']} | {_value(r)} | {r['unit']} | "
+        f"{'' if r['aim'] is None else _number(r['aim'])} |"
+        for r in rows
+    ]
     if left := len(result["summary"]) - len(rows):
         lines += ["", f"Rows not measured yet: {left}, see [{full}]({full})."]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,9 @@
-"""Says what a container can do and fails where something that training needs is missing; the last step of the image's build.
+"""Says what a container can do and fails where something that training needs is missing; the last
+step of the image's build.
 
-    docker run --rm --gpus all fastdisco python3 docker/check.py     on a new machine: also the GPUs, and whether this user can write
-"""
+    docker run --rm --gpus all fastdisco python3 docker/check.py     on a new machine: also the
+GPUs, and whether this user can write"""
+
 import importlib.metadata
 import os
 import shutil
@@ -10,8 +12,19 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-OPERATORS = {"CPU": {"readers__File", "readers__Webdataset", "PeekImageShape", "Resize", "Filter", "Hsv", "BrightnessContrast"},
-             "Mixed": {"decoders__Image"}, "GPU": {"Resize", "Slice", "GaussianBlur", "Hsv", "CropMirrorNormalize"}}
+OPERATORS = {
+    "CPU": {
+        "readers__File",
+        "readers__Webdataset",
+        "PeekImageShape",
+        "Resize",
+        "Filter",
+        "Hsv",
+        "BrightnessContrast",
+    },
+    "Mixed": {"decoders__Image"},
+    "GPU": {"Resize", "Slice", "GaussianBlur", "Hsv", "CropMirrorNormalize"},
+}
 
 
 def main() -> int:
@@ -30,6 +43,7 @@ def main() -> int:
 def torch() -> str:
     import torch
     import torchvision
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"{torch.__version__}, CUDA {torch.version.cuda}, torchvision {torchvision.__version__}, {len(gpus)} GPUs {sorted(set(gpus))}"
 
@@ -37,7 +51,10 @@ def torch() -> str:
 def triton() -> str:
     """Triton compiles a launcher in C for each kernel."""
     import triton
-    compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
+
+    compiler = (
+        shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("clang")
+    )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     assert compiler, "no C compiler: install gcc, or set CC"
     assert header.exists(), f"no {header}: install python3-dev"
@@ -47,18 +64,30 @@ def triton() -> str:
 def dali() -> str:
     import nvidia.dali.backend as backend
     import torch
-    names = sorted({d.metadata["Name"] for d in importlib.metadata.distributions() if (d.metadata["Name"] or "").startswith("nvidia-dali-cuda")})
+
+    names = sorted(
+        {
+            d.metadata["Name"]
+            for d in importlib.metadata.distributions()
+            if (d.metadata["Name"] or "").startswith("nvidia-dali-cuda")
+        }
+    )
     assert len(names) == 1, f"{names} write into one folder: uninstall all, then install one"
     for kind, needed in OPERATORS.items():
         lacking = needed - set(getattr(backend, f"Registered{kind}Ops")())
         assert not lacking, f"{names[0]}: no {kind} operators {sorted(lacking)}"
-    want = f"nvidia-dali-cuda{torch.version.cuda.split('.')[0]}0" if torch.version.cuda else names[0]
-    assert names[0] == want, f"{names[0]} beside torch for CUDA {torch.version.cuda}: install {want}"
+    want = (
+        f"nvidia-dali-cuda{torch.version.cuda.split('.')[0]}0" if torch.version.cuda else names[0]
+    )
+    assert names[0] == want, (
+        f"{names[0]} beside torch for CUDA {torch.version.cuda}: install {want}"
+    )
     return f"{names[0]} {importlib.metadata.version(names[0])}, readers, mixed decoder and GPU operators"
 
 
 def deepspeed() -> str:
     import deepspeed
+
     assert shutil.which("deepspeed"), "the launcher `deepspeed` is not on PATH"
     return deepspeed.__version__
 
@@ -66,6 +95,7 @@ def deepspeed() -> str:
 def apex() -> str:
     """Optional, so never a failure: timm.optim takes its optimizers from it."""
     from timm.optim import list_optimizers
+
     try:
         from apex import optimizers
     except ImportError as e:
@@ -77,13 +107,19 @@ def apex() -> str:
 def fastdisco() -> str:
     import fastdisco
     from fastdisco.run.environment import environment
+
     assert shutil.which("fastdisco"), "the command `fastdisco` is not on PATH"
     return f"{fastdisco.__version__} in {Path(fastdisco.__file__).parent}, commit {environment()['commit']}"
 
 
 def folders() -> str:
     """What the user of this container writes to."""
-    paths = [Path.home(), Path(os.environ["TRITON_CACHE_DIR"]), Path(os.environ["TORCH_EXTENSIONS_DIR"]), Path("out")]
+    paths = [
+        Path.home(),
+        Path(os.environ["TRITON_CACHE_DIR"]),
+        Path(os.environ["TORCH_EXTENSIONS_DIR"]),
+        Path("out"),
+    ]
     for path in paths:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -1,11 +1,16 @@
-"""Carries out the Dockerfile without Docker, on a throw-away overlay over this machine's files, then trains two steps as a foreign user.
+"""Carries out the Dockerfile without Docker, on a throw-away overlay over this machine's files,
+then trains two steps as a foreign user.
 
-    python docker/rehearse.py     by the Python of the project's .venv; Linux and root, for the overlay and for changing users
+    python docker/rehearse.py     by the Python of the project's .venv; Linux and root, for the
+    overlay and for changing users
 
-The base it stands on is no NVIDIA image but made to look like one where that matters to docker/install.py: this .venv, with torch,
-torchvision and triton labelled as NVIDIA labels its builds (26.04's), DALI as an older one (26.07's), a constraint file that pins all of
-it, and without fastdisco, deepspeed, timm and scikit-image.  Not rehearsed: what a real base holds, its entry point, GPUs.
+The base it stands on is no NVIDIA image but made to look like one where that matters to
+docker/install.py: this .venv, with torch, torchvision and triton labelled as NVIDIA labels its
+builds (26.04's), DALI as an older one (26.07's), a constraint file that pins all of it, and without
+fastdisco, deepspeed, timm and scikit-image.  Not rehearsed: what a real base holds, its entry
+point, GPUs.
 """
+
 import json
 import os
 import re
@@ -17,21 +22,33 @@ import tempfile
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-NVIDIA = {"torch": "2.12.0a0+0291f960b6.nv26.4.48445190", "torchvision": "0.26.0a0+48956e05.nv26.4.48445190", "triton": "3.6.0+git5d72932f.nv26.3"}
+NVIDIA = {
+    "torch": "2.12.0a0+0291f960b6.nv26.4.48445190",
+    "torchvision": "0.26.0a0+48956e05.nv26.4.48445190",
+    "triton": "3.6.0+git5d72932f.nv26.3",
+}
 OLD = {"nvidia-dali-cuda130": "2.2.0"}
 ABSENT = ["fastdisco", "deepspeed", "timm", "scikit-image"]
 COMMIT = "0123abc"
 USER = "12345:12345"  # in no password file
-TRY = ["! find $HOME -type d ! -perm -777 | grep .",  # no folder that the build has left closed to others
-       "python3 docker/check.py",
-       "fastdisco data demo /tmp/demo",
-       "deepspeed --num_accelerators 2 fastdisco/train.py --config tests/tiny.yaml data.train=/tmp/demo/train run.max_steps=2"]
+# No folder that the build has left closed to others.
+TRY = [
+    "! find $HOME -type d ! -perm -777 | grep .",
+    "python3 docker/check.py",
+    "fastdisco data demo /tmp/demo",
+    "deepspeed --num_accelerators 2 fastdisco/train.py --config tests/tiny.yaml "
+    "data.train=/tmp/demo/train run.max_steps=2",
+]
 
 
 def main() -> int:
-    if len(sys.argv) == 1:  # the mounts are made in a name space of their own and end with it, so nothing here can ever delete through one
+    # The mounts are made in a name space of their own and end with it, so nothing here can ever
+    # delete through one.
+    if len(sys.argv) == 1:
         with tempfile.TemporaryDirectory() as folder:
-            return subprocess.run(["unshare", "--mount", sys.executable, __file__, folder]).returncode
+            return subprocess.run(
+                ["unshare", "--mount", sys.executable, __file__, folder]
+            ).returncode
     root = overlay(Path(sys.argv[1]))
     env = base(root)
     env, workdir = build(root, env, dict(COMMIT=COMMIT))
@@ -46,13 +63,20 @@ def main() -> int:
 
 def overlay(folder: Path) -> Path:
     """This machine's file system, of which every change is kept apart in memory."""
-    mount = lambda *args: subprocess.run(["mount", "--no-mtab", *map(str, args)], check=True)  # noqa: E731
+    mount = lambda *args: subprocess.run(["mount", "--no-mtab", *map(str, args)], check=True)
     mount("-t", "tmpfs", "tmpfs", folder)
     for name in ("upper", "work", "root"):
         (folder / name).mkdir(mode=0o755)
     folder.chmod(0o755)
     root = folder / "root"
-    mount("-t", "overlay", "overlay", "-o", f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work", root)
+    mount(
+        "-t",
+        "overlay",
+        "overlay",
+        "-o",
+        f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work",
+        root,
+    )
     mount("-t", "proc", "proc", root / "proc")
     mount("--rbind", "/dev", root / "dev")
     mount("--bind", "/sys", root / "sys")
@@ -61,11 +85,13 @@ def overlay(folder: Path) -> Path:
 
 
 def base(root: Path) -> dict:
-    """Turns the overlay's copy of this .venv into what docker/install.py meets in an NVIDIA image; returns its environment."""
+    """Turns the overlay's copy of this .venv into what docker/install.py meets in an NVIDIA image;
+    returns its environment."""
     venv = Path(sys.prefix).resolve()
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     env |= dict(PATH=f"{venv}/bin:{os.environ['PATH']}", HOME="/root")
-    for path in (Path(sys.executable).resolve(), venv / "bin"):  # a Python under /root, as pyenv's, is closed to other users
+    # A Python under /root, as pyenv's, is closed to other users.
+    for path in (Path(sys.executable).resolve(), venv / "bin"):
         for parent in path.parents:
             (root / str(parent)[1:]).chmod(0o755)
     run(root, f"python3 -m pip uninstall -q -y {' '.join(ABSENT)}", env)
@@ -78,8 +104,9 @@ def base(root: Path) -> dict:
 
 
 def relabel(venv: Path, name: str, version: str):
-    """Gives an installed package another version, and none of the dependencies that tie it to its true one."""
-    old, = venv.glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info")
+    """Gives an installed package another version, and none of the dependencies that tie it to its
+    true one."""
+    (old,) = venv.glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info")
     new = old.with_name(f"{name.replace('-', '_')}-{version}.dist-info")
     shutil.copytree(old, new)
     shutil.rmtree(old)
@@ -99,7 +126,9 @@ def build(root: Path, env: dict, args: dict) -> tuple[dict, str]:
         if word in ("ARG", "ENV"):
             for pair in shlex.split(rest):
                 key, _, value = pair.partition("=")
-                env[key] = args.get(key, expand(value, env)) if word == "ARG" else expand(value, env)
+                env[key] = (
+                    args.get(key, expand(value, env)) if word == "ARG" else expand(value, env)
+                )
         elif word == "WORKDIR":
             workdir = rest
             (root / workdir[1:]).mkdir(parents=True)
@@ -110,14 +139,20 @@ def build(root: Path, env: dict, args: dict) -> tuple[dict, str]:
         elif word == "RUN":
             run(root, rest, env, user, workdir)
         else:
-            assert word in ("FROM", "LABEL", "CMD"), f"{word}: teach docker/rehearse.py what it does"
+            assert word in ("FROM", "LABEL", "CMD"), (
+                f"{word}: teach docker/rehearse.py what it does"
+            )
     return env, workdir
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
     """(word, rest) of a Dockerfile, comments gone and continued lines joined."""
     text = re.sub(r"(?m)^\s*#.*\n", "", text).replace("\\\n", " ")
-    return [tuple(re.split(r"\s+", line.strip(), maxsplit=1)) for line in text.splitlines() if line.strip()]
+    return [
+        tuple(re.split(r"\s+", line.strip(), maxsplit=1))
+        for line in text.splitlines()
+        if line.strip()
+    ]
 
 
 def expand(value: str, env: dict) -> str:
@@ -125,11 +160,14 @@ def expand(value: str, env: dict) -> str:
 
 
 def copy(words: list[str], workdir: Path):
-    """COPY a b folder/, COPY . . : of what .dockerignore lets through; fails, as Docker does, where that is nothing."""
+    """COPY a b folder/, COPY . . : of what .dockerignore lets through; fails, as Docker does, where
+    that is nothing."""
     *sources, target = words
     every = context()
     for source in sources:
-        files = [f for f in every if source == "." or f == Path(source) or Path(source) in f.parents]
+        files = [
+            f for f in every if source == "." or f == Path(source) or Path(source) in f.parents
+        ]
         assert files, f"COPY {source}: not in the build context, see .dockerignore"
         for f in files:
             to = workdir / target / (f.name if f == Path(source) else f.relative_to(source))
@@ -139,14 +177,25 @@ def copy(words: list[str], workdir: Path):
 
 
 def context() -> list[Path]:
-    """The files of the checkout that .dockerignore lets through: of the patterns that match a file or a folder above it, the last decides."""
-    rules = [(line.lstrip("!"), line.startswith("!")) for line in (CHECKOUT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    whole = [(re.compile(re.escape(p).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")), keep) for p, keep in rules]
-    assert not any(keep and "/" in p for p, keep in rules)  # else a folder that is left out may not be skipped as below
+    """The files of the checkout that .dockerignore lets through: of the patterns that match a file
+    or a folder above it, the last decides."""
+    rules = [
+        (line.lstrip("!"), line.startswith("!"))
+        for line in (CHECKOUT / ".dockerignore").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
+    whole = [
+        (re.compile(re.escape(p).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")), keep)
+        for p, keep in rules
+    ]
+    # Else a folder that is left out may not be skipped as below.
+    assert not any(keep and "/" in p for p, keep in rules)
 
     def kept(path: Path) -> bool:
         names = [str(path), *map(str, path.parents)][:-1]
-        return next((keep for p, keep in reversed(whole) if any(p.fullmatch(n) for n in names)), True)
+        return next(
+            (keep for p, keep in reversed(whole) if any(p.fullmatch(n) for n in names)), True
+        )
 
     found, todo = [], [Path()]
     while todo:
@@ -156,10 +205,27 @@ def context() -> list[Path]:
     return found
 
 
-def run(root: Path, command: str, env: dict, user: str = "0:0", workdir: str = "/", capture: bool = False) -> str | None:
+def run(
+    root: Path,
+    command: str,
+    env: dict,
+    user: str = "0:0",
+    workdir: str = "/",
+    capture: bool = False,
+) -> str | None:
     """In the overlay, by sh as Docker does."""
-    enter = ["chroot", f"--userspec={user}", "--groups=", root, "/bin/sh", "-c", f"cd {workdir} && {command}"]
-    return subprocess.run(enter, env=env, text=True, check=True, stdout=subprocess.PIPE if capture else None).stdout
+    enter = [
+        "chroot",
+        f"--userspec={user}",
+        "--groups=",
+        root,
+        "/bin/sh",
+        "-c",
+        f"cd {workdir} && {command}",
+    ]
+    return subprocess.run(
+        enter, env=env, text=True, check=True, stdout=subprocess.PIPE if capture else None
+    ).stdout
 
 
 if __name__ == "__main__":

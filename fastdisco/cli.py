@@ -1,4 +1,5 @@
 """The command `fastdisco`: data sets, trainings, teachers, evaluations."""
+
 import argparse
 import sys
 
@@ -27,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     commands = "\n".join(
-        f"  {f'{name} {command}'.strip():<16}{what}" for name, group in GROUPS.items() for command, what in group.COMMANDS.items()
+        f"  {f'{name} {command}'.strip():<16}{what}"
+        for name, group in GROUPS.items()
+        for command, what in group.COMMANDS.items()
     )
     parser = argparse.ArgumentParser(
         prog="fastdisco",

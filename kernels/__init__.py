@@ -1,37 +1,50 @@
-"""The losses that people call, with their checks.  One definition for all devices: torch.library ops whose CUDA form is Triton (queue.py) and
-whose other form is chunked torch (chunked.py); the specification is reference.py."""
-import torch
-from torch import Tensor
+"""The losses that people call, with their checks.  One definition for all devices: torch.library
+ops whose CUDA form is Triton (queue.py) and whose other form is chunked torch (chunked.py); the
+specification is reference.py."""
 
+import torch
 from fastdisco.kernels import checks, ops, reference
 from fastdisco.kernels.rkd import rkd
 from fastdisco.kernels.views import swapped
+from torch import Tensor
 
-__all__ = ["moco", "info_nce", "seed", "distill", "swapped", "rkd", "enqueue"]
+__all__ = ["distill", "enqueue", "info_nce", "moco", "rkd", "seed", "swapped"]
 
 
-def moco(z: Tensor, k: Tensor, queue: Tensor, temp: float, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """MoCo's contrast and DisCo's distillation in one pass over the queue.  arXiv:1911.05722, equation 1, and arXiv:2104.09124, L_dis.
+def moco(
+    z: Tensor, k: Tensor, queue: Tensor, temp: float, t: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """MoCo's contrast and DisCo's distillation in one pass over the queue.  arXiv:1911.05722,
+    equation 1, and arXiv:2104.09124, L_dis.
 
-    z      [V,B,d] raw rows, normalised here in float32: the student's views, of which view 0 is the query; gradient to z only, in its dtype
+    z      [V,B,d] raw rows, normalised here in float32: the student's views, of which view 0 is the
+           query; gradient to z only, in its dtype
     k      [B,d] raw or unit rows; k[b] is the positive of z[0,b]
-    queue  [K,d] unit rows in bfloat16, float16 or float32, the negatives; may be overwritten before backward
-    temp   > 0; divides the cosine.  On CUDA the query is rounded to the queue's dtype before it meets the queue
+    queue  [K,d] unit rows in bfloat16, float16 or float32, the negatives; may be overwritten before
+           backward
+    temp   > 0; divides the cosine.  On CUDA the query is rounded to the queue's dtype before it
+           meets the queue
     t      [V,B,d] raw rows, the teacher's views; None for no distillation
-    Returns two float32 scalars (float64 if z is float64): `info_nce` of view 0, and `distill` of all views (0 without t).  An active autocast
-    changes nothing.  Differentiable once.
-    Raises ValueError when k, queue or t requires grad (they are targets), shapes or devices differ, temp is not positive, or the queue is not
-    contiguous or, at its first use, not of unit rows."""
+    Returns two float32 scalars (float64 if z is float64): `info_nce` of view 0, and `distill` of
+    all views (0 without t).  An active autocast changes nothing.  Differentiable once.
+    Raises ValueError when k, queue or t requires grad (they are targets), shapes or devices differ,
+    temp is not positive, or the queue is not contiguous or, at its first use, not of unit rows."""
     if z.ndim != 3 or z.shape[1:] != k.shape:
-        raise ValueError(f"moco: z {list(z.shape)} must be [V,B,d] and k {list(k.shape)} alike in B and d")
+        raise ValueError(
+            f"moco: z {list(z.shape)} must be [V,B,d] and k {list(k.shape)} alike in B and d"
+        )
     if t is not None and t.shape != z.shape:
-        raise ValueError(f"moco: z {list(z.shape)} and t {list(t.shape)} differ; student and teacher must embed in one width")
+        raise ValueError(
+            f"moco: z {list(z.shape)} and t {list(t.shape)} differ; student and teacher must embed "
+            "in one width"
+        )
     checks.of_queue("moco", z, queue, dict(temp=temp), dict(k=k, queue=queue, t=t))
     return ops.moco(z, k, t, queue, temp, torch.is_grad_enabled() and z.requires_grad)[0].unbind()
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
-    """Cross-entropy of each query's similarity to its own key against those to the queue.  MoCo, arXiv:1911.05722, equation 1.
+    """Cross-entropy of each query's similarity to its own key against those to the queue.  MoCo,
+    arXiv:1911.05722, equation 1.
 
     q, k   [B,d] raw rows; gradient to q only.  Everything else as in `moco`.
     Returns a float32 scalar, the mean over B in nats (float64 if q is float64)."""
@@ -40,31 +53,47 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
     return moco(q[None], k, queue, temp)[0]
 
 
-def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float = 0.2, temp_t: float = 0.01) -> Tensor:
-    """Cross-entropy of the student's similarities to the queue against the teacher's.  SEED, arXiv:2101.04731, equation 4.
+def seed(
+    zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float = 0.2, temp_t: float = 0.01
+) -> Tensor:
+    """Cross-entropy of the student's similarities to the queue against the teacher's.  SEED,
+    arXiv:2101.04731, equation 4.
 
     zs, zt  [B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
-    queue   [K,d] unit rows of the teacher; may be overwritten before backward.  zt[b] itself is scored beside them
+    queue   [K,d] unit rows of the teacher; may be overwritten before backward.  zt[b] itself is
+            scored beside them
     temp_*  > 0; divides the cosine.  temp_t below 0.01 only with a float32 queue
-    Returns a float32 scalar, the mean over B in nats (float64 if zs is float64).  Differentiable once.
+    Returns a float32 scalar, the mean over B in nats (float64 if zs is float64).  Differentiable
+    once.
     Raises ValueError as `moco` does, and for a temp_t that the queue's dtype cannot resolve."""
     if zs.ndim != 2 or zs.shape != zt.shape:
-        raise ValueError(f"seed: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] and alike; student and teacher must embed in one width")
+        raise ValueError(
+            f"seed: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] and alike; student "
+            "and teacher must embed in one width"
+        )
     checks.of_queue("seed", zs, queue, dict(temp_s=temp_s, temp_t=temp_t), dict(zt=zt, queue=queue))
     if temp_t < 0.01 and queue.dtype in (torch.bfloat16, torch.float16):
-        raise ValueError(f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves a cosine by some 1e-4 to 1e-3 and "
-                         "so the teacher's probabilities by orders of magnitude; take a float32 queue or temp_t of 0.01 and more")
+        raise ValueError(
+            f"seed: temp_t is {temp_t} with a queue in {str(queue.dtype)[6:]}, whose rounding moves "
+            "a cosine by some 1e-4 to 1e-3 and so the teacher's probabilities by orders of "
+            "magnitude; take a float32 queue or temp_t of 0.01 and more"
+        )
     return ops.seed(zs, zt, queue, temp_s, temp_t, torch.is_grad_enabled() and zs.requires_grad)[0]
 
 
 def distill(zs: Tensor, zt: Tensor) -> Tensor:
-    """Squared distance of the student's unit rows to the teacher's, same view to same view.  DisCo, arXiv:2104.09124.
+    """Squared distance of the student's unit rows to the teacher's, same view to same view.  DisCo,
+    arXiv:2104.09124.
 
     zs, zt  [V,B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
-    Returns a float32 scalar, the sum over V of the mean over B, within 0..4V (float64 if zs is float64); an active autocast changes nothing.
-    Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
+    Returns a float32 scalar, the sum over V of the mean over B, within 0..4V (float64 if zs is
+    float64); an active autocast changes nothing. Raises ValueError when zt requires grad (detach
+    the teacher) or the shapes differ."""
     if zs.shape != zt.shape:
-        raise ValueError(f"distill: zs {list(zs.shape)} and zt {list(zt.shape)} differ; student and teacher must embed in one width")
+        raise ValueError(
+            f"distill: zs {list(zs.shape)} and zt {list(zt.shape)} differ; student and teacher "
+            "must embed in one width"
+        )
     checks.targets("distill", dict(zt=zt))
     with torch.autocast(zs.device.type, enabled=False):
         return reference.distill(zs, zt)
@@ -72,13 +101,24 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
 
 @torch.no_grad()
 def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor):
-    """Writes the keys [n,d], raw rows in any dtype, as unit rows over queue[ptr], queue[ptr+1], ... of [K,d], round and round, and moves ptr.
+    """Writes the keys [n,d], raw rows in any dtype, as unit rows over queue[ptr], queue[ptr+1], ...
+    of [K,d], round and round, and moves ptr.
 
-    queue, ptr ([] int64) are changed in place and on their device: nothing waits for it, and captured graphs may hold their addresses.
-    Raises ValueError for more keys than rows (which of them stay would be left to chance) and for another width or device."""
+    queue, ptr ([] int64) are changed in place and on their device: nothing waits for it, and
+    captured graphs may hold their addresses. Raises ValueError for more keys than rows (which of
+    them stay would be left to chance) and for another width or device."""
     if len(keys) > len(queue):
-        raise ValueError(f"the queue holds {len(queue)} keys and cannot take {len(keys)} at once; enlarge method.queue or lower data.batch")
-    if keys.shape[1:] != queue.shape[1:] or not keys.device == ptr.device == queue.device or not queue.is_contiguous():
-        raise ValueError(f"enqueue: keys {list(keys.shape)} on {keys.device} do not fit a contiguous queue {list(queue.shape)} on {queue.device}, "
-                         f"ptr on {ptr.device}")
+        raise ValueError(
+            f"the queue holds {len(queue)} keys and cannot take {len(keys)} at once; enlarge "
+            "method.queue or lower data.batch"
+        )
+    if (
+        keys.shape[1:] != queue.shape[1:]
+        or not keys.device == ptr.device == queue.device
+        or not queue.is_contiguous()
+    ):
+        raise ValueError(
+            f"enqueue: keys {list(keys.shape)} on {keys.device} do not fit a contiguous queue "
+            f"{list(queue.shape)} on {queue.device}, ptr on {ptr.device}"
+        )
     ops.enqueue(queue, ptr, keys)

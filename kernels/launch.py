@@ -1,6 +1,9 @@
-"""How the sweep of the queue is launched on each architecture: a static table, so no step is spent on tuning and the same run gives the same bits.
+"""How the sweep of the queue is launched on each architecture: a static table, so no step is spent
+on tuning and the same run gives the same bits.
 
-`bench/tune.py` measures on the GPU at hand and rewrites its rows in launch.json; a row that no GPU has timed says `timed: false`."""
+`bench/tune.py` measures on the GPU at hand and rewrites its rows in launch.json; a row that no GPU
+has timed says `timed: false`."""
+
 import functools
 import json
 from pathlib import Path
@@ -23,13 +26,18 @@ class Launch(NamedTuple):
     timed: bool
 
     def options(self, even: bool) -> dict:
-        """Of the launch.  A sweep that must look for the queue's end needs more registers than a cap would leave it."""
-        return dict(num_warps=self.warps, num_stages=self.stages) | ({"maxnreg": self.registers} if self.registers and even else {})
+        """Of the launch.  A sweep that must look for the queue's end needs more registers than a
+        cap would leave it."""
+        return dict(num_warps=self.warps, num_stages=self.stages) | (
+            {"maxnreg": self.registers} if self.registers and even else {}
+        )
 
 
 def choose(device: torch.device, dtype: torch.dtype, d: int, n: int, running: bool) -> Launch:
-    """The table's row for n rows of width d against a queue of that dtype, with the running maximum or not."""
-    arch = architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 80  # the interpreter
+    """The table's row for n rows of width d against a queue of that dtype, with the running maximum
+    or not."""
+    # The interpreter.
+    arch = architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 80
     how = table()[key(arch, dtype, d, n, running)]
     whole = d == padded(d) and d * dtype.itemsize % 16 == 0  # what the copy engine asks for
     return how if whole or not how.tma else how._replace(tma=False)
@@ -56,4 +64,9 @@ def table() -> dict[str, Launch]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3  # the interpreter: several ranges
+    # The interpreter: several ranges.
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 3
+    )

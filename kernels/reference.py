@@ -1,4 +1,6 @@
-"""Every loss in plain torch, as its paper writes it: the specification that the fast forms are tested against."""
+"""Every loss in plain torch, as its paper writes it: the specification that the fast forms are
+tested against."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,8 @@ EPS = 1e-12  # shortest length that a row is divided by
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
-    """Cross-entropy of the query's similarities, its own key being the right class.  MoCo, arXiv:1911.05722, equation 1.
+    """Cross-entropy of the query's similarities, its own key being the right class.  MoCo,
+    arXiv:1911.05722, equation 1.
 
     q      [B,d] raw rows, normalised here; the gradient goes to q only
     k      [B,d] row b is the positive of q[b], normalised here
@@ -21,7 +24,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
 
 
 def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float) -> Tensor:
-    """Cross-entropy between the distributions of student and teacher over the teacher's own feature and the queue.  SEED, arXiv:2101.04731, eq. 4.
+    """Cross-entropy between the distributions of student and teacher over the teacher's own feature
+    and the queue.  SEED, arXiv:2101.04731, eq. 4.
 
     zs, zt  [B,d] raw rows, normalised here; the gradient goes to zs only
     queue   [K,d] unit rows
@@ -34,22 +38,28 @@ def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float) ->
 
 
 def distill(zs: Tensor, zt: Tensor) -> Tensor:
-    """Squared distance of the student's unit rows to the teacher's.  DisCo, arXiv:2104.09124, L_dis.
+    """Squared distance of the student's unit rows to the teacher's.  DisCo, arXiv:2104.09124,
+    L_dis.
 
-    zs, zt  [V,B,d] raw rows, normalised here; the same view on both sides; the gradient goes to zs only
+    zs, zt  [V,B,d] raw rows, normalised here; the same view on both sides; the gradient goes to zs
+            only
     Returns a scalar, the sum over V of the mean over B; float64 if zs is, else float32."""
     return (unit(zs) - unit(zt.detach()).to(wide(zs))).square().sum(-1).mean(-1).sum()
 
 
 def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
-    """Each of the first views' targets predicted from every other view.  SwAV, arXiv:2006.09882, equation 2; DINO, arXiv:2104.14294, equation 3.
+    """Each of the first views' targets predicted from every other view.  SwAV, arXiv:2006.09882,
+    equation 2; DINO, arXiv:2104.14294, equation 3.
 
     scores   [V,B,P] raw; gradient to them only
     targets  [G,B,P] probabilities, of views 0..G-1
     temp     > 0; divides the scores
     Returns a scalar, the mean over the G (V-1) pairs and B in nats."""
     pairs = [(g, v) for g in range(len(targets)) for v in range(len(scores)) if v != g]
-    return sum(F.cross_entropy(scores[v].to(wide(scores)) / temp, targets[g].detach().to(wide(scores))) for g, v in pairs) / len(pairs)
+    return sum(
+        F.cross_entropy(scores[v].to(wide(scores)) / temp, targets[g].detach().to(wide(scores)))
+        for g, v in pairs
+    ) / len(pairs)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,21 +1,27 @@
-"""Relational knowledge distillation in plain torch: distances and angles within a batch, which no queue enters."""
+"""Relational knowledge distillation in plain torch: distances and angles within a batch, which no
+queue enters."""
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fastdisco.kernels import checks
 from fastdisco.kernels.reference import unit, wide
+from torch import Tensor
 
 
 def rkd(zs: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances and angles among the student's unit rows against those among the teacher's.  RKD, arXiv:1904.05068, equations 4 to 8.
+    """Distances and angles among the student's unit rows against those among the teacher's.  RKD,
+    arXiv:1904.05068, equations 4 to 8.
 
     zs, zt  [B,d] raw rows of B >= 2 images, normalised here in float32; gradient to zs only
-    Returns two float32 scalars (float64 if zs is float64), means of smooth L1: over the B^2 distances, each in units of their own network's mean
-    distance, and over the cosines at all B^3 triples; an active autocast changes nothing.  Holds [B,B,d] and [B,B,B].
+    Returns two float32 scalars (float64 if zs is float64), means of smooth L1: over the B^2
+    distances, each in units of their own network's mean distance, and over the cosines at all B^3
+    triples; an active autocast changes nothing.  Holds [B,B,d] and [B,B,B].
     Raises ValueError when zt requires grad or the shapes do not fit."""
     if zs.ndim != 2 or len(zs) != len(zt) or len(zs) < 2:
-        raise ValueError(f"rkd: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] of the same 2 images or more")
+        raise ValueError(
+            f"rkd: zs {list(zs.shape)} and zt {list(zt.shape)} must be [B,d] of the same 2 images "
+            "or more"
+        )
     checks.targets("rkd", dict(zt=zt))
     with torch.autocast(zs.device.type, enabled=False):
         (s_far, s_angle), (t_far, t_angle) = _relations(unit(zs)), _relations(unit(zt).to(wide(zs)))
@@ -23,8 +29,12 @@ def rkd(zs: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _relations(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [B,B], whose mean over pairs of two images is 1, and angles [B,B,B]: at i, the cosine between the directions to j and to k."""
+    """Distances [B,B], whose mean over pairs of two images is 1, and angles [B,B,B]: at i, the
+    cosine between the directions to j and to k."""
     to = z[None] - z[:, None]  # [i,j,d]: from i to j
-    far = to.square().sum(2).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))  # below, the root has no gradient
+    # Below, the root has no gradient.
+    far = to.square().sum(2).clamp(min=1e-12).sqrt() * (
+        1 - torch.eye(len(z), dtype=z.dtype, device=z.device)
+    )
     to = F.normalize(to, dim=2)
     return far / (far.sum() / (len(z) * (len(z) - 1))), to @ to.transpose(1, 2)

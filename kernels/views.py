@@ -1,23 +1,36 @@
-"""The cross-view loss of SwAV and DINO in plain torch: it keeps the scores and their log-sum-exp, no probabilities of the student.
+"""The cross-view loss of SwAV and DINO in plain torch: it keeps the scores and their log-sum-exp,
+no probabilities of the student.
 
 The prototypes need a gradient themselves, so there is no one-pass form as for a queue."""
-import torch
-from torch import Tensor
 
+import torch
 from fastdisco.kernels import checks
 from fastdisco.kernels.reference import wide
+from torch import Tensor
 
 
 def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
-    """Each of the first views' targets predicted from every other view.  SwAV, arXiv:2006.09882, equation 2; DINO, arXiv:2104.14294, equation 3.
+    """Each of the first views' targets predicted from every other view.  SwAV, arXiv:2006.09882,
+    equation 2; DINO, arXiv:2104.14294, equation 3.
 
     scores   [V,B,P] raw, any float dtype; gradient to them only, in their dtype
-    targets  [G,B,P] probabilities, of views 0..G-1: SwAV's codes, DINO's centred and sharpened teacher
+    targets  [G,B,P] probabilities, of views 0..G-1: SwAV's codes, DINO's centred and sharpened
+             teacher
     temp     > 0; divides the scores
-    Returns a float32 scalar, the mean over the G (V-1) pairs and B in nats (float64 if scores is float64).
-    Raises ValueError when targets requires grad, the shapes do not fit, there is only one view or temp is not positive."""
-    if scores.ndim != 3 or scores.shape[1:] != targets.shape[1:] or not 1 <= len(targets) <= len(scores) or len(scores) < 2:
-        raise ValueError(f"swapped: targets {list(targets.shape)} must be [G,B,P] of the first G of the V >= 2 views of scores {list(scores.shape)}")
+    Returns a float32 scalar, the mean over the G (V-1) pairs and B in nats (float64 if scores is
+    float64).
+    Raises ValueError when targets requires grad, the shapes do not fit, there is only one view or
+    temp is not positive."""
+    if (
+        scores.ndim != 3
+        or scores.shape[1:] != targets.shape[1:]
+        or not 1 <= len(targets) <= len(scores)
+        or len(scores) < 2
+    ):
+        raise ValueError(
+            f"swapped: targets {list(targets.shape)} must be [G,B,P] of the first G of the V >= 2 "
+            f"views of scores {list(scores.shape)}"
+        )
     checks.targets("swapped", dict(targets=targets))
     checks.positive("swapped", dict(temp=temp))
     with torch.autocast(scores.device.type, enabled=False):
@@ -43,7 +56,10 @@ class _Swapped(torch.autograd.Function):
         scale = upstream / (ctx.temp * scores.shape[1] * _pairs(scores, targets))
         grad = torch.empty_like(scores)
         for v, mine in enumerate(scores):
-            p, target = torch.exp(mine.to(wide(scores)) / ctx.temp - lse[v][:, None]), _target(targets, v, scores)
+            p, target = (
+                torch.exp(mine.to(wide(scores)) / ctx.temp - lse[v][:, None]),
+                _target(targets, v, scores),
+            )
             grad[v] = (target.sum(1, keepdim=True) * p - target) * scale
         return grad, None, None
 

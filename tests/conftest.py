@@ -1,4 +1,6 @@
-"""What all tests share: skips for an absent GPU or absent data, a small folder of images, the real command, and several ranks."""
+"""What all tests share: skips for an absent GPU or absent data, a small folder of images, the real
+command, and several ranks."""
+
 import multiprocessing
 import os
 import socket
@@ -15,9 +17,11 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("FASTDISCO_DATA", ROOT.parent / "shared" / "data"))  # real images that a clone does not have
+# Real images that a clone does not have.
+SHARED = Path(os.environ.get("FASTDISCO_DATA", ROOT.parent / "shared" / "data"))
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["fastdisco.train", "deepspeed.runtime.zero.muon.original_muon"])  # each rank is a fresh process that has its imports
+# Each rank is a fresh process that has its imports.
+_FORK.set_forkserver_preload(["fastdisco.train", "deepspeed.runtime.zero.muon.original_muon"])
 
 
 def pytest_collection_modifyitems(items):
@@ -36,7 +40,8 @@ def shared(name):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """train/ with 43 images of 3 classes and val/ with 12, JPEGs of about 40 px with some structure."""
+    """train/ with 43 images of 3 classes and val/ with 12, JPEGs of about 40 px with some
+    structure."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for part, n in (("train", 43), ("val", 12)):
@@ -50,20 +55,39 @@ def folder(tmp_path_factory):
 
 
 def tiny(folder, tmp_path, *overrides):
-    """The arguments of a run of seconds on that folder: 5 steps an epoch, a queue that wraps after 3."""
-    return ["--config", ROOT / "tests/tiny.yaml", f"data.train={folder}/train", f"data.val={folder}/val", f"run.out={tmp_path}", *overrides]
+    """The arguments of a run of seconds on that folder: 5 steps an epoch, a queue that wraps after
+    3."""
+    return [
+        "--config",
+        ROOT / "tests/tiny.yaml",
+        f"data.train={folder}/train",
+        f"data.val={folder}/val",
+        f"run.out={tmp_path}",
+        *overrides,
+    ]
 
 
 def run(*command, env=None, code=0, timeout=120, cwd=ROOT):
-    """Runs a command and returns what it printed; fails the test with that unless it ended with `code`."""
-    done = subprocess.run([str(c) for c in command], cwd=cwd, text=True, capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
+    """Runs a command and returns what it printed; fails the test with that unless it ended with
+    `code`."""
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
     text = done.stdout + done.stderr
-    assert done.returncode == code, f"{' '.join(map(str, command))} ended with {done.returncode}:\n{text[-4000:]}"
+    assert done.returncode == code, (
+        f"{' '.join(map(str, command))} ended with {done.returncode}:\n{text[-4000:]}"
+    )
     return text
 
 
 def ranks(n, function, *args, timeout=300):
-    """[function(*args) on rank 0, 1, ...], each in a process of its own with the launcher's variables; an error there is raised here."""
+    """[function(*args) on rank 0, 1, ...], each in a process of its own with the launcher's
+    variables; an error there is raised here."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,4 +1,6 @@
-"""The training loop of train.py without engine and data, on tiny networks in float64 whose every number is drawn: what the methods' tests share."""
+"""The training loop of train.py without engine and data, on tiny networks in float64 whose every
+number is drawn: what the methods' tests share."""
+
 import copy
 import os
 from pathlib import Path
@@ -10,9 +12,9 @@ from torch import nn
 
 from fastdisco import config, methods, models
 from fastdisco.common import dist
-from fastdisco.models import heads
 from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress
+from fastdisco.models import heads
 from fastdisco.teacher import Teacher
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,8 +40,19 @@ def drawn(module, rng):
 
 def backbone(rng, bn, width=4):
     norm = nn.BatchNorm2d if bn else (lambda c: nn.Identity())
-    return drawn(nn.Sequential(nn.Conv2d(3, width, 3, 2, bias=not bn), norm(width), nn.ReLU(), nn.Conv2d(width, 8, 3), norm(8), nn.ReLU(),
-                               nn.AdaptiveAvgPool2d(1), nn.Flatten()), rng)
+    return drawn(
+        nn.Sequential(
+            nn.Conv2d(3, width, 3, 2, bias=not bn),
+            norm(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 8, 3),
+            norm(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ),
+        rng,
+    )
 
 
 def crops(seed, b, sizes, share=slice(None)):
@@ -50,29 +63,59 @@ def crops(seed, b, sizes, share=slice(None)):
 
 
 class Run:
-    """A method with its networks and optimizer; `plain` and `plain_teacher` are the same networks, to compute formulas with."""
+    """A method with its networks and optimizer; `plain` and `plain_teacher` are the same networks,
+    to compute formulas with."""
 
-    def __init__(self, block, head, told: config.Optim, teacher=None, epochs=4, per_epoch=5, bn=True, groups=1, joint=False, seed=7):
-        """head, teacher: functions of a generator that make a head, the teacher's on a backbone of its own."""
+    def __init__(
+        self,
+        block,
+        head,
+        told: config.Optim,
+        teacher=None,
+        epochs=4,
+        per_epoch=5,
+        bn=True,
+        groups=1,
+        joint=False,
+        seed=7,
+    ):
+        """head, teacher: functions of a generator that make a head, the teacher's on a backbone of
+        its own."""
         rng = generator(seed)
         self.plain = nn.Sequential(backbone(rng, bn), head(rng))
-        self.plain_teacher = nn.Sequential(backbone(rng, True, 5), teacher(rng)).eval() if teacher else None
+        self.plain_teacher = (
+            nn.Sequential(backbone(rng, True, 5), teacher(rng)).eval() if teacher else None
+        )
         self.net = models.Net(*copy.deepcopy(self.plain), joint=joint)
         if count := getattr(block, "prototypes", 0):
             self.net.prototypes = drawn(heads.Prototypes(DIM, count), rng)
             self.plain_prototypes = self.net.prototypes.weight.detach().clone()
         models.split_bn(self.net, groups)
-        self.method = methods.create(block.name, cfg=block, dim=DIM, seed=seed, shuffle="off").double()
-        self.ema = None if self.method.momentum(Progress(0, 0.0)) is None else models.ema_copy(self.net)
+        self.method = methods.create(
+            block.name, cfg=block, dim=DIM, seed=seed, shuffle="off"
+        ).double()
+        self.ema = (
+            None if self.method.momentum(Progress(0, 0.0)) is None else models.ema_copy(self.net)
+        )
         self.teacher = Teacher(models.Net(*copy.deepcopy(self.plain_teacher))) if teacher else None
         self.told, self.epochs, self.per_epoch = told, epochs, per_epoch
         self.optimizer = optim.create(self.net, told, told.lr)
 
     def step(self, step, *micro_batches):
-        """One optimizer step; returns its loss, gradients by name (those of frozen weights None) and terms of the last micro batch."""
-        nets = Nets(self.net, self.ema and torch.no_grad()(self.ema), self.teacher, self.net.prototypes and torch.no_grad()(self.net.prototypes))
+        """One optimizer step; returns its loss, gradients by name (those of frozen weights None)
+        and terms of the last micro batch."""
+        nets = Nets(
+            self.net,
+            self.ema and torch.no_grad()(self.ema),
+            self.teacher,
+            self.net.prototypes and torch.no_grad()(self.net.prototypes),
+        )
         epoch = step / self.per_epoch
-        optim.move(self.optimizer, optim.rate(self.told, self.told.lr, epoch, self.epochs), optim.decay(self.told, epoch, self.epochs))
+        optim.move(
+            self.optimizer,
+            optim.rate(self.told, self.told.lr, epoch, self.epochs),
+            optim.decay(self.told, epoch, self.epochs),
+        )
         self.optimizer.zero_grad()
         total = 0.0
         for i, views in enumerate(micro_batches):
@@ -85,7 +128,9 @@ class Run:
             dist.all_mean(p.grad)
         self.all_grads = {n: p.grad.clone() for n, p in self.net.named_parameters()}
         optim.freeze(self.net, self.method.frozen(progress))
-        grads = {n: p.grad if p.grad is None else p.grad.clone() for n, p in self.net.named_parameters()}
+        grads = {
+            n: p.grad if p.grad is None else p.grad.clone() for n, p in self.net.named_parameters()
+        }
         self.optimizer.step()
         if self.ema:
             models.ema_update(self.ema, self.net, self.method.momentum(progress))
@@ -94,7 +139,7 @@ class Run:
 
 
 def halves(views):
-    return [[v[:len(v) // 2] for v in views], [v[len(v) // 2:] for v in views]]
+    return [[v[: len(v) // 2] for v in views], [v[len(v) // 2 :] for v in views]]
 
 
 def mine(b):
@@ -115,6 +160,13 @@ def check_golden(name, losses):
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("FASTDISCO_WRITE_GOLDEN") == "1":
         path.write_text("".join(f"{step} {loss!r}\n" for step, loss in enumerate(losses)))
-    golden = [(int(step), float(loss)) for step, loss in (line.split() for line in path.read_text().splitlines())]
-    assert len(golden) == 20 and list(enumerate(losses)) == [(step, pytest.approx(loss, rel=1e-7)) for step, loss in golden], (
-        f"{path.name} differs: if the change is meant to alter numbers, write it anew with FASTDISCO_WRITE_GOLDEN=1 and say why in the commit")
+    golden = [
+        (int(step), float(loss))
+        for step, loss in (line.split() for line in path.read_text().splitlines())
+    ]
+    assert len(golden) == 20 and list(enumerate(losses)) == [
+        (step, pytest.approx(loss, rel=1e-7)) for step, loss in golden
+    ], (
+        f"{path.name} differs: if the change is meant to alter numbers, write it anew with "
+        "FASTDISCO_WRITE_GOLDEN=1 and say why in the commit"
+    )

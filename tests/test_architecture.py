@@ -1,9 +1,10 @@
-"""The tree keeps its shape: import levels, one owner for each heavy dependency, no names that break `deepspeed fastdisco/train.py`."""
+"""The tree keeps its shape: import levels, one owner for each heavy dependency, no names that break
+`deepspeed fastdisco/train.py`."""
+
 import ast
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 LEVELS = [
@@ -13,7 +14,13 @@ LEVELS = [
     {"run"},
     {"cli", "train", "commands"},
 ]
-OWNERS = {"nvidia": {"data"}, "deepspeed": {"engine"}, "timm.optim": {"engine"}, "timm": {"models", "engine"}, "triton": {"kernels"}}
+OWNERS = {
+    "nvidia": {"data"},
+    "deepspeed": {"engine"},
+    "timm.optim": {"engine"},
+    "timm": {"models", "engine"},
+    "triton": {"kernels"},
+}
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
@@ -39,21 +46,31 @@ def test_imports_go_down(path):
     level = {name: i for i, names in enumerate(LEVELS) for name in names}
     assert here in level, f"{path.name}: give it a level"
     for name in imports(path):
-        if name.startswith("fastdisco.") and (other := name.split(".")[1]) in level and other != here:
+        if (
+            name.startswith("fastdisco.")
+            and (other := name.split(".")[1]) in level
+            and other != here
+        ):
             down = level[other] < level[here]
             # The foundations may use each other, and so may the entry points.
             beside = level[other] == level[here] and level[here] in (0, len(LEVELS) - 1)
-            assert down or beside, f"{here} (level {level[here]}) imports {other} (level {level[other]})"
+            assert down or beside, (
+                f"{here} (level {level[here]}) imports {other} (level {level[other]})"
+            )
         for heavy, owners in OWNERS.items():
             if name == heavy or name.startswith(heavy + "."):
                 assert here in owners, f"{name} is imported by {here}; only {owners} may"
 
 
 def test_only_its_command_imports_the_loop():
-    assert {p.name for p in FILES for name in imports(p) if name.startswith("fastdisco.train.")} == {"train.py"}
+    assert {
+        p.name for p in FILES for name in imports(p) if name.startswith("fastdisco.train.")
+    } == {"train.py"}
     assert not [p for p in FILES for name in imports(p) if name.startswith("fastdisco.cli")]
 
 
 def test_no_file_shadows_the_standard_library():
-    names = {p.stem for p in (ROOT / "fastdisco").glob("*.py")} | {p.name for p in (ROOT / "fastdisco").iterdir() if p.is_dir()}
+    names = {p.stem for p in (ROOT / "fastdisco").glob("*.py")} | {
+        p.name for p in (ROOT / "fastdisco").iterdir() if p.is_dir()
+    }
     assert not names & set(sys.stdlib_module_names)

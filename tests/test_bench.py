@@ -1,4 +1,5 @@
 """The benches' result files and the tables made from them."""
+
 import io
 import json
 import re
@@ -7,24 +8,37 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from conftest import ROOT, run
+from PIL import Image
+
 from fastdisco import config
 
 sys.path.insert(0, str(ROOT / "bench"))
-import common  # noqa: E402
-import report  # noqa: E402
+import common
+import report
 
 
 def result(folder, bench, device, rows, **more):
     folder.mkdir(exist_ok=True)
-    about = dict(bench=bench, date="2026-01-02", commit="abc1234", command="bench/x.py", cpu="a chip", cores=2, gpus=[],
-                 versions={"torch": "2.14.1"})
-    (folder / f"{bench}-{device}.json").write_text(json.dumps(about | dict(device=device, summary=rows, samples=[]) | more))
+    about = dict(
+        bench=bench,
+        date="2026-01-02",
+        commit="abc1234",
+        command="bench/x.py",
+        cpu="a chip",
+        cores=2,
+        gpus=[],
+        versions={"torch": "2.14.1"},
+    )
+    (folder / f"{bench}-{device}.json").write_text(
+        json.dumps(about | dict(device=device, summary=rows, samples=[]) | more)
+    )
 
 
 def test_a_row_has_a_value_or_a_reason():
-    assert common.row("a", 1.0, "s", None, "lower") == dict(name="a", value=1.0, unit="s", aim=None, better="lower")
+    assert common.row("a", 1.0, "s", None, "lower") == dict(
+        name="a", value=1.0, unit="s", aim=None, better="lower"
+    )
     assert common.row("a", None, "s", 2, "lower", "no GPU here")["reason"] == "no GPU here"
     for value, reason in ((None, None), (1.0, "why")):
         with pytest.raises(AssertionError):
@@ -44,25 +58,62 @@ def test_a_jpeg_has_the_lowest_quality_of_enough_bytes():
         image.save(f, "JPEG", quality=quality)
         sizes[quality] = len(f.getvalue())
     for size in (0, sizes[50], sizes[60] + 1, sizes[97] + 1, 10**6):
-        assert len(common.jpeg(image, size)) == next((n for n in sizes.values() if n >= size), sizes[98])
+        assert len(common.jpeg(image, size)) == next(
+            (n for n in sizes.values() if n >= size), sizes[98]
+        )
 
 
 def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
-    path = common.write("probe", "cpu", [common.row("a", 1.5, "s", 2, "lower")], {"raw": [1, 2]}, extra=7)
+    path = common.write(
+        "probe", "cpu", [common.row("a", 1.5, "s", 2, "lower")], {"raw": [1, 2]}, extra=7
+    )
     found = json.loads(path.read_text())
-    assert path.name == "probe-cpu.json" and found["summary"] == [dict(name="a", value=1.5, unit="s", aim=2, better="lower")]
+    assert path.name == "probe-cpu.json" and found["summary"] == [
+        dict(name="a", value=1.5, unit="s", aim=2, better="lower")
+    ]
     assert found["samples"] == {"raw": [1, 2]} and found["extra"] == 7
-    assert {"torch", "triton", "deepspeed", "timm", "python"} <= found["versions"].keys() and any("dali" in v for v in found["versions"])
-    assert found["cores"] >= 1 and found["cpu"] and re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"]) and found["command"]
-    assert "host" not in found and re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", found["commit"] or "0000000")
+    assert {"torch", "triton", "deepspeed", "timm", "python"} <= found["versions"].keys() and any(
+        "dali" in v for v in found["versions"]
+    )
+    assert (
+        found["cores"] >= 1
+        and found["cpu"]
+        and re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+        and found["command"]
+    )
+    assert "host" not in found and re.fullmatch(
+        r"[0-9a-f]{7,}(-dirty)?", found["commit"] or "0000000"
+    )
 
 
 def test_tables_between_the_markers(tmp_path):
-    result(tmp_path, "speed", "cpu", [dict(name="ips", value=1234.5678, unit="images/s", aim=1000, better="higher"),
-                                      dict(name="gpu_ips", value=None, unit="images/s", aim=None, better="higher", reason="no GPU here")])
-    result(tmp_path, "speed", "h100", [dict(name="ips", value=0.0, unit="images/s", aim=None, better="higher")], gpus=["NVIDIA H100"])
-    result(tmp_path, "speedy", "cpu", [dict(name="other", value=1, unit="s", aim=None, better="lower")])
+    result(
+        tmp_path,
+        "speed",
+        "cpu",
+        [
+            dict(name="ips", value=1234.5678, unit="images/s", aim=1000, better="higher"),
+            dict(
+                name="gpu_ips",
+                value=None,
+                unit="images/s",
+                aim=None,
+                better="higher",
+                reason="no GPU here",
+            ),
+        ],
+    )
+    result(
+        tmp_path,
+        "speed",
+        "h100",
+        [dict(name="ips", value=0.0, unit="images/s", aim=None, better="higher")],
+        gpus=["NVIDIA H100"],
+    )
+    result(
+        tmp_path, "speedy", "cpu", [dict(name="other", value=1, unit="s", aim=None, better="lower")]
+    )
     marked = "before\n<!-- bench:speed -->\nold\n<!-- /bench:speed -->\nafter\n<!-- bench:none -->\n<!-- /bench:none -->\n"
     text = report.fill(marked, tmp_path)
     lines = text.splitlines()
@@ -70,24 +121,40 @@ def test_tables_between_the_markers(tmp_path):
     assert "| ips | 1235 | images/s | 1000 |" in lines
     assert "| gpu_ips | not measured: no GPU here | images/s |  |" in lines
     assert "| ips | 0 | images/s |  |" in lines  # nought is a measurement
-    assert "a chip, 2 cores" in text and "NVIDIA H100" in text and "`bench/x.py`" in text and "abc1234" in text
+    assert (
+        "a chip, 2 cores" in text
+        and "NVIDIA H100" in text
+        and "`bench/x.py`" in text
+        and "abc1234" in text
+    )
     assert text.endswith("<!-- bench:none -->\nNot measured yet.\n<!-- /bench:none -->\n")
     assert report.fill(text, tmp_path) == text
 
 
 def test_a_short_table_has_what_is_measured_and_names_the_page_with_all(tmp_path):
-    rows = [common.row("a", 1.5, "s", None, "lower"), common.row("b", None, "s", None, "lower", "no GPU here")]
+    rows = [
+        common.row("a", 1.5, "s", None, "lower"),
+        common.row("b", None, "s", None, "lower", "no GPU here"),
+    ]
     result(tmp_path, "speed", "cpu", rows)
     result(tmp_path, "speed", "h100", rows[:1])
     text = report.fill("<!-- bench:speed full:docs/x.md -->\n<!-- /bench:speed -->\n", tmp_path)
-    assert text.count("| a | 1.5 | s |  |") == 2 and "| b |" not in text and text.count("Rows not measured yet: 1, see [docs/x.md](docs/x.md).") == 1
+    assert (
+        text.count("| a | 1.5 | s |  |") == 2
+        and "| b |" not in text
+        and text.count("Rows not measured yet: 1, see [docs/x.md](docs/x.md).") == 1
+    )
     assert report.fill(text, tmp_path) == text
     for _, bench, page, _ in report.MARKED.findall((ROOT / "README.md").read_text()):
         assert not page or f"<!-- bench:{bench} -->" in (ROOT / page).read_text()
 
 
 def test_check_tells_a_stale_file(tmp_path, monkeypatch, capsys):
-    results, readme, doc = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs" / "speed.md"
+    results, readme, doc = (
+        tmp_path / "results",
+        tmp_path / "README.md",
+        tmp_path / "docs" / "speed.md",
+    )
     doc.parent.mkdir()
     readme.write_text("<!-- bench:speed -->\n<!-- /bench:speed -->\n")
     doc.write_text("no table here\n")
@@ -97,7 +164,11 @@ def test_check_tells_a_stale_file(tmp_path, monkeypatch, capsys):
     result(results, "speed", "cpu", [row])
     assert report.main(["--check"]) == 1 and "README.md" in capsys.readouterr().out
     assert "ips" not in readme.read_text()  # a check writes nothing
-    assert report.main([]) == 0 and report.main(["--check"]) == 0 and "| ips | 1 |" in readme.read_text()
+    assert (
+        report.main([]) == 0
+        and report.main(["--check"]) == 0
+        and "| ips | 1 |" in readme.read_text()
+    )
     result(results, "speed", "cpu", [row | {"value": 2}])
     assert report.main(["--check"]) == 1
     assert doc.read_text() == "no table here\n"
@@ -107,27 +178,57 @@ def test_the_projects_own_tables_are_fresh():
     assert "stale" not in run(sys.executable, "bench/report.py", "--check")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda p: p.name
+)
 def test_every_kept_result_is_whole(path):
     for row in json.loads(path.read_text())["summary"]:
-        assert {"name", "value", "unit", "aim", "better"} <= row.keys() and row["better"] in ("higher", "lower")
+        assert {"name", "value", "unit", "aim", "better"} <= row.keys() and row["better"] in (
+            "higher",
+            "lower",
+        )
         assert row["value"] is not None or row["reason"]
 
 
 def test_every_gpu_test_is_in_a_part_of_make_gpu():
-    listed = re.findall(r"^(?:kernels|loader|step|engine|testbeds) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = re.findall(
+        r"^(?:kernels|loader|step|engine|testbeds) := (.*)$",
+        (ROOT / "Makefile").read_text(),
+        re.MULTILINE,
+    )
     files = [name for part in listed for name in part.split()]
-    marked = {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py") if re.search(r"^@pytest\.mark\.gpu|marks=pytest\.mark\.gpu", p.read_text(), re.MULTILINE)}
-    assert len(listed) == 5 and len(files) == len(set(files)) and marked <= set(files) and all((ROOT / name).exists() for name in files)
+    marked = {
+        f"tests/{p.name}"
+        for p in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^@pytest\.mark\.gpu|marks=pytest\.mark\.gpu", p.read_text(), re.MULTILINE)
+    }
+    assert (
+        len(listed) == 5
+        and len(files) == len(set(files))
+        and marked <= set(files)
+        and all((ROOT / name).exists() for name in files)
+    )
 
 
 def test_the_demos_arms_share_every_setting_but_the_distillation():
-    """student.yaml with and without a teacher differ in the teacher alone, the teacher's recipe in network, length and step size."""
+    """student.yaml with and without a teacher differ in the teacher alone, the teacher's recipe in
+    network, length and step size."""
     folder = ROOT / "configs" / "demo"
-    flat = lambda name, *more: config.flatten(config.load(folder / name, more).model_dump(mode="json"))  # noqa: E731
-    disco, alone, teacher = flat("student.yaml"), flat("student.yaml", "teacher=null"), flat("teacher.yaml")
-    differ = lambda a, b: {k for k in a | b if a.get(k) != b.get(k)}  # noqa: E731
+    flat = lambda name, *more: config.flatten(
+        config.load(folder / name, more).model_dump(mode="json")
+    )
+    disco, alone, teacher = (
+        flat("student.yaml"),
+        flat("student.yaml", "teacher=null"),
+        flat("teacher.yaml"),
+    )
+    differ = lambda a, b: {k for k in a | b if a.get(k) != b.get(k)}
     assert {k.split(".")[0] for k in differ(disco, alone)} == {"teacher"}
     assert differ(alone, teacher) <= {"run.name", "run.epochs", "student.arch", "optim.lr"}
     assert disco["bn.groups"] > 1 and disco["teacher.arch"] == teacher["student.arch"]
-    assert yaml.safe_load((folder / "student.yaml").read_text())["method"].keys().isdisjoint({"distill"})  # the paper's weight
+    # The paper's weight.
+    assert (
+        yaml.safe_load((folder / "student.yaml").read_text())["method"]
+        .keys()
+        .isdisjoint({"distill"})
+    )

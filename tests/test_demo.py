@@ -1,14 +1,17 @@
-"""The demo's images: the same for a seed, cut from disjoint cells of photographs that are installed, never over another's files."""
+"""The demo's images: the same for a seed, cut from disjoint cells of photographs that are
+installed, never over another's files."""
+
 import hashlib
 import json
 import socket
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from fastdisco import cli, data
 from fastdisco.config import UserError
 from fastdisco.data import demo
-from PIL import Image
 
 
 def tree(root):
@@ -26,14 +29,22 @@ def test_the_same_bytes_for_a_seed_and_others_for_another(small, tmp_path):
     demo.write(tmp_path / "b", seed=3, train=4, val=2)
     demo.write(tmp_path / "c", seed=4, train=4, val=2)
     assert tree(small) == tree(tmp_path / "b")
-    images = [{k: v for k, v in tree(root).items() if k.endswith(".jpg")} for root in (small, tmp_path / "c")]
-    assert images[0].keys() == images[1].keys() and not set(images[0].values()) & set(images[1].values())
+    images = [
+        {k: v for k, v in tree(root).items() if k.endswith(".jpg")}
+        for root in (small, tmp_path / "c")
+    ]
+    assert images[0].keys() == images[1].keys() and not set(images[0].values()) & set(
+        images[1].values()
+    )
 
 
 def test_class_folders_of_32_px_colour_jpegs(small):
     for part, count in (("train", 4), ("val", 2)):
         found = data.listing(small / part)
-        assert found.classes == sorted(demo.PHOTOS) and np.bincount(found.labels).tolist() == [count] * 18
+        assert (
+            found.classes == sorted(demo.PHOTOS)
+            and np.bincount(found.labels).tolist() == [count] * 18
+        )
         for file in found.files:
             with Image.open(small / part / file) as image:
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
@@ -42,7 +53,10 @@ def test_class_folders_of_32_px_colour_jpegs(small):
 
 def test_the_full_set_has_7200_and_1440_images(tmp_path):
     demo.write(tmp_path / "full", seed=1)
-    assert [len(data.listing(tmp_path / "full" / part).files) for part in ("train", "val")] == [7200, 1440]
+    assert [len(data.listing(tmp_path / "full" / part).files) for part in ("train", "val")] == [
+        7200,
+        1440,
+    ]
     bytes_ = list(tree(tmp_path / "full").values())
     assert len(set(bytes_)) > 0.98 * len(bytes_)  # the page and the moon have empty parts
 
@@ -56,7 +70,7 @@ def test_train_and_val_patches_share_no_pixel(size):
         for _ in range(400):
             left, upper, right, lower = demo.draw_box(cells, rng)
             assert right - left == lower - upper and 32 <= right - left <= 80
-            assert 0 <= left and right <= size[0] and 0 <= upper and lower <= size[1]
+            assert left >= 0 and right <= size[0] and upper >= 0 and lower <= size[1]
             mask[left:right, upper:lower] = True
     assert not (covered[0] & covered[1]).any()
     cells = (size[0] // 96) * (size[1] // 96)
@@ -65,24 +79,30 @@ def test_train_and_val_patches_share_no_pixel(size):
 
 
 def test_a_patch_is_the_photographs_pixels(small):
-    """The first training patch found again in the photograph, at the place that the seed's draws name."""
+    """The first training patch found again in the photograph, at the place that the seed's draws
+    name."""
     path = demo.find(demo.PHOTOS["coffee"])
     image, rng = demo.photo(path), np.random.default_rng([3, list(demo.PHOTOS).index("coffee")])
     with Image.open(path) as original:
         assert image.size == (640, round(original.height * 640 / original.width))
     cells, _ = demo.split_cells(image.size, rng)
     left, upper, right, lower = demo.draw_box(cells, rng)
-    want = np.asarray(image.crop((left, upper, right, lower)).resize((32, 32), Image.Resampling.BICUBIC), float)
+    want = np.asarray(
+        image.crop((left, upper, right, lower)).resize((32, 32), Image.Resampling.BICUBIC), float
+    )
     with Image.open(small / "train" / "coffee" / "0000.jpg") as stored:
-        assert np.abs(np.asarray(stored, float) - want).mean() < 4  # of 255: JPEG, and the crop's border
+        # Of 255: JPEG, and the crop's border.
+        assert np.abs(np.asarray(stored, float) - want).mean() < 4
 
 
 def test_only_installed_files_and_no_network(small, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a connection was tried")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     demo.write(tmp_path / "d", seed=3, train=1, val=1)
-    monkeypatch.setitem(demo.PHOTOS, "eagle", "skimage/data/eagle.png")  # known to scikit-image, but not shipped
+    # Known to scikit-image, but not shipped.
+    monkeypatch.setitem(demo.PHOTOS, "eagle", "skimage/data/eagle.png")
     with pytest.raises(UserError, match=r"eagle\.png: .*not in the installed skimage"):
         demo.write(tmp_path / "e", seed=3)
     assert not (tmp_path / "e").exists()
@@ -90,7 +110,9 @@ def test_only_installed_files_and_no_network(small, tmp_path, monkeypatch):
 
 def test_what_it_wrote_is_kept(small):
     before = {p: p.stat().st_mtime_ns for p in small.rglob("*")}
-    assert demo.write(small, seed=3, train=4, val=2) == json.loads((small / "demo.json").read_text())
+    assert demo.write(small, seed=3, train=4, val=2) == json.loads(
+        (small / "demo.json").read_text()
+    )
     assert {p: p.stat().st_mtime_ns for p in small.rglob("*")} == before
 
 
@@ -122,6 +144,7 @@ def test_a_killed_run_leaves_nothing_under_the_name(tmp_path, monkeypatch):
         if len(calls) == 9:
             raise KeyboardInterrupt
         return draw(*args)
+
     monkeypatch.setattr(demo, "draw_box", killed)
     with pytest.raises(KeyboardInterrupt):
         demo.write(tmp_path / "h", train=4, val=2)
@@ -129,11 +152,19 @@ def test_a_killed_run_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "draw_box", draw)
     (tmp_path / "h").mkdir()  # an empty folder will do
     demo.write(tmp_path / "h", train=4, val=2)
-    assert len(list((tmp_path / "h").rglob("*.jpg"))) == 18 * 6 and [p.name for p in tmp_path.iterdir()] == ["h"]
+    assert len(list((tmp_path / "h").rglob("*.jpg"))) == 18 * 6 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["h"]
 
 
 def test_the_command(small, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "y").touch()
-    assert cli.main(["data", "demo", str(tmp_path / "x")]) == 2 and "not empty" in capsys.readouterr().err
-    assert cli.main(["data", "demo", str(small), "--seed", "3"]) == 2 and "another train, val" in capsys.readouterr().err
+    assert (
+        cli.main(["data", "demo", str(tmp_path / "x")]) == 2
+        and "not empty" in capsys.readouterr().err
+    )
+    assert (
+        cli.main(["data", "demo", str(small), "--seed", "3"]) == 2
+        and "another train, val" in capsys.readouterr().err
+    )

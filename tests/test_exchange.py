@@ -1,10 +1,12 @@
-"""The exchange of gradients: the mean over ranks, in one order on all of them, sent while the backward runs."""
+"""The exchange of gradients: the mean over ranks, in one order on all of them, sent while the
+backward runs."""
+
 import pytest
 import torch
 import torch.distributed as td
+from conftest import ranks
 from torch import nn
 
-from conftest import ranks
 from fastdisco.common import dist
 from fastdisco.config import Engine, UserError
 from fastdisco.engine import deepspeed_config
@@ -21,7 +23,8 @@ class Net(nn.Module):
         self.unused = nn.Parameter(torch.ones(2))
 
     def forward(self, x, swap=False):
-        a, b = (self.right(x), self.left(x)) if swap else (self.left(x), self.right(x))  # the backward runs the other way round
+        # The backward runs the other way round.
+        a, b = (self.right(x), self.left(x)) if swap else (self.left(x), self.right(x))
         return self.last((a * 2 + b if not swap else a + b * 2).tanh())
 
 
@@ -45,13 +48,16 @@ def _expected(micros=1):
 
 
 def _exchanged(bucket_bytes, micros, swap_on=None):
-    """[gradients after each of 2 steps], buckets sent before the first layer's gradient, kinds of the gradients."""
+    """[gradients after each of 2 steps], buckets sent before the first layer's gradient, kinds of
+    the gradients."""
     td.init_process_group("gloo")
     net, now = Net().to(memory_format=torch.channels_last), {"last": False}
     exchange = Exchange(net, bucket_bytes, lambda: now["last"])
     ran, early = {}, []
     for name, p in net.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda _, name=name: ran.update({name: ran.get(name, 0) + 1}))
+        p.register_post_accumulate_grad_hook(
+            lambda _, name=name: ran.update({name: ran.get(name, 0) + 1})
+        )
     net.left.weight.register_hook(lambda _: early.append(exchange.sent))
     found = []
     for _ in range(2):
@@ -61,20 +67,36 @@ def _exchanged(bucket_bytes, micros, swap_on=None):
             _loss(net, dist.rank(), m, swap_on == dist.rank()).backward()
             exchange.finish()
         found.append([p.grad if p.grad is None else p.grad.tolist() for p in net.parameters()])
-    inside = [any(p.grad.untyped_storage().data_ptr() == b.flat.untyped_storage().data_ptr() for b in exchange.buckets)
-              and p.grad.stride() == p.stride() and p.grad.storage_offset() % ALIGN == 0 for p in net.parameters() if p.grad is not None]
+    inside = [
+        any(
+            p.grad.untyped_storage().data_ptr() == b.flat.untyped_storage().data_ptr()
+            for b in exchange.buckets
+        )
+        and p.grad.stride() == p.stride()
+        and p.grad.storage_offset() % ALIGN == 0
+        for p in net.parameters()
+        if p.grad is not None
+    ]
     td.destroy_process_group()
     return found, early, len(exchange.buckets), ran, all(inside)
 
 
 @pytest.mark.parametrize("bucket_bytes, buckets", [(1, 7), (400, 3), (10**6, 1)])
-@pytest.mark.parametrize("micros, swap_on", [(1, None), (1, 1), (3, None)], ids=["one", "another order on rank 1", "three micro batches"])
-def test_gradients_are_the_mean_over_ranks_and_views_into_the_buckets(bucket_bytes, buckets, micros, swap_on):
+@pytest.mark.parametrize(
+    "micros, swap_on",
+    [(1, None), (1, 1), (3, None)],
+    ids=["one", "another order on rank 1", "three micro batches"],
+)
+def test_gradients_are_the_mean_over_ranks_and_views_into_the_buckets(
+    bucket_bytes, buckets, micros, swap_on
+):
     results = ranks(2, _exchanged, bucket_bytes, micros, swap_on)
     want = _expected(micros)
     for found, early, n, ran, inside in results:
         assert n == buckets and inside
-        assert set(ran.values()) == {2 * micros}, "a weight that two forwards used is to be counted once a backward"
+        assert set(ran.values()) == {2 * micros}, (
+            "a weight that two forwards used is to be counted once a backward"
+        )
         for grads in found:
             for g, w in zip(grads, want, strict=True):
                 assert (g is None) == (w is None)
@@ -86,11 +108,13 @@ def test_gradients_are_the_mean_over_ranks_and_views_into_the_buckets(bucket_byt
 def test_buckets_go_out_while_the_backward_runs_and_only_in_the_last_micro_batch():
     _, early, *_ = ranks(2, _exchanged, 1, 2)[0]
     assert early[0] == early[2] == 0  # the first of two micro batches, in both steps
-    assert early[1] >= 2 and early[3] >= 2  # the last layer's weight and bias, when the first layer's gradient comes
+    # The last layer's weight and bias, when the first layer's gradient comes.
+    assert early[1] >= 2 and early[3] >= 2
 
 
 def _on_gpus():
-    """This rank's gradients of a second step in which the host may not wait, and the keys of a shuffled batch back in order."""
+    """This rank's gradients of a second step in which the host may not wait, and the keys of a
+    shuffled batch back in order."""
     torch.cuda.set_device(dist.device())
     torch.backends.cudnn.allow_tf32 = False
     td.init_process_group("nccl")
@@ -106,7 +130,10 @@ def _on_gpus():
         order = dist.Shuffle(2, 1)
         keys = order.join(order.split(rows))()
     torch.cuda.set_sync_debug_mode("default")
-    out = [p.grad if p.grad is None else p.grad.tolist() for p in net.parameters()], keys.flatten().tolist()
+    out = (
+        [p.grad if p.grad is None else p.grad.tolist() for p in net.parameters()],
+        keys.flatten().tolist(),
+    )
     td.destroy_process_group()
     return out
 
@@ -136,12 +163,22 @@ def test_what_only_deepspeeds_own_exchange_obeys_is_refused():
     raw = {"communication_data_type": "bf16"}
     with pytest.raises(UserError, match="communication_data_type.*engine.overlap"):
         deepspeed_config(Engine(deepspeed=raw), 1, 1, 0.0, 10)
-    assert deepspeed_config(Engine(deepspeed=raw, overlap=False), 1, 1, 0.0, 10)["communication_data_type"] == "bf16"
-    assert deepspeed_config(Engine(deepspeed=raw, stage=1), 1, 1, 0.0, 10)["communication_data_type"] == "bf16"
+    assert (
+        deepspeed_config(Engine(deepspeed=raw, overlap=False), 1, 1, 0.0, 10)[
+            "communication_data_type"
+        ]
+        == "bf16"
+    )
+    assert (
+        deepspeed_config(Engine(deepspeed=raw, stage=1), 1, 1, 0.0, 10)["communication_data_type"]
+        == "bf16"
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_deepspeed_is_told_to_overlap(stage):
-    zero = lambda overlap: deepspeed_config(Engine(stage=stage, bucket_mb=2), 1, 1, 0.0, 10**8, overlap)["zero_optimization"]  # noqa: E731
+    zero = lambda overlap: deepspeed_config(
+        Engine(stage=stage, bucket_mb=2), 1, 1, 0.0, 10**8, overlap
+    )["zero_optimization"]
     assert zero(True)["overlap_comm"] and zero(True)["reduce_bucket_size"] == 2**19
     assert "overlap_comm" not in zero(False) and zero(False)["reduce_bucket_size"] == 10**8

@@ -1,16 +1,18 @@
-"""The queue losses as ops: the dispatcher's checks, torch.compile, autograd's contract, SEED and the cross-view loss against float64, refusals;
-and on a GPU the Triton form against float64, in CUDA graphs, under compile, without a wait for the device."""
+"""The queue losses as ops: the dispatcher's checks, torch.compile, autograd's contract, SEED and
+the cross-view loss against float64, refusals; and on a GPU the Triton form against float64, in CUDA
+graphs, under compile, without a wait for the device."""
+
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from fastdisco.kernels import chunked, ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdisco import kernels
-from fastdisco.kernels import chunked, ops, reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEVICES = [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)]
@@ -19,7 +21,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def rms(got, want):
     want = want.double().cpu()
-    return float((got.double().cpu() - want).norm() / max(want.norm(), 1.2e-38 * want.numel() ** 0.5))
+    return float(
+        (got.double().cpu() - want).norm() / max(want.norm(), 1.2e-38 * want.numel() ** 0.5)
+    )
 
 
 def unit(x):
@@ -30,13 +34,21 @@ def rows(seed, *shape):
     return torch.from_numpy(np.random.default_rng([seed, *shape]).normal(size=shape))
 
 
-def data(b=6, k=40, d=16, views=2, dtype=torch.float64, queue_dtype=None, device=CPU, near=0.7, seed=0):
-    """Raw z [V,B,d] that requires grad, raw key [B,d] and t [V,B,d] at a cosine of about `near` to it, unit rows [K,d]."""
+def data(
+    b=6, k=40, d=16, views=2, dtype=torch.float64, queue_dtype=None, device=CPU, near=0.7, seed=0
+):
+    """Raw z [V,B,d] that requires grad, raw key [B,d] and t [V,B,d] at a cosine of about `near` to
+    it, unit rows [K,d]."""
     z = rows(seed, views, b, d)
     t = near * unit(z) + (1 - near**2) ** 0.5 * unit(rows(seed + 1, views, b, d))
     key = near * unit(z[0]) + (1 - near**2) ** 0.5 * unit(rows(seed + 2, b, d))
     to = lambda x: x.to(device, dtype)
-    return to(4 * z).requires_grad_(), to(key), to(3 * t), unit(rows(seed + 3, k, d)).to(device, queue_dtype or dtype)
+    return (
+        to(4 * z).requires_grad_(),
+        to(key),
+        to(3 * t),
+        unit(rows(seed + 3, k, d)).to(device, queue_dtype or dtype),
+    )
 
 
 def paper_seed(zs, zt, queue, temp_s, temp_t):
@@ -44,7 +56,8 @@ def paper_seed(zs, zt, queue, temp_s, temp_t):
     s, t, queue = unit(zs.double()), unit(zt.double()), queue.double()
     scores = lambda x, temp: torch.cat([(x * t).sum(1, keepdim=True), x @ queue.T], 1) / temp
     student = scores(s, temp_s)
-    beside = student - student[:, :1]  # relative to the own feature's, or a small loss is lost in float64 too
+    # Relative to the own feature's, or a small loss is lost in float64 too.
+    beside = student - student[:, :1]
     log_p = beside - torch.log1p(torch.exp(beside[:, 1:]).sum(1, keepdim=True))
     return -(scores(t, temp_t).softmax(1) * log_p).sum(1).mean()
 
@@ -57,6 +70,7 @@ def value_and_grad(loss, leaf, *args, upstream=1.0):
 
 
 # ---- registration
+
 
 def samples(device, **kind):
     """Arguments of each op; the last says whether gradients are wanted."""
@@ -77,7 +91,12 @@ def test_the_dispatcher_is_told_the_truth(device, dtype):
 
 def step(z, key, t, queue, ptr):
     contrast, distill = kernels.moco(z, key, queue, 0.2, t)
-    loss = contrast + 3 * distill + kernels.seed(z[0], t[0], queue, 0.2, 0.05) + kernels.swapped(z, t.softmax(-1), 0.1)
+    loss = (
+        contrast
+        + 3 * distill
+        + kernels.seed(z[0], t[0], queue, 0.2, 0.05)
+        + kernels.swapped(z, t.softmax(-1), 0.1)
+    )
     kernels.enqueue(queue, ptr, key)
     return loss
 
@@ -104,10 +123,20 @@ def test_each_loss_sends_back_its_own_gradient(upstream, dtype):
         return upstream[0] * contrast + upstream[1] * distill
 
     value, grad = value_and_grad(lambda z: weighed(*kernels.moco(z, key, queue, 0.2, t)), z)
-    want, gradient = value_and_grad(lambda z: weighed(reference.info_nce(z[0], key, queue, 0.2), reference.distill(z, t)), z.double())
-    assert grad.dtype == dtype and rms(value, want) < 1e-6 and rms(grad, gradient) < (4e-3 if dtype == torch.bfloat16 else 2e-6)
+    want, gradient = value_and_grad(
+        lambda z: weighed(reference.info_nce(z[0], key, queue, 0.2), reference.distill(z, t)),
+        z.double(),
+    )
+    assert (
+        grad.dtype == dtype
+        and rms(value, want) < 1e-6
+        and rms(grad, gradient) < (4e-3 if dtype == torch.bfloat16 else 2e-6)
+    )
     alone = value_and_grad(lambda z: kernels.moco(z, key, queue, 0.2)[0], z)[1]
-    assert rms(alone[0], value_and_grad(kernels.info_nce, z[0], key, queue, 0.2)[1]) == 0 and alone[1:].abs().max() == 0
+    assert (
+        rms(alone[0], value_and_grad(kernels.info_nce, z[0], key, queue, 0.2)[1]) == 0
+        and alone[1:].abs().max() == 0
+    )
 
 
 def test_without_a_teacher_there_is_no_distance():
@@ -125,13 +154,24 @@ TEMPS = [(0.2, 0.07), (0.2, 0.01), (0.07, 0.01), (0.02, 0.05), (0.2, 1e-4)]
 @pytest.mark.parametrize("near", [0.1, 0.7])
 @pytest.mark.parametrize("b, k, d", [(1, 1, 3), (5, 13, 7), (33, 1, 16), (17, 301, 31)])
 def test_seed_is_the_formula(b, k, d, near, temp_s, temp_t, monkeypatch):
-    for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 1e-6 * max(1, 0.2 / min(temp_s, temp_t)))):
+    for dtype, bound in (
+        (torch.float64, 1e-11),
+        (torch.float32, 1e-6 * max(1, 0.2 / min(temp_s, temp_t))),
+    ):
         z, _, t, queue = data(b, k, d, dtype=dtype, near=near)
-        want, gradient = value_and_grad(paper_seed, z[0].double(), t[0], queue, temp_s, temp_t, upstream=3.7)
+        want, gradient = value_and_grad(
+            paper_seed, z[0].double(), t[0], queue, temp_s, temp_t, upstream=3.7
+        )
         for chunk in (2 * b, 13 * b, 2**21):
             monkeypatch.setattr(chunked, "LOGITS", chunk)
-            loss, grad = value_and_grad(kernels.seed, z[0], t[0], queue, temp_s, temp_t, upstream=3.7)
-            assert loss.dtype == grad.dtype == dtype and rms(loss, want) < bound and rms(grad, gradient) < bound
+            loss, grad = value_and_grad(
+                kernels.seed, z[0], t[0], queue, temp_s, temp_t, upstream=3.7
+            )
+            assert (
+                loss.dtype == grad.dtype == dtype
+                and rms(loss, want) < bound
+                and rms(grad, gradient) < bound
+            )
             assert rms(kernels.seed(z[0].detach(), t[0], queue, temp_s, temp_t), want) < bound
     z, _, t, queue = data(b, k, d, near=near)
     loss, grad = value_and_grad(reference.seed, z[0], t[0], queue, temp_s, temp_t)
@@ -143,7 +183,10 @@ def test_seed_is_the_formula(b, k, d, near, temp_s, temp_t, monkeypatch):
 @pytest.mark.parametrize("temp_s, temp_t", [(0.2, 0.05), (0.02, 0.01)])
 def test_seed_passes_gradcheck(temp_s, temp_t):
     z, _, t, queue = data(3, 11, 5)
-    assert torch.autograd.gradcheck(lambda s: kernels.seed(s, t[0], queue, temp_s, temp_t), z[0].detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: kernels.seed(s, t[0], queue, temp_s, temp_t),
+        z[0].detach().clone().requires_grad_(),
+    )
 
 
 def test_a_perfect_student_is_left_with_the_teachers_entropy():
@@ -154,7 +197,13 @@ def test_a_perfect_student_is_left_with_the_teachers_entropy():
     assert rms(loss, -(p * p.log()).sum(1).mean()) < 1e-12 and grad.abs().max() < 1e-13
 
 
-@pytest.mark.parametrize("loss", [lambda *a: sum(kernels.moco(*a)), lambda z, k, q, temp, t: kernels.seed(z[0], t[0], q, temp, 0.05)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda *a: sum(kernels.moco(*a)),
+        lambda z, k, q, temp, t: kernels.seed(z[0], t[0], q, temp, 0.05),
+    ],
+)
 def test_derivatives_are_first_order_only(loss):
     z, key, t, queue = data()
     with pytest.raises(RuntimeError, match="differentiable once"):
@@ -163,7 +212,13 @@ def test_derivatives_are_first_order_only(loss):
 
 # ---- properties, on any data
 
-cases = st.tuples(st.integers(1, 9), st.integers(1, 60), st.integers(2, 24), st.sampled_from([0.01, 0.03, 0.2, 1.0]), st.integers(0, 2**31))
+cases = st.tuples(
+    st.integers(1, 9),
+    st.integers(1, 60),
+    st.integers(2, 24),
+    st.sampled_from([0.01, 0.03, 0.2, 1.0]),
+    st.integers(0, 2**31),
+)
 LOSSES = {
     "info_nce": lambda z, key, t, queue, temp: kernels.info_nce(z[0], key, queue, temp),
     "seed": lambda z, key, t, queue, temp: kernels.seed(z[0], t[0], queue, temp, 0.05),
@@ -192,7 +247,8 @@ def test_the_length_of_a_row_does_not_matter(name, case, scale):
     scaled, shorter = value_and_grad(LOSSES[name], scale * z, key / scale, scale * t, queue, temp)
     torch.testing.assert_close(scaled, value, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(scale * shorter, grad, rtol=1e-8, atol=1e-12)
-    assert (z[0] * grad[0]).sum(1).abs().max() <= 1e-11 * max(1, grad.abs().max() * z.abs().max())  # nothing pulls along the row
+    # Nothing pulls along the row.
+    assert (z[0] * grad[0]).sum(1).abs().max() <= 1e-11 * max(1, grad.abs().max() * z.abs().max())
 
 
 @settings(max_examples=40, deadline=None)
@@ -208,6 +264,7 @@ def test_a_negative_that_comes_twice_counts_twice(case):
 
 # ---- the cross-view loss
 
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("v, g, b, p", [(2, 2, 3, 7), (8, 2, 4, 30), (3, 1, 1, 5), (3, 3, 2, 2)])
@@ -215,27 +272,45 @@ def test_swapped_is_the_formula(v, g, b, p, dtype, device):
     scores, targets = rows(0, v, b, p).to(device, dtype), rows(1, g, b, p).softmax(-1).to(device)
 
     def paper(scores):
-        """-1/(pairs B) sum over g, v != g and images of sum_j target_j log softmax(score / T)_j, in float64"""
+        """-1/(pairs B) sum over g, v != g and images of sum_j target_j log softmax(score / T)_j, in
+        float64"""
         log_p = torch.log_softmax(scores.double() / 0.1, -1)
-        return -sum((targets[i] * log_p[j]).sum() for i in range(g) for j in range(v) if i != j) / (g * (v - 1) * b)
+        return -sum((targets[i] * log_p[j]).sum() for i in range(g) for j in range(v) if i != j) / (
+            g * (v - 1) * b
+        )
 
     want, gradient = value_and_grad(paper, scores.double(), upstream=3.7)
-    loss, grad = value_and_grad(kernels.swapped, scores, targets.to(dtype if dtype == torch.float64 else torch.float32), 0.1, upstream=3.7)
+    loss, grad = value_and_grad(
+        kernels.swapped,
+        scores,
+        targets.to(dtype if dtype == torch.float64 else torch.float32),
+        0.1,
+        upstream=3.7,
+    )
     tight = 1e-12 if dtype == torch.float64 else 2e-6  # of scores / T of up to 30
-    assert rms(loss, want) < tight and grad.dtype == dtype and rms(grad, gradient) < (4e-3 if dtype == torch.bfloat16 else tight)
+    assert (
+        rms(loss, want) < tight
+        and grad.dtype == dtype
+        and rms(grad, gradient) < (4e-3 if dtype == torch.bfloat16 else tight)
+    )
     assert rms(reference.swapped(scores, targets, 0.1), want) < tight
 
 
 def test_swapped_keeps_no_probabilities():
-    scores, targets = rows(0, 4, 8, 1000).float().requires_grad_(), rows(1, 2, 8, 1000).softmax(-1).float()
+    scores, targets = (
+        rows(0, 4, 8, 1000).float().requires_grad_(),
+        rows(1, 2, 8, 1000).softmax(-1).float(),
+    )
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         kernels.swapped(scores, targets, 0.1)
-    assert sorted(x.numel() for x in kept) == [4 * 8, 2 * 8 * 1000, 4 * 8 * 1000]  # log-sum-exp, targets and the scores themselves
+    # Log-sum-exp, targets and the scores themselves.
+    assert sorted(x.numel() for x in kept) == [4 * 8, 2 * 8 * 1000, 4 * 8 * 1000]
     assert {x.data_ptr() for x in kept} >= {scores.data_ptr(), targets.data_ptr()}
 
 
 # ---- refusals
+
 
 def test_what_does_not_fit_is_refused():
     z, key, t, queue = data(dtype=torch.float32)
@@ -250,7 +325,10 @@ def test_what_does_not_fit_is_refused():
         (lambda: kernels.seed(z[0], t[0], queue, 0.0), "temp_s is 0.0"),
         (lambda: kernels.seed(z[0], t[0], queue, 0.2, math.nan), "temp_t is nan"),
         (lambda: kernels.moco(z, key, queue[:0], 0.2), "empty"),
-        (lambda: kernels.moco(z, key, queue.T.contiguous().T, 0.2), "queue has strides.*contiguous"),
+        (
+            lambda: kernels.moco(z, key, queue.T.contiguous().T, 0.2),
+            "queue has strides.*contiguous",
+        ),
         (lambda: kernels.moco(z, key, queue[::2], 0.2), "queue has strides.*contiguous"),
         (lambda: kernels.moco(z, key, queue.to("meta"), 0.2), "queue is on meta.*on cpu"),
         (lambda: kernels.enqueue(queue, torch.tensor(0), key[:, :3]), r"\[6, 3\].*\[40, 16\]"),
@@ -286,7 +364,10 @@ def test_a_teacher_colder_than_the_queues_rounding_is_refused(dtype):
 
 def test_the_maximum_is_fixed_only_where_nothing_that_counts_vanishes():
     for temp in (0.03, 0.07, 1.0):
-        assert chunked.fixed_maximum(temp, own=False) and np.exp(np.float32(-2 / temp)) > np.finfo(np.float32).tiny
+        assert (
+            chunked.fixed_maximum(temp, own=False)
+            and np.exp(np.float32(-2 / temp)) > np.finfo(np.float32).tiny
+        )
     assert not chunked.fixed_maximum(0.0299, own=False)
     assert chunked.fixed_maximum(0.01, own=True) and not chunked.fixed_maximum(0.0099, own=True)
 
@@ -306,7 +387,8 @@ def on_gpu(b, k, d, dtype, views=2, seed=0):
 
 
 def met(z, queue):
-    """The raw rows such that their unit rows are those that meet the queue: rounded to its dtype."""
+    """The raw rows such that their unit rows are those that meet the queue: rounded to its
+    dtype."""
     return unit(z.double()).float().to(queue.dtype).double()
 
 
@@ -321,13 +403,27 @@ def paper_info_nce(z, key, queue, temp, rounded):
         total, mean = total + p.sum(1, keepdim=True), mean + p @ part.double()
     share = total / (1 + total)
     grad = (share * (mean / total - key)) / (temp * len(z))
-    return torch.log1p(total).mean(), (grad - (grad * q).sum(1, keepdim=True) * q) / z.double().norm(dim=1, keepdim=True)
+    return torch.log1p(total).mean(), (
+        grad - (grad * q).sum(1, keepdim=True) * q
+    ) / z.double().norm(dim=1, keepdim=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temp", [0.2, 0.07, 0.01])
-@pytest.mark.parametrize("b, k, d", [(1, 1, 16), (5, 300, 20), (64, 4096, 128), (257, 65536, 128), (100, 1001, 256), (300, 8192, 64), (33, 5000, 100), (16, 2000, 384)])
+@pytest.mark.parametrize(
+    "b, k, d",
+    [
+        (1, 1, 16),
+        (5, 300, 20),
+        (64, 4096, 128),
+        (257, 65536, 128),
+        (100, 1001, 256),
+        (300, 8192, 64),
+        (33, 5000, 100),
+        (16, 2000, 384),
+    ],
+)
 def test_the_gpu_agrees_with_float64(b, k, d, temp, dtype):
     z, key, t, queue = on_gpu(b, k, d, dtype)
     rounded = k > 256 and d <= 256  # a short queue is read in float32, wide rows take chunked torch
@@ -337,21 +433,36 @@ def test_the_gpu_agrees_with_float64(b, k, d, temp, dtype):
     bound = BOUND[dtype] * max(1, 0.2 / temp)
     (grad,) = torch.autograd.grad(contrast, leaf, retain_graph=True)
     unrounded = paper_info_nce(z[0], key, queue, temp, False)
-    print(f"B {b} K {k} d {d} {dtype} T {temp}: {rms(contrast, loss):.1e} {rms(grad[0], gradient):.1e}; with rounding {rms(contrast, unrounded[0]):.1e}")
+    print(
+        f"B {b} K {k} d {d} {dtype} T {temp}: {rms(contrast, loss):.1e} "
+        f"{rms(grad[0], gradient):.1e}; with rounding {rms(contrast, unrounded[0]):.1e}"
+    )
     assert rms(contrast, loss) < bound and rms(grad[0], gradient) < bound
     (grad,) = torch.autograd.grad(distill, leaf)
     want, gradient = value_and_grad(reference.distill, z.double(), t.double())
     assert rms(distill, want) < 1e-6 and rms(grad, gradient) < 2e-6
     s = z[0].clone().requires_grad_()
     kernels.seed(s, t[0], queue, temp, max(temp, 0.01)).backward()
-    near, far = met(z[0], queue) if rounded else unit(z[0].double()), met(t[0], queue) if rounded else unit(t[0].double())
+    near, far = (
+        met(z[0], queue) if rounded else unit(z[0].double()),
+        met(t[0], queue) if rounded else unit(t[0].double()),
+    )
     goal = unit(t[0].double())
     own = torch.ones(b, 1, device="cuda", dtype=torch.float64)
     p_t = torch.cat([own, far @ queue.double().T], 1).div(max(temp, 0.01)).softmax(1)
-    p_s = torch.cat([(unit(z[0].double()) * goal).sum(1, keepdim=True), near @ queue.double().T], 1).div(temp).softmax(1)
+    p_s = (
+        torch.cat([(unit(z[0].double()) * goal).sum(1, keepdim=True), near @ queue.double().T], 1)
+        .div(temp)
+        .softmax(1)
+    )
     g = ((p_s - p_t)[:, 1:] @ queue.double() + (p_s - p_t)[:, :1] * goal) / (temp * b)
     q = unit(z[0].double())
-    assert rms(s.grad, (g - (g * q).sum(1, keepdim=True) * q) / z[0].double().norm(dim=1, keepdim=True)) < 2 * bound
+    assert (
+        rms(
+            s.grad, (g - (g * q).sum(1, keepdim=True) * q) / z[0].double().norm(dim=1, keepdim=True)
+        )
+        < 2 * bound
+    )
 
 
 @pytest.mark.gpu
@@ -372,7 +483,9 @@ def test_64_bit_offsets():
     z = torch.zeros(1, 4, 128, device="cuda")
     z[..., 1] = 1
     loss = kernels.moco(z, z[0], queue, 0.2)[0]  # negatives: k - 1 at cosine 0, the last at 1
-    assert rms(loss, torch.log1p(torch.tensor((k - 1) * math.exp(-5) + 1, dtype=torch.float64))) < 1e-3
+    assert (
+        rms(loss, torch.log1p(torch.tensor((k - 1) * math.exp(-5) + 1, dtype=torch.float64))) < 1e-3
+    )
     ptr = torch.tensor(k - 1, device="cuda")
     kernels.enqueue(queue, ptr, z[0][:2] * 3)
     assert queue[-1, 1] == 1 and queue[0, 1] == 1 and queue[1, 0] == 1 and int(ptr) == 1
@@ -415,7 +528,8 @@ def test_cuda_graphs_capture_a_step_and_nothing_waits(dtype):
 
 @pytest.mark.gpu
 def test_every_launch_of_the_table_runs():
-    """Each row of this GPU's table, the few and the many, fixed and running maximum, through the op itself."""
+    """Each row of this GPU's table, the few and the many, fixed and running maximum, through the op
+    itself."""
     for dtype, d, b, temp in itertools.product(DTYPES, (64, 128, 256), (64, 65), (0.2, 0.01)):
         z, key, _, queue = on_gpu(b, 4096, d, dtype)
         loss, gradient = paper_info_nce(z[0], key, queue, temp, True)
@@ -433,4 +547,5 @@ def test_memory_beside_the_inputs_is_small():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     kernels.moco(z, key, queue, 0.2)[0].backward()
-    assert torch.cuda.max_memory_allocated() - before < 1024 * 65536 * 4 / 8  # of one matrix of logits
+    # Of one matrix of logits.
+    assert torch.cuda.max_memory_allocated() - before < 1024 * 65536 * 4 / 8

@@ -1,11 +1,12 @@
 """The kNN evaluation against the weighted vote written out, on one rank and on several."""
+
 import shutil
 
 import numpy as np
 import pytest
 import torch
-
 from conftest import ranks
+
 from fastdisco import data
 from fastdisco.common import dist
 from fastdisco.config import UserError
@@ -25,7 +26,10 @@ def made(n, classes, seed):
 
 
 def batches(x, y, size):
-    return [Batch(torch.tensor(x[i:i + size]), torch.tensor(y[i:i + size])) for i in range(0, len(x), size)]
+    return [
+        Batch(torch.tensor(x[i : i + size]), torch.tensor(y[i : i + size]))
+        for i in range(0, len(x), size)
+    ]
 
 
 def vote(bank, query, classes, k, temp):
@@ -45,7 +49,8 @@ def vote(bank, query, classes, k, temp):
 
 def test_equals_the_vote_written_out():
     bank, query = made(300, 7, 1), made(101, 7, 2)
-    for k, temp in [(1, 0.07), (20, 0.07), (20, 1.0), (1000, 0.5)]:  # the last: more neighbours than there are images
+    # The last: more neighbours than there are images.
+    for k, temp in [(1, 0.07), (20, 0.07), (20, 1.0), (1000, 0.5)]:
         got = knn.run(lambda x: x, batches(*bank, 64), batches(*query, 17), 7, k, temp)["knn_top1"]
         assert got == vote(bank, query, 7, k, temp)
         assert 0.2 < got < 1  # neither chance nor trivial
@@ -65,7 +70,12 @@ def on_a_rank():
     r, n = dist.rank(), dist.world()
     assert torch.distributed.get_world_size() == n
     (bx, by), (qx, qy) = made(23, 7, 1), made(101, 7, 2)
-    return [knn.run(lambda x: x, batches(bx[r::n], by[r::n], 9), batches(qx[r::n], qy[r::n], 17), 7, k)["knn_top1"] for k in (5, 20)]
+    return [
+        knn.run(lambda x: x, batches(bx[r::n], by[r::n], 9), batches(qx[r::n], qy[r::n], 17), 7, k)[
+            "knn_top1"
+        ]
+        for k in (5, 20)
+    ]
 
 
 def test_any_number_of_ranks_gives_one_number():

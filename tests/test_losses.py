@@ -1,18 +1,22 @@
-"""The losses and the queue against float64 formulas and plain lists; what the fast forms may not allocate, keep or compute."""
+"""The losses and the queue against float64 formulas and plain lists; what the fast forms may not
+allocate, keep or compute."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
+from fastdisco.kernels import chunked, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdisco import kernels
-from fastdisco.kernels import chunked, reference
 from fastdisco.models.queue import Queue
 
 TEMPS = [0.01, 0.029, 0.03, 0.07, 0.2, 1.0]  # on both sides of the running maximum's limit
-LOSS = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}  # bf16 is rounded by whoever made it: the loss itself is fp32
-GRAD = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float64: 1e-12}  # a bf16 gradient is rounded once
+# Bf16 is rounded by whoever made it: the loss itself is fp32.
+LOSS = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}
+# A bf16 gradient is rounded once.
+GRAD = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float64: 1e-12}
 
 
 def rms(got, want):
@@ -29,15 +33,24 @@ def rows(seed, *shape, scale=1.0):
 
 
 def data(b, k, d, dtype=torch.float32, near=0.7, seed=0):
-    """Raw q and k [b,d] at a cosine of about `near`, of very different lengths, and unit rows [k,d]; float64 values rounded to dtype."""
+    """Raw q and k [b,d] at a cosine of about `near`, of very different lengths, and unit rows
+    [k,d]; float64 values rounded to dtype."""
     positive = rows(seed, b, d)
     query = near * unit(positive) + (1 - near**2) ** 0.5 * unit(rows(seed + 1, b, d))
-    queue = unit(rows(seed + 2, k, d)).to(torch.float64 if dtype == torch.float64 else torch.float32)  # as the queue holds them
-    return (query * (1 + 9 * rows(seed + 3, b, 1).abs())).to(dtype).requires_grad_(), (3 * positive).to(dtype), queue
+    # As the queue holds them.
+    queue = unit(rows(seed + 2, k, d)).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    return (
+        (query * (1 + 9 * rows(seed + 3, b, 1).abs())).to(dtype).requires_grad_(),
+        (3 * positive).to(dtype),
+        queue,
+    )
 
 
 def paper_info_nce(q, k, queue, temp):
-    """-log(exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.n_j/T))) of unit rows, in float64, as a log1p: nothing large is subtracted."""
+    """-log(exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.n_j/T))) of unit rows, in float64, as a log1p:
+    nothing large is subtracted."""
     q, k, queue = unit(q.double()), unit(k.double()), queue.double()
     ratio = torch.exp((q @ queue.T - (q * k).sum(1, keepdim=True)) / temp).sum(1)
     return torch.log1p(ratio).mean()
@@ -45,7 +58,9 @@ def paper_info_nce(q, k, queue, temp):
 
 def paper_distill(zs, zt):
     """sum over views of mean over images of ||s - t||^2, in float64."""
-    return sum((unit(s.double()) - unit(t.double())).square().sum() / len(s) for s, t in zip(zs, zt))
+    return sum(
+        (unit(s.double()) - unit(t.double())).square().sum() / len(s) for s, t in zip(zs, zt)
+    )
 
 
 def both(loss, q, *rest, upstream=1.0):
@@ -62,19 +77,29 @@ def expected(paper, q, *rest, upstream=1.0):
 
 # ---- InfoNCE
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("temp", TEMPS)
-@pytest.mark.parametrize("b, k, d", [(1, 1, 3), (5, 13, 7), (1, 129, 16), (33, 1, 16), (17, 301, 31)])
+@pytest.mark.parametrize(
+    "b, k, d", [(1, 1, 3), (5, 13, 7), (1, 129, 16), (33, 1, 16), (17, 301, 31)]
+)
 def test_info_nce_is_the_formula(b, k, d, temp, dtype, monkeypatch):
     q, key, queue = data(b, k, d, dtype)
     want, gradient = expected(paper_info_nce, q, key, queue, temp, upstream=3.7)
-    for chunk in (1, 4 * b, 13 * b, 13 * b - 1, 2**21):  # one row at a time, several with a rest, exactly all of 13, all but one, one chunk
+    # One row at a time, several with a rest, exactly all of 13, all but one, one chunk.
+    for chunk in (1, 4 * b, 13 * b, 13 * b - 1, 2**21):
         monkeypatch.setattr(chunked, "LOGITS", chunk)
         loss, grad = both(kernels.info_nce, q, key, queue, temp, upstream=3.7)
-        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and grad.dtype == dtype
-        # a float32 logit has an error of 6e-8 / temp, which the loss takes over; it matters where the loss itself is small
+        assert (
+            loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            and grad.dtype == dtype
+        )
+        # a float32 logit has an error of 6e-8 / temp, which the loss takes over; it matters where
+        # the loss itself is small
         assert rms(loss, want) < LOSS[dtype] * max(1, 0.1 / temp), chunk
-        assert rms(grad, gradient) < GRAD[dtype] * max(1, 0.1 / temp if dtype == torch.float32 else 1), chunk
+        assert rms(grad, gradient) < GRAD[dtype] * max(
+            1, 0.1 / temp if dtype == torch.float32 else 1
+        ), chunk
 
 
 @pytest.mark.parametrize("temp", TEMPS)
@@ -107,7 +132,9 @@ def test_opposite_and_equal_rows_stay_finite():
     for temp in TEMPS:
         for sign in (-1.0, 1.0):  # every negative opposite to the queries, or equal to them
             key, queue = -sign * torch.eye(4)[:1].repeat(3, 1), sign * torch.eye(4)[:1].repeat(9, 1)
-            q = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [2.0, 0, 0.3, 0]], requires_grad=True)
+            q = torch.tensor(
+                [[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [2.0, 0, 0.3, 0]], requires_grad=True
+            )
             want, gradient = expected(paper_info_nce, q, key, queue, temp)
             loss, grad = both(kernels.info_nce, q, key, queue, temp)
             torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-30)
@@ -145,7 +172,8 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_the_size_of_all_logits_exists():
     q, key, queue = data(96, 65536, 8)
     with Largest() as fast:
-        chunked.moco(q[None].detach(), key, None, queue, 0.2, True)  # what the op runs: the recording does not look into an op
+        # What the op runs: the recording does not look into an op.
+        chunked.moco(q[None].detach(), key, None, queue, 0.2, True)
     with Largest() as seed:
         chunked.seed(q.detach(), key, queue, 0.2, 0.01, True)
     with Largest() as plain:
@@ -178,7 +206,8 @@ class Exponentials(TorchDispatchMode):
 
 @pytest.mark.parametrize("temp_s, temp_t", [(0.2, 0.01), (0.2, 0.015), (0.2, 1e-4), (0.02, 0.01)])
 def test_no_exponential_underflows(temp_s, temp_t):
-    """A processor takes many times as long for numbers below the smallest normal one; SEED's teacher is cold enough for them."""
+    """A processor takes many times as long for numbers below the smallest normal one; SEED's
+    teacher is cold enough for them."""
     zs, zt, queue = data(9, 500, 128, near=0.5)
     with Exponentials() as seen:
         chunked.seed(zs.detach(), zt, queue, temp_s, temp_t, True)
@@ -220,14 +249,17 @@ def test_the_gradient_is_not_computed_where_nobody_asks():
         return calls.products
 
     assert products(chunked.moco, q[None], key, None, queue, 0.2, False) == 1  # the similarities
-    assert products(chunked.moco, q[None], key, None, queue, 0.2, True) == 2  # and the softmax's mean of the queue
-    assert products(chunked.seed, q, key, queue, 0.2, 0.01, False) == 3  # the student's similarities; the teacher's and their mean
+    # And the softmax's mean of the queue.
+    assert products(chunked.moco, q[None], key, None, queue, 0.2, True) == 2
+    # The student's similarities; the teacher's and their mean.
+    assert products(chunked.seed, q, key, queue, 0.2, 0.01, False) == 3
     assert products(chunked.seed, q, key, queue, 0.2, 0.01, True) == 2  # both at once
 
 
 def test_a_second_derivative_is_refused():
     q, key, queue = data(3, 5, 4, torch.float64)
-    with pytest.raises(RuntimeError, match="differentiable once"):  # and not answered by what passes through the normalisation alone
+    # And not answered by what passes through the normalisation alone.
+    with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(kernels.info_nce(q, key, queue, 0.2), q, create_graph=True)
 
 
@@ -235,14 +267,22 @@ def test_a_second_derivative_is_refused():
 def test_autocast_changes_nothing(dtype):
     q, key, queue = data(9, 50, 16, dtype)
     zs, zt = q.detach().reshape(3, 3, 16), key.reshape(3, 3, 16)
-    for loss, *args in ((kernels.info_nce, q, key, queue, 0.2), (kernels.info_nce, q, key, queue, 0.01), (kernels.distill, zs, zt)):
+    for loss, *args in (
+        (kernels.info_nce, q, key, queue, 0.2),
+        (kernels.info_nce, q, key, queue, 0.01),
+        (kernels.distill, zs, zt),
+    ):
         want = both(loss, *args)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
             leaf = args[0].detach().clone().requires_grad_()
             value = loss(leaf, *args[1:])
         value.backward()
-        assert value.dtype == torch.float32 and torch.equal(value, want[0]) and torch.equal(leaf.grad, want[1])
+        assert (
+            value.dtype == torch.float32
+            and torch.equal(value, want[0])
+            and torch.equal(leaf.grad, want[1])
+        )
 
 
 def test_info_nce_refuses_what_does_not_fit():
@@ -263,13 +303,17 @@ def test_info_nce_refuses_what_does_not_fit():
 
 # ---- distillation
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("v, b, d", [(1, 1, 3), (2, 17, 31), (8, 5, 128)])
 def test_distill_is_the_formula(v, b, d, dtype):
     zs, zt = rows(0, v, b, d, scale=4).to(dtype), rows(1, v, b, d, scale=0.1).to(dtype)
     want, gradient = expected(paper_distill, zs, zt, upstream=3.7)
     loss, grad = both(kernels.distill, zs, zt, upstream=3.7)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and grad.dtype == dtype
+    assert (
+        loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        and grad.dtype == dtype
+    )
     assert rms(loss, want) < LOSS[dtype] and rms(grad, gradient) < GRAD[dtype]
     loss, grad = both(reference.distill, zs.double(), zt.double(), upstream=3.7)
     assert rms(loss, want) < 1e-13 and rms(grad, gradient) < 1e-12
@@ -280,13 +324,16 @@ def test_a_nearly_distilled_student_keeps_its_digits():
     zs = (zt + rows(1, 2, 16, 128, scale=1e-3)).float()
     want, gradient = expected(paper_distill, zs, zt.float())
     loss, grad = both(kernels.distill, zs, zt.float())
-    assert want < 1e-5 and rms(loss, want) < 1e-3 and rms(grad, gradient) < 1e-3  # 2 - 2 cos would have an error of 1e-7 / 2e-6
+    # 2 - 2 cos would have an error of 1e-7 / 2e-6.
+    assert want < 1e-5 and rms(loss, want) < 1e-3 and rms(grad, gradient) < 1e-3
 
 
 def test_distill_at_its_ends():
     z = rows(0, 2, 5, 16)
     assert kernels.distill(z, 3 * z) < 1e-28 and abs(kernels.distill(z, -z) - 8) < 1e-13  # 0..4V
-    assert torch.autograd.gradcheck(lambda s: kernels.distill(s, rows(1, 2, 5, 16)), z.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: kernels.distill(s, rows(1, 2, 5, 16)), z.clone().requires_grad_()
+    )
 
 
 def test_distill_refuses_what_does_not_fit():
@@ -299,6 +346,7 @@ def test_distill_refuses_what_does_not_fit():
 
 # ---- the queue
 
+
 @pytest.mark.parametrize("k", [1, 2, 7, 24])
 def test_the_queue_is_a_ring(k):
     queue = Queue(k, 5, seed=3)
@@ -307,7 +355,9 @@ def test_the_queue_is_a_ring(k):
     rng = np.random.default_rng(k)
     for step in range(60):
         n = (1, k, k - 1)[step] if step < 3 else int(rng.integers(0, k + 1))
-        keys = torch.from_numpy(rng.normal(size=(n, 5)) * 10.0 ** rng.integers(-3, 4)).to([torch.float32, torch.bfloat16][step % 2])
+        keys = torch.from_numpy(rng.normal(size=(n, 5)) * 10.0 ** rng.integers(-3, 4)).to(
+            [torch.float32, torch.bfloat16][step % 2]
+        )
         queue.enqueue(keys.requires_grad_())
         for key in keys.detach().double():
             plain[at] = unit(key).tolist()
@@ -316,7 +366,8 @@ def test_the_queue_is_a_ring(k):
         assert int(queue.ptr) == at
         if step == 30:
             queue.load_state_dict({name: x.clone() for name, x in queue.state_dict().items()})
-    assert not queue.rows.requires_grad and (queue.rows.data_ptr(), queue.ptr.data_ptr()) == address  # captured graphs may hold them
+    # Captured graphs may hold them.
+    assert not queue.rows.requires_grad and (queue.rows.data_ptr(), queue.ptr.data_ptr()) == address
 
 
 def test_more_keys_than_rows_are_refused_and_change_nothing():
@@ -333,8 +384,10 @@ def test_a_queue_starts_with_unit_rows_in_all_directions_drawn_by_its_seed():
     state = torch.random.get_rng_state()
     b, c = Queue(512, 16, seed=7), Queue(512, 16, seed=8)
     assert torch.equal(a.rows, b.rows) and not torch.isclose(a.rows, c.rows).all(1).any()
-    assert torch.equal(torch.random.get_rng_state(), state)  # the global stream, which draws the weights, is left alone
+    # The global stream, which draws the weights, is left alone.
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert a.rows.dtype == torch.float32 and (a.rows.double().norm(dim=1) - 1).abs().max() < 2e-7
     cosines = a.rows.double() @ a.rows.double().T
-    assert abs(cosines[~torch.eye(512, dtype=bool)].var() * 16 - 1) < 0.05  # of uniform directions: 1 / d
+    # Of uniform directions: 1 / d.
+    assert abs(cosines[~torch.eye(512, dtype=bool)].var() * 16 - 1) < 0.05
     assert sorted(a.state_dict()) == ["ptr", "rows"] and not list(a.parameters())

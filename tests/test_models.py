@@ -1,4 +1,6 @@
-"""Networks: heads and feature widths, per-view and per-group batch norm against float64 formulas, the mean student, refusals."""
+"""Networks: heads and feature widths, per-view and per-group batch norm against float64 formulas,
+the mean student, refusals."""
+
 import copy
 
 import pytest
@@ -7,12 +9,20 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
 from fastdisco import config, models
-from fastdisco.models import batchnorm, heads
-from fastdisco.config import UserError
 from fastdisco.common.console import shorten
+from fastdisco.config import UserError
+from fastdisco.models import batchnorm, heads
 
-STUDENTS = {"mobilenetv3_large_100": 1280, "efficientnet_b0": 1280, "efficientnet_b1": 1280, "resnet18": 512, "resnet34": 512,
-            "vit_tiny_patch16_224": 192, "xcit_tiny_12_p16_224": 192}  # the paper's, and the published widths of their features
+STUDENTS = {
+    "mobilenetv3_large_100": 1280,
+    "efficientnet_b0": 1280,
+    "efficientnet_b1": 1280,
+    "resnet18": 512,
+    "resnet34": 512,
+    # The paper's, and the published widths of their features.
+    "vit_tiny_patch16_224": 192,
+    "xcit_tiny_12_p16_224": 192,
+}
 WIDTHS = STUDENTS | {"mobilenetv3_small_050": 1024, "resnet50": 2048, "resnet50w2": 4096}
 
 
@@ -42,10 +52,15 @@ def test_feature_width(arch):
 
 @pytest.mark.parametrize("arch", STUDENTS)
 def test_gradients_reach_every_weight_of_a_student(arch):
-    kwargs = {"zero_init_last": False} if "resnet" in arch else {}  # timm's own start lets nothing through the blocks in the first step
+    # Timm's own start lets nothing through the blocks in the first step.
+    kwargs = {"zero_init_last": False} if "resnet" in arch else {}
     net = models.create(arch, lambda dim: heads.mlp(dim, 32, 8), kwargs)
     net([images(2, size=224 if "vit" in arch else 64)]).z.square().sum().backward()
-    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()] == []
+    assert [
+        k
+        for k, p in net.named_parameters()
+        if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
+    ] == []
 
 
 def test_the_head_is_linear_relu_linear_and_hidden_0_is_one_linear():
@@ -55,7 +70,10 @@ def test_the_head_is_linear_relu_linear_and_hidden_0_is_one_linear():
     assert list(w) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     want = (x @ w["0.weight"].T + w["0.bias"]).clamp(min=0) @ w["2.weight"].T + w["2.bias"]
     torch.testing.assert_close(head(x.clone()), want)
-    assert {k: tuple(v.shape) for k, v in heads.mlp(5, 0, 3).state_dict().items()} == {"weight": (3, 5), "bias": (3,)}
+    assert {k: tuple(v.shape) for k, v in heads.mlp(5, 0, 3).state_dict().items()} == {
+        "weight": (3, 5),
+        "bias": (3,),
+    }
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
@@ -65,7 +83,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 
 def test_new_weights_are_contiguous():
-    assert all(p.is_contiguous() for p in small(2).parameters())  # DeepSpeed broadcasts them as bytes; the loop then turns them
+    # DeepSpeed broadcasts them as bytes; the loop then turns them.
+    assert all(p.is_contiguous() for p in small(2).parameters())
 
 
 def test_training_runs_one_forward_per_view_with_statistics_of_that_view():
@@ -73,11 +92,13 @@ def test_training_runs_one_forward_per_view_with_statistics_of_that_view():
     plain = copy.deepcopy(net)
     a, b = images(8), 3 * images(8, seed=2) + 1
     z = net([a, b]).z
-    want = torch.stack([plain.head(plain.backbone(v)) for v in (a, b)])  # one after the other, each with its own statistics
+    # One after the other, each with its own statistics.
+    want = torch.stack([plain.head(plain.backbone(v)) for v in (a, b)])
     torch.testing.assert_close(z, want)
     assert all(torch.equal(x, y) for x, y in zip(net.buffers(), plain.buffers()))
     joint = plain.head(plain.backbone(torch.cat([a, b]))).view(2, 8, 8)
-    assert (joint - want).abs().max() > 0.01 * want.abs().max()  # what it would be with the statistics of both views
+    # What it would be with the statistics of both views.
+    assert (joint - want).abs().max() > 0.01 * want.abs().max()
 
 
 def test_eval_runs_one_forward_per_resolution_and_keeps_the_order_of_views():
@@ -98,19 +119,24 @@ def test_the_head_is_inside_the_forwards_autocast():
 
 
 def by_hand(x, weight, bias, groups, eps, momentum, mean, var):
-    """Batch norm per slice as its formulas say, in float64: outputs, and the mean of the slices' running statistics."""
+    """Batch norm per slice as its formulas say, in float64: outputs, and the mean of the slices'
+    running statistics."""
     out, means, variances = [], [], []
     axes = [0] + list(range(2, x.ndim))
     shape = [1, -1] + [1] * (x.ndim - 2)
     size = len(x) // groups
     for g in range(groups):
-        part = x[g * size:(g + 1) * size]
+        part = x[g * size : (g + 1) * size]
         mu = part.mean(axes)
         dev = part - mu.view(shape)
         n = part.numel() / part.shape[1]
-        out.append(dev / (dev.square().mean(axes).view(shape) + eps).sqrt() * weight.view(shape) + bias.view(shape))
+        out.append(
+            dev / (dev.square().mean(axes).view(shape) + eps).sqrt() * weight.view(shape)
+            + bias.view(shape)
+        )
         means.append((1 - momentum) * mean + momentum * mu)
-        variances.append((1 - momentum) * var + momentum * dev.square().sum(axes) / (n - 1))  # running_var is unbiased
+        # running_var is unbiased.
+        variances.append((1 - momentum) * var + momentum * dev.square().sum(axes) / (n - 1))
     return torch.cat(out), sum(means) / groups, sum(variances) / groups
 
 
@@ -126,14 +152,30 @@ def test_split_batch_norm_is_batch_norm_of_each_slice(kind, groups, layout):
     bn = kind(5, eps=1e-3, momentum=0.3).double()
     if kind is BatchNormAct2d:
         bn.act = nn.SiLU()
-    bn.load_state_dict({"weight": draw(5), "bias": draw(5), "running_mean": draw(5), "running_var": draw(5).square(),
-                        "num_batches_tracked": torch.tensor(6)})
-    x = draw(12, 5) if kind is nn.BatchNorm1d else draw(12, 5, 4, 3).contiguous(memory_format=layout)
-    scale = torch.arange(1., 13, dtype=torch.float64).view([-1] + [1] * (x.ndim - 1))
+    bn.load_state_dict(
+        {
+            "weight": draw(5),
+            "bias": draw(5),
+            "running_mean": draw(5),
+            "running_var": draw(5).square(),
+            "num_batches_tracked": torch.tensor(6),
+        }
+    )
+    x = (
+        draw(12, 5)
+        if kind is nn.BatchNorm1d
+        else draw(12, 5, 4, 3).contiguous(memory_format=layout)
+    )
+    scale = torch.arange(1.0, 13, dtype=torch.float64).view([-1] + [1] * (x.ndim - 1))
     x = x * scale + scale  # slices of unlike statistics
     keys = list(bn.state_dict())
-    w, b, mean, var = (bn.state_dict()[k].clone() for k in ("weight", "bias", "running_mean", "running_var"))
-    xs, up = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)], draw(*x.shape)
+    w, b, mean, var = (
+        bn.state_dict()[k].clone() for k in ("weight", "bias", "running_mean", "running_var")
+    )
+    xs, up = (
+        [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)],
+        draw(*x.shape),
+    )
 
     models.split_bn(bn, groups)
     y = bn(xs[0])
@@ -157,15 +199,21 @@ def test_split_batch_norm_is_batch_norm_of_each_slice(kind, groups, layout):
 
     bn.eval()
     shape = [1, -1] + [1] * (x.ndim - 2)
-    want = (x - new_mean.view(shape)) / (new_var.view(shape) + 1e-3).sqrt() * w.view(shape) + b.view(shape)
-    torch.testing.assert_close(bn(x), want * torch.sigmoid(want) if kind is BatchNormAct2d else want, **close)
+    want = (x - new_mean.view(shape)) / (new_var.view(shape) + 1e-3).sqrt() * w.view(
+        shape
+    ) + b.view(shape)
+    torch.testing.assert_close(
+        bn(x), want * torch.sigmoid(want) if kind is BatchNormAct2d else want, **close
+    )
 
 
 @pytest.mark.parametrize("arch", ["resnet10t", "mobilenetv3_small_050"])
 def test_groups_equal_separate_forwards_of_the_slices(arch):
     net, plain = small(4, arch=arch).double(), small(1, arch=arch).double()
     assert list(net.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values())
+    )
     start, x = copy.deepcopy(plain.state_dict()), images(16).double()
     z = net([x]).z[0]
     parts, stats = [], []
@@ -175,7 +223,9 @@ def test_groups_equal_separate_forwards_of_the_slices(arch):
         stats.append({k: b.clone() for k, b in plain.named_buffers() if b.is_floating_point()})
     torch.testing.assert_close(z, torch.cat(parts), rtol=1e-9, atol=1e-9)
     mean = {k: torch.stack([s[k] for s in stats]).mean(0) for k in stats[0]}
-    torch.testing.assert_close({k: b for k, b in net.named_buffers() if b.is_floating_point()}, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        {k: b for k, b in net.named_buffers() if b.is_floating_point()}, mean, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_split_batch_norm_with_the_average_of_all_batches_and_without_statistics():
@@ -195,7 +245,9 @@ def test_split_batch_norm_keeps_fp32_statistics_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         net([images(8)]).z.float().sum().backward()
     buffers = [b for b in net.buffers() if b.is_floating_point()]
-    assert {b.dtype for b in buffers} == {torch.float32} and all(b.isfinite().all() for b in buffers)
+    assert {b.dtype for b in buffers} == {torch.float32} and all(
+        b.isfinite().all() for b in buffers
+    )
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
 
@@ -204,11 +256,15 @@ def test_one_group_leaves_every_module_as_it_is():
 
 
 def test_a_batch_norm_that_cannot_be_split_is_refused():
-    with pytest.raises(UserError, match="bn.groups: the BatchNorm3d at 0 cannot be split into 2; set bn.groups=1"):
+    with pytest.raises(
+        UserError, match="bn.groups: the BatchNorm3d at 0 cannot be split into 2; set bn.groups=1"
+    ):
         models.split_bn(nn.Sequential(nn.BatchNorm3d(2)), 2)
-    with pytest.raises(UserError, match="the EvoNorm2dB0 at 0 cannot be split"):  # batch statistics without being a batch norm
+    # Batch statistics without being a batch norm.
+    with pytest.raises(UserError, match="the EvoNorm2dB0 at 0 cannot be split"):
         models.split_bn(nn.Sequential(EvoNorm2dB0(2)), 2)
-    models.split_bn(nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2), nn.LayerNorm(2)), 2)  # of each image alone
+    # Of each image alone.
+    models.split_bn(nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2), nn.LayerNorm(2)), 2)
     with pytest.raises(ValueError, match="batch of 6 does not split into 4"):
         small(4)([images(6)])
 
@@ -217,7 +273,9 @@ def test_the_mean_student_follows_its_formula_and_keeps_its_own_buffers():
     net = small(2)
     ema = models.ema_copy(net)
     assert ema.training and not any(p.requires_grad for p in ema.parameters())
-    assert {p.data_ptr() for p in ema.parameters()}.isdisjoint(p.data_ptr() for p in net.parameters())
+    assert {p.data_ptr() for p in ema.parameters()}.isdisjoint(
+        p.data_ptr() for p in net.parameters()
+    )
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape))
@@ -225,38 +283,56 @@ def test_the_mean_student_follows_its_formula_and_keeps_its_own_buffers():
     before, buffers = [p.double() for p in ema.parameters()], copy.deepcopy(list(ema.buffers()))
     models.ema_update(ema, net, 0.9)
     for new, old, p in zip(ema.parameters(), before, net.parameters()):
-        torch.testing.assert_close(new.double(), 0.9 * old + 0.1 * p.detach().double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            new.double(), 0.9 * old + 0.1 * p.detach().double(), rtol=1e-5, atol=1e-6
+        )
     assert all(torch.equal(a, b) for a, b in zip(ema.buffers(), buffers))
     assert any(not torch.equal(a, b) for a, b in zip(ema.buffers(), net.buffers()))
     ema([images(8, seed=5)])
-    assert any(not torch.equal(a, b) for a, b in zip(ema.buffers(), buffers))  # its own forward moves its own
+    # Its own forward moves its own.
+    assert any(not torch.equal(a, b) for a, b in zip(ema.buffers(), buffers))
 
 
 def test_mean_buffers_are_copies_of_the_floating_ones():
     net = small()
     found = models.mean_buffers(net)
-    assert set(found) == {k for k in net.state_dict() if k.endswith(("running_mean", "running_var"))}
+    assert set(found) == {
+        k for k in net.state_dict() if k.endswith(("running_mean", "running_var"))
+    }
     found["backbone.bn1.running_mean"].add_(1)
     assert net.backbone.bn1.running_mean.abs().max() == 0
 
 
 def test_an_unknown_arch_is_refused_with_the_nearest_names():
-    with pytest.raises(UserError, match="has no model 'mobilenetv3_large'; did you mean .*mobilenetv3_large_100"):
+    with pytest.raises(
+        UserError, match="has no model 'mobilenetv3_large'; did you mean .*mobilenetv3_large_100"
+    ):
         models.create("mobilenetv3_large", nn.Identity)
     with pytest.raises(UserError, match="has no model 'hf_hub:timm/resnet18'"):  # no download
         models.create("hf_hub:timm/resnet18", nn.Identity)
 
 
-@pytest.mark.parametrize("kwargs, says", [
-    ({"stem_widht": 32}, "timm cannot make resnet18 with .*stem_widht"), ({"pretrained": True}, "random weights"),
-    ({"num_classes": 10}, "the head is ours"), ({"in_chans": 1}, "3 channels")])
+@pytest.mark.parametrize(
+    "kwargs, says",
+    [
+        ({"stem_widht": 32}, "timm cannot make resnet18 with .*stem_widht"),
+        ({"pretrained": True}, "random weights"),
+        ({"num_classes": 10}, "the head is ours"),
+        ({"in_chans": 1}, "3 channels"),
+    ],
+)
 def test_wrong_kwargs_are_refused(kwargs, says):
     with pytest.raises(UserError, match=says):
         models.create("resnet18", nn.Identity, kwargs)
 
 
 def test_kwargs_reach_timm():
-    assert models.create("resnet18", nn.Identity, {"stem_width": 16, "stem_type": "deep"}).backbone.conv1[0].weight.shape[0] == 16
+    assert (
+        models.create("resnet18", nn.Identity, {"stem_width": 16, "stem_type": "deep"})
+        .backbone.conv1[0]
+        .weight.shape[0]
+        == 16
+    )
 
 
 def test_loading_names_what_is_missing_unexpected_and_of_another_shape():
@@ -265,15 +341,25 @@ def test_loading_names_what_is_missing_unexpected_and_of_another_shape():
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(UserError) as e:
         models.load_weights(net, w, "a.pt", "do that")
-    assert str(e.value) == ("a.pt: missing: 1.weight, 1.bias, 1.running_mean, 1.running_var; unexpected: x; "
-                            "of another shape: 0.weight (3, 4) for (3, 2); do that")
+    assert str(e.value) == (
+        "a.pt: missing: 1.weight, 1.bias, 1.running_mean, 1.running_var; unexpected: x; "
+        "of another shape: 0.weight (3, 4) for (3, 2); do that"
+    )
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert shorten([str(i) for i in range(9)]) == "0, 1, 2, 3 and 5 more"
 
 
 # ---- several resolutions, heads and prototypes
 
-STUDENTS = ["mobilenetv3_large_100", "efficientnet_b0", "efficientnet_b1", "resnet18", "resnet34", "vit_tiny_patch16_224", "xcit_tiny_12_p16_224"]
+STUDENTS = [
+    "mobilenetv3_large_100",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "resnet18",
+    "resnet34",
+    "vit_tiny_patch16_224",
+    "xcit_tiny_12_p16_224",
+]
 
 
 @pytest.mark.parametrize("arch", STUDENTS)
@@ -285,7 +371,9 @@ def test_every_student_trains_on_two_resolutions_at_once(arch):
     z, scores = net([images(2, 1, 64), images(2, 2, 32), images(2, 3, 64)])
     assert z.shape == (3, 2, 8) and scores.shape == (3, 2, 5)
     (scores * torch.randn(3, 2, 5)).sum().backward()
-    assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not [
+        n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "xcit_tiny_12_p16_224"])
@@ -295,18 +383,35 @@ def test_positions_are_interpolated_for_small_crops(arch):
     big, little = images(1, 1, 64), images(1, 2, 32)
     with torch.no_grad():
         joint = net([big, little]).z
-        assert torch.equal(joint[0], net.backbone(big)) and torch.equal(joint[1], net.backbone(little))
+        assert torch.equal(joint[0], net.backbone(big)) and torch.equal(
+            joint[1], net.backbone(little)
+        )
         if arch.startswith("vit"):
-            embed = net.backbone.pos_embed  # [1,1+16,192]: a class token, and a grid of 4 x 4 for 64 px
+            # [1,1+16,192]: a class token, and a grid of 4 x 4 for 64 px.
+            embed = net.backbone.pos_embed
             assert embed.shape == (1, 17, 192)
-            grid = nn.functional.interpolate(embed[:, 1:].transpose(1, 2).view(1, 192, 4, 4), (2, 2), mode="bicubic", antialias=True)
+            grid = nn.functional.interpolate(
+                embed[:, 1:].transpose(1, 2).view(1, 192, 4, 4),
+                (2, 2),
+                mode="bicubic",
+                antialias=True,
+            )
             plain = models.create(arch, nn.Identity, {"img_size": 32}).eval()
-            plain.load_state_dict(net.state_dict() | {"backbone.pos_embed": torch.cat([embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)})
+            plain.load_state_dict(
+                net.state_dict()
+                | {
+                    "backbone.pos_embed": torch.cat(
+                        [embed[:, :1], grid.flatten(2).transpose(1, 2)], 1
+                    )
+                }
+            )
             torch.testing.assert_close(plain([little]).z[0], joint[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_size_that_patches_do_not_divide_is_refused():
-    with pytest.raises(UserError, match="student.arch: vit_tiny_patch16_224 cannot take crops of 40 px"):
+    with pytest.raises(
+        UserError, match="student.arch: vit_tiny_patch16_224 cannot take crops of 40 px"
+    ):
         models.create("vit_tiny_patch16_224", nn.Identity, sizes=(32, 40))
 
 
@@ -322,7 +427,9 @@ def test_a_joint_forward_has_the_statistics_of_all_views_of_a_size_and_one_head(
     want = plain.head(torch.cat([large, plain.backbone(b)])).view(3, 6, 8)[[0, 2, 1]]
     torch.testing.assert_close(z, want)
     assert torch.equal(net.backbone.bn1.running_mean, plain.backbone.bn1.running_mean)
-    torch.testing.assert_close(net.eval()([a, b, c]).z, torch.stack([plain.eval()([v]).z[0] for v in (a, b, c)]))
+    torch.testing.assert_close(
+        net.eval()([a, b, c]).z, torch.stack([plain.eval()([v]).z[0] for v in (a, b, c)])
+    )
 
 
 def test_groups_of_a_joint_forward_are_images_with_all_their_views():
@@ -332,7 +439,8 @@ def test_groups_of_a_joint_forward_are_images_with_all_their_views():
     halves = copy.deepcopy(whole)
     models.split_bn(whole, 2)
     views = [images(6).double(), images(6, 2).double(), images(6, 3, 48).double()]
-    want = torch.cat([halves([v[part] for v in views]).z for part in (slice(3), slice(3, 6))], 1)  # as two ranks would
+    # As two ranks would.
+    want = torch.cat([halves([v[part] for v in views]).z for part in (slice(3), slice(3, 6))], 1)
     torch.testing.assert_close(whole(views).z, want)
 
 
@@ -343,7 +451,8 @@ def test_prototypes_are_cosines_and_nothing_edits_them():
     want = (z / z.norm(dim=2, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
     torch.testing.assert_close(layer(z), want)
     layer(z).square().sum().backward()
-    assert torch.equal(layer.weight, before) and (layer.weight.grad * w).sum(1).abs().max() < 1e-6  # along the sphere
+    # Along the sphere.
+    assert torch.equal(layer.weight, before) and (layer.weight.grad * w).sum(1).abs().max() < 1e-6
     long = heads.Prototypes(4, 3, gain=True)
     long.load_state_dict({"weight": w, "gain": torch.tensor([1.0, 2.0, 3.0])})
     torch.testing.assert_close(long(z), want * torch.tensor([1.0, 2.0, 3.0]))
@@ -355,29 +464,64 @@ def test_dinos_head_is_three_linear_layers_with_gelu():
     torch.manual_seed(0)
     head, x = heads.dino_mlp(5, 7, 3), torch.randn(4, 5)
     w = head.state_dict()
-    assert list(w) == [f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")]  # the published keys
-    gelu = lambda x: x * 0.5 * (1 + torch.erf(x / 2 ** 0.5))  # noqa: E731
+    # The published keys.
+    assert list(w) == [f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")]
+    gelu = lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))
     hidden = gelu(gelu(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"])
     torch.testing.assert_close(head(x), hidden @ w["4.weight"].T + w["4.bias"])
-    assert [k.split(".")[0] for k in heads.dino_mlp(5, 7, 3, bn=True).state_dict() if k.endswith("bias")] == ["0", "1", "3", "4", "6"]
+    assert [
+        k.split(".")[0] for k in heads.dino_mlp(5, 7, 3, bn=True).state_dict() if k.endswith("bias")
+    ] == ["0", "1", "3", "4", "6"]
     big = heads.dino_mlp(64, 512, 64)
-    assert big[2].weight.std().item() == pytest.approx(0.02, rel=0.02) and all(m.bias.abs().max() == 0 for m in (big[0], big[2], big[4]))
+    assert big[2].weight.std().item() == pytest.approx(0.02, rel=0.02) and all(
+        m.bias.abs().max() == 0 for m in (big[0], big[2], big[4])
+    )
     assert heads.dino_mlp(5, 0, 3).weight.shape == (3, 5)
 
 
 BASE = {"run": {"name": "x"}, "data": {"train": "t"}, "teacher": {"file": "t"}}
 
 
-@pytest.mark.parametrize("method, head, prototypes, joint", [
-    ({"name": "moco"}, ["0.weight", "0.bias", "2.weight", "2.bias"], None, False),
-    ({"name": "seed"}, ["0.weight", "0.bias", "2.weight", "2.bias"], None, False),
-    ({"name": "swav"}, ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "3.weight", "3.bias"],
-     (3000, 128), True),
-    ({"name": "dino", "prototypes": 70}, ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"], (70, 256), True),
-], ids=lambda v: v["name"] if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "method, head, prototypes, joint",
+    [
+        ({"name": "moco"}, ["0.weight", "0.bias", "2.weight", "2.bias"], None, False),
+        ({"name": "seed"}, ["0.weight", "0.bias", "2.weight", "2.bias"], None, False),
+        (
+            {"name": "swav"},
+            [
+                "0.weight",
+                "0.bias",
+                "1.weight",
+                "1.bias",
+                "1.running_mean",
+                "1.running_var",
+                "1.num_batches_tracked",
+                "3.weight",
+                "3.bias",
+            ],
+            (3000, 128),
+            True,
+        ),
+        (
+            {"name": "dino", "prototypes": 70},
+            ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"],
+            (70, 256),
+            True,
+        ),
+    ],
+    ids=lambda v: v["name"] if isinstance(v, dict) else "",
+)
 def test_a_configuration_says_the_whole_network(method, head, prototypes, joint):
-    net = models.of(config.validate(BASE | {"method": method, "student": {"arch": "test_resnet"}}, "test"), train=True)
-    assert list(net.head.state_dict()) == head and net.joint == joint and next(net.head.parameters()).shape[0] == 2048
+    net = models.of(
+        config.validate(BASE | {"method": method, "student": {"arch": "test_resnet"}}, "test"),
+        train=True,
+    )
+    assert (
+        list(net.head.state_dict()) == head
+        and net.joint == joint
+        and next(net.head.parameters()).shape[0] == 2048
+    )
     assert (net.prototypes and tuple(net.prototypes.weight.shape)) == prototypes
     assert net.prototypes is None or net.prototypes.gain is None
 
@@ -397,5 +541,7 @@ def test_synchronised_batch_norm_keeps_names_and_activations(monkeypatch):
     plain = small(arch="mobilenetv3_small_050")
     keys = list(plain.state_dict())
     net = models.sync_bn(copy.deepcopy(plain))
-    assert list(net.state_dict()) == keys and any(isinstance(m, nn.SyncBatchNorm) for m in net.modules())
+    assert list(net.state_dict()) == keys and any(
+        isinstance(m, nn.SyncBatchNorm) for m in net.modules()
+    )
     torch.testing.assert_close(net.eval()([images(2)]).z, plain.eval()([images(2)]).z)

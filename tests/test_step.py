@@ -1,4 +1,6 @@
-"""The step's runtime: what becomes a CUDA graph and what does not, torch.compile, and that the loop never waits for the device between log points."""
+"""The step's runtime: what becomes a CUDA graph and what does not, torch.compile, and that the loop
+never waits for the device between log points."""
+
 import contextlib
 import copy
 import io
@@ -9,20 +11,19 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ranks, tiny
+from test_teacher_runtime import net, views
+from test_train import _train, losses
 from torch import nn
 
-from conftest import ranks, tiny
-from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco import config, data, methods, models
-from fastdisco.run import log
-from fastdisco.run import students
 from fastdisco.config import Optim, UserError
+from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco.engine.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets, moco
 from fastdisco.models import Out
+from fastdisco.run import log, students
 from fastdisco.teacher import Options, Teacher
-from test_teacher_runtime import net, views
-from test_train import _train, losses
 
 CUDA = torch.device("cuda")
 
@@ -38,11 +39,29 @@ def said(monkeypatch):
 def distilled(folder, tmp_path_factory):
     """Overrides that distil from a run of our own, and log at every second step."""
     out = tmp_path_factory.mktemp("teacher")
-    ranks(1, _train, tiny(folder, out, "run.max_steps=1", "run.name=teacher", "student.arch=test_resnet", "student.kwargs={}"))
-    return [f"teacher.file={out}/teacher", "teacher.arch=test_resnet", "log.every=2", "run.max_steps=6", "data.accumulate=2"]
+    ranks(
+        1,
+        _train,
+        tiny(
+            folder,
+            out,
+            "run.max_steps=1",
+            "run.name=teacher",
+            "student.arch=test_resnet",
+            "student.kwargs={}",
+        ),
+    )
+    return [
+        f"teacher.file={out}/teacher",
+        "teacher.arch=test_resnet",
+        "log.every=2",
+        "run.max_steps=6",
+        "data.accumulate=2",
+    ]
 
 
 # ---- which calls are replays
+
 
 class Replays:
     """Stands in for a capture: notes what it was made of and called with."""
@@ -61,12 +80,16 @@ def test_the_first_calls_shapes_are_replayed_and_another_is_said_once_and_run_ea
     assert f(views(2, 4)) == f(views(2, 4, seed=5)) == "replayed" and not said
     assert f(views(2, 3)) == [3, 3] and f(views(1, 4)) == [4] and f(views(2, 4, size=16)) == [4, 4]
     assert f(views(2, 4)) == "replayed" and f.graph.calls == 3
-    assert said == ["teacher: runs eagerly, not as a CUDA graph: views [(3, 3, 32, 32), (3, 3, 32, 32)] differ from those of its graph, "
-                    "[(4, 3, 32, 32), (4, 3, 32, 32)]"]
+    assert said == [
+        "teacher: runs eagerly, not as a CUDA graph: views [(3, 3, 32, 32), (3, 3, 32, 32)] differ "
+        "from those of its graph, [(4, 3, 32, 32), (4, 3, 32, 32)]"
+    ]
 
 
 @pytest.mark.parametrize("recovers", [True, False])
-def test_a_capture_that_fails_is_said_once_with_its_reason_and_not_tried_again(said, monkeypatch, recovers):
+def test_a_capture_that_fails_is_said_once_with_its_reason_and_not_tried_again(
+    said, monkeypatch, recovers
+):
     monkeypatch.setattr(cudagraph, "RECOVERS", recovers)
     tries = []
 
@@ -76,14 +99,24 @@ def test_a_capture_that_fails_is_said_once_with_its_reason_and_not_tried_again(s
 
     f = Graphed("mean student", lambda views: [len(v) for v in views], capture=fails)
     if not recovers:
-        with pytest.raises(UserError, match="mean student.*operation not permitted when stream is capturing.*perf.graphs=false"):
+        with pytest.raises(
+            UserError,
+            match="mean student.*operation not permitted when stream is capturing.*perf.graphs=false",
+        ):
             f(views(2, 4))
         return
-    assert f(views(2, 4)) == f(views(2, 4)) == [4, 4] and f(views(2, 3)) == [3, 3] and len(tries) == 1
-    assert said == ["mean student: runs eagerly, not as a CUDA graph: the capture failed (operation not permitted when stream is capturing)"]
+    assert (
+        f(views(2, 4)) == f(views(2, 4)) == [4, 4] and f(views(2, 3)) == [3, 3] and len(tries) == 1
+    )
+    assert said == [
+        "mean student: runs eagerly, not as a CUDA graph: the capture failed (operation not "
+        "permitted when stream is capturing)"
+    ]
 
 
-def test_keys_that_another_stream_computes_are_not_waited_for_before_the_students_forward(monkeypatch):
+def test_keys_that_another_stream_computes_are_not_waited_for_before_the_students_forward(
+    monkeypatch,
+):
     class Unread(cudagraph.Later):
         def __getattr__(self, name):
             read.append(name)
@@ -101,11 +134,16 @@ def test_an_error_of_the_forward_itself_is_not_swallowed(said):
         forward(views)
 
     with pytest.raises(ValueError, match="does not split"):
-        Graphed("mean student", lambda views: models.split_bn(x := net(), 3) or x.train()(views), capture=capture)(views(1, 4))
+        Graphed(
+            "mean student",
+            lambda views: models.split_bn(x := net(), 3) or x.train()(views),
+            capture=capture,
+        )(views(1, 4))
 
 
 class Streams:
-    """As much of torch.cuda as Capture uses, on a CPU: work is done where it is queued, and `order` notes what waited for what."""
+    """As much of torch.cuda as Capture uses, on a CPU: work is done where it is queued, and `order`
+    notes what waited for what."""
 
     def __init__(self, monkeypatch):
         self.order, self.now = [], "caller"
@@ -143,9 +181,13 @@ class Streams:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", on)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: on(stream))
+        monkeypatch.setattr(
+            torch.cuda, "graph", lambda graph, stream, capture_error_mode: on(stream)
+        )
         monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fakes)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: outer.order.append(f"{s.name} holds"))
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda x, s: outer.order.append(f"{s.name} holds")
+        )
 
 
 def test_a_replay_is_ordered_with_its_caller_and_keeps_nothing_of_it(monkeypatch):
@@ -158,18 +200,31 @@ def test_a_replay_is_ordered_with_its_caller_and_keeps_nothing_of_it(monkeypatch
     x, y = views(2, 4), views(2, 4, seed=5)
     captured = cudagraph.Capture(forward, x, [total], torch.float64)
     captured.graph.capture, captured.forward = captured, forward
-    assert total == 0 and captured.inputs[0].dtype == torch.float64  # three warm-ups and the capture are undone
+    # Three warm-ups and the capture are undone.
+    assert total == 0 and captured.inputs[0].dtype == torch.float64
     assert streams.order == ["graph waits for caller", "caller waits for graph"]
     streams.order.clear()
     first, second = captured(x), captured(y)
-    assert streams.order == 2 * ["caller waits for the graph's event", "graph waits for caller", "replay on graph"]
+    assert streams.order == 2 * [
+        "caller waits for the graph's event",
+        "graph waits for caller",
+        "replay on graph",
+    ]
     streams.order.clear()
-    for later, sent in ((first, x), (second, y)):  # the second replay has not written over what the first gave
-        torch.testing.assert_close(later.z, torch.stack(sent).double().mean((2, 3, 4))[..., None], rtol=1e-6, atol=1e-8)
-    assert streams.order == 2 * ["caller waits for the graph's event", "caller holds"] and first.scores is None and total == 2
+    # The second replay has not written over what the first gave.
+    for later, sent in ((first, x), (second, y)):
+        torch.testing.assert_close(
+            later.z, torch.stack(sent).double().mean((2, 3, 4))[..., None], rtol=1e-6, atol=1e-8
+        )
+    assert (
+        streams.order == 2 * ["caller waits for the graph's event", "caller holds"]
+        and first.scores is None
+        and total == 2
+    )
 
 
 # ---- rehearsing
+
 
 def test_a_rehearsal_leaves_statistics_and_random_streams():
     student = net("test_efficientnet", drop_rate=0.5).train()
@@ -177,7 +232,8 @@ def test_a_rehearsal_leaves_statistics_and_random_streams():
     torch.manual_seed(3)
     want = torch.rand(4)
     torch.manual_seed(3)
-    with pytest.raises(KeyError), rehearsal(student):  # an error that the caller may catch changes nothing of that
+    # An error that the caller may catch changes nothing of that.
+    with pytest.raises(KeyError), rehearsal(student):
         student(views())
         assert any(not torch.equal(v, before[k]) for k, v in student.state_dict().items())
         raise KeyError
@@ -193,13 +249,18 @@ def test_a_rehearsed_step_makes_the_graphs_that_training_replays_and_changes_not
     ema, teacher = models.ema_copy(student), Teacher(net())
     method = methods.create("moco", cfg=config.Moco(queue=24), dim=16, seed=0, shuffle="gather")
     state = copy.deepcopy([method.state_dict(), ema.state_dict()])
-    graphs = [Graphed(what, forward, capture=Replayed) for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))]
+    graphs = [
+        Graphed(what, forward, capture=Replayed)
+        for what, forward in (("mean student", torch.no_grad()(ema)), ("teacher", teacher.eager))
+    ]
     nets = Nets(torch.no_grad()(copy.deepcopy(ema)), graphs[0], graphs[1] if with_teacher else None)
     students.rehearse(nets, ema, method, views(2, 4))
     assert method.keys == [] and str([method.state_dict(), ema.state_dict()]) == str(state)
     for x, y in zip(state, [method.state_dict(), ema.state_dict()]):
         assert all(torch.equal(x[k], y[k]) for k in x)
-    terms = method.step(nets._replace(student=student), views(2, 4, seed=7), methods.Progress(5, 0.5))
+    terms = method.step(
+        nets._replace(student=student), views(2, 4, seed=7), methods.Progress(5, 0.5)
+    )
     assert ("distill" in terms) == with_teacher
     assert [g.graph and g.graph.calls for g in graphs] == [2, 2 if with_teacher else None]
 
@@ -216,16 +277,37 @@ class Replayed(Replays):
 
 # ---- torch.compile
 
-def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(folder, tmp_path, distilled):
+
+def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(
+    folder, tmp_path, distilled
+):
     def run(*more):
-        return ranks(1, _told, tiny(folder, tmp_path, *distilled, "log.every=1", "run.max_steps=3", "data.accumulate=1", *more))[0]
+        return ranks(
+            1,
+            _told,
+            tiny(
+                folder,
+                tmp_path,
+                *distilled,
+                "log.every=1",
+                "run.max_steps=3",
+                "data.accumulate=1",
+                *more,
+            ),
+        )[0]
 
     assert "perf.compile" not in run("run.name=plain")
     text = run("run.name=both", "perf.compile=both", "perf.backend=aot_eager")
     for what in ("student", "teacher"):
-        assert f"perf.compile: {what} in " in text and text.count("ms instead of") == 2 and text.count("paid back") == 2
+        assert (
+            f"perf.compile: {what} in " in text
+            and text.count("ms instead of") == 2
+            and text.count("paid back") == 2
+        )
     plain, both = losses(tmp_path / "plain"), losses(tmp_path / "both")
-    assert [both[s] for s in (1, 2, 3)] == pytest.approx([plain[s] for s in (1, 2, 3)], rel=1e-5) and plain[3] != plain[1]
+    assert [both[s] for s in (1, 2, 3)] == pytest.approx(
+        [plain[s] for s in (1, 2, 3)], rel=1e-5
+    ) and plain[3] != plain[1]
 
 
 def _told(args):
@@ -236,43 +318,85 @@ def _told(args):
 
 
 def test_what_cannot_be_compiled_is_refused():
-    small = models.Net(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2))
-    with pytest.raises(UserError, match="perf.compile: the student cannot be compiled by no_such_thing .*perf.compile=false"):
-        compiled.compile("student", small, lambda: compiled.forward_backward(small, views()), "no_such_thing")
+    small = models.Net(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2)
+    )
+    with pytest.raises(
+        UserError,
+        match="perf.compile: the student cannot be compiled by no_such_thing .*perf.compile=false",
+    ):
+        compiled.compile(
+            "student", small, lambda: compiled.forward_backward(small, views()), "no_such_thing"
+        )
     raw = {"run": {"name": "x"}, "data": {"train": "x"}}
     with pytest.raises(UserError, match="perf.compile: both, but there is no teacher"):
         config.validate(raw | {"perf": {"compile": "both"}}, "here")
-    with pytest.raises(UserError, match="perf.compile: teacher, but with teacher.cache=replay no teacher runs"):
-        config.validate(raw | {"perf": {"compile": "teacher"}, "teacher": {"file": "x", "cache": "replay"}}, "here")
+    with pytest.raises(
+        UserError, match="perf.compile: teacher, but with teacher.cache=replay no teacher runs"
+    ):
+        config.validate(
+            raw | {"perf": {"compile": "teacher"}, "teacher": {"file": "x", "cache": "replay"}},
+            "here",
+        )
     with pytest.raises(UserError, match="perf.compile: student works at engine.stage 0 to 2"):
         config.validate(raw | {"perf": {"compile": "student"}, "engine": {"stage": 3}}, "here")
 
 
 def test_what_compiling_measures_is_no_training():
     torch.manual_seed(0)
-    small = models.Net(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2))
+    small = models.Net(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Dropout(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ),
+        nn.Linear(4, 2),
+    )
     before = copy.deepcopy(small.state_dict())
     stream, x = torch.get_rng_state(), views()
     compiled.compile("student", small, lambda: compiled.forward_backward(small, x), "eager")
-    assert torch.equal(torch.get_rng_state(), stream) and all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream) and all(
+        torch.equal(v, before[k]) for k, v in small.state_dict().items()
+    )
     assert all(p.grad is None for p in small.parameters())
     compiled.forward_backward(small, x)
-    assert not torch.equal(torch.get_rng_state(), stream) and not torch.equal(small.backbone[1].running_mean, before["backbone.1.running_mean"])
+    assert not torch.equal(torch.get_rng_state(), stream) and not torch.equal(
+        small.backbone[1].running_mean, before["backbone.1.running_mean"]
+    )
 
 
 # ---- waiting for the device
 
-READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__contains__", "nonzero")  # of a tensor's values
+# Of a tensor's values.
+READS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__contains__",
+    "nonzero",
+)
 
 
 def _here():
     """(file, function) of the innermost frame of ours or DeepSpeed's."""
-    frames = [f for f in traceback.extract_stack() if {"fastdisco", "deepspeed", "kernels"} & set(Path(f.filename).parts)]
+    frames = [
+        f
+        for f in traceback.extract_stack()
+        if {"fastdisco", "deepspeed", "kernels"} & set(Path(f.filename).parts)
+    ]
     return Path(frames[-1].filename).name, frames[-1].name
 
 
 def _between_log_points(args, begin, end):
-    """Trains, with begin() called before the first batch after every log point, and end() at every log point."""
+    """Trains, with begin() called before the first batch after every log point, and end() at every
+    log point."""
     state, read, fetch = {"logged": False, "on": False}, log.Meter.read, data.TrainLoader.__next__
 
     def at_the_log_point(self, *a):
@@ -299,6 +423,7 @@ def _reads(args):
             if watching:
                 found.add(_here())
             return plain(*a, **k)
+
         return call
 
     for name in READS:
@@ -308,32 +433,50 @@ def _reads(args):
     return sorted(found)
 
 
-CLIPPED = [("utils.py", "is_invalid_grad_norm"), ("utils.py", "mask_nan_or_inf_with_val_inplace")]  # of DeepSpeed; docs/speed.md names them
+# Of DeepSpeed; docs/speed.md names them.
+CLIPPED = [("utils.py", "is_invalid_grad_norm"), ("utils.py", "mask_nan_or_inf_with_val_inplace")]
 
 
-@pytest.mark.parametrize("stage, clip, where", [(0, 0, []), (0, 1, []), (1, 0, []), (2, 1, CLIPPED)])
-def test_between_log_points_the_loop_reads_no_tensor(folder, tmp_path, distilled, stage, clip, where):
+@pytest.mark.parametrize(
+    "stage, clip, where", [(0, 0, []), (0, 1, []), (1, 0, []), (2, 1, CLIPPED)]
+)
+def test_between_log_points_the_loop_reads_no_tensor(
+    folder, tmp_path, distilled, stage, clip, where
+):
     """On a CPU nothing waits, but the same calls are made as on a GPU, where each of them would."""
-    assert ranks(1, _reads, tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled))[0] == where
+    assert (
+        ranks(
+            1,
+            _reads,
+            tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled),
+        )[0]
+        == where
+    )
 
 
 # ---- what only a GPU can tell
+
 
 def cuda(*tensors):
     return [x.to(CUDA, memory_format=torch.channels_last) for x in tensors]
 
 
 def busy():
-    """Some milliseconds of work on the current stream, so that what should have waited for it shows."""
+    """Some milliseconds of work on the current stream, so that what should have waited for it
+    shows."""
     x = torch.randn(4096, 4096, device=CUDA)
     for _ in range(10):
         x = x @ x * 1e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=4)], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(fold=True), dict(fold=True, dtype=torch.float16), dict(bn_group=4)], ids=str
+)
 def test_a_graphed_teacher_equals_the_eager_one_over_many_steps(said, how):
-    graphed, eager = (Teacher(net("resnet18"), Options(CUDA, graph=g, **how)) for g in (True, False))
+    graphed, eager = (
+        Teacher(net("resnet18"), Options(CUDA, graph=g, **how)) for g in (True, False)
+    )
     kept, want = [], []
     for seed in range(12):
         x = cuda(*views(2, 8, 64, seed))
@@ -344,7 +487,8 @@ def test_a_graphed_teacher_equals_the_eager_one_over_many_steps(said, how):
         busy()
         kept.append(later.z)
         want.append(eager(cuda(*views(2, 8, 64, seed))).z)
-    torch.testing.assert_close(torch.stack(kept), torch.stack(want), rtol=1e-3, atol=1e-3)  # also those of earlier replays
+    # Also those of earlier replays.
+    torch.testing.assert_close(torch.stack(kept), torch.stack(want), rtol=1e-3, atol=1e-3)
     assert not said and graphed.forward.graph and (kept[0] - kept[1]).abs().max() > 0.05
 
 
@@ -364,11 +508,16 @@ def test_fp16_is_near_the_eager_teacher_in_fp32():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, precision, groups):
-    students = [net("test_efficientnet").train().to(CUDA, memory_format=torch.channels_last) for _ in range(2)]
+    students = [
+        net("test_efficientnet").train().to(CUDA, memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
     for s in students:
         models.split_bn(s, groups)
         s.requires_grad_(False)
-    cfg = config.validate({"run": {"name": "x"}, "data": {"train": "x"}, "engine": {"precision": precision}}, "here")
+    cfg = config.validate(
+        {"run": {"name": "x"}, "data": {"train": "x"}, "engine": {"precision": precision}}, "here"
+    )
     graphed, eager = (students.inference(s, cfg, CUDA) for s in students)
     graphed = Graphed("mean student", graphed, students[0].buffers())
     other = net("test_efficientnet").to(CUDA)
@@ -393,7 +542,8 @@ def test_another_shape_and_a_forward_that_waits_run_eagerly(said):
     t(few), t(x)
     assert len(said) == 1 and "(3, 3, 64, 64)" in said[0]
 
-    if not cudagraph.RECOVERS:  # the failing capture would spoil the device for every test after this one
+    # The failing capture would spoil the device for every test after this one.
+    if not cudagraph.RECOVERS:
         return
 
     class Sum(NamedTuple):
@@ -401,8 +551,11 @@ def test_another_shape_and_a_forward_that_waits_run_eagerly(said):
 
     f = Graphed("test", lambda views: Sum(views[0].sum() * (1 if views[0].sum().item() else 2)))
     torch.testing.assert_close(f(x).z, x[0].sum())
-    assert len(said) == 2 and "test: runs eagerly, not as a CUDA graph: the capture failed" in said[1]
-    assert torch.rand(4, device=CUDA).max() < 1 and torch.isfinite(t(x).z).all()  # generator and allocator still work
+    assert (
+        len(said) == 2 and "test: runs eagerly, not as a CUDA graph: the capture failed" in said[1]
+    )
+    # Generator and allocator still work.
+    assert torch.rand(4, device=CUDA).max() < 1 and torch.isfinite(t(x).z).all()
 
 
 @pytest.mark.gpu
@@ -441,7 +594,8 @@ def test_fused_optimizers_are_the_plain_ones(name, monkeypatch):
 
 
 def _waits(args, mode):
-    """(file, function) of every wait between log points, as torch sees them, and of calls that wait by their nature."""
+    """(file, function) of every wait between log points, as torch sees them, and of calls that wait
+    by their nature."""
     import warnings
 
     found, watching = set(), []
@@ -455,6 +609,7 @@ def _waits(args, mode):
             if waits(*a):
                 note()
             return plain(*a, **k)
+
         return call
 
     torch.cuda.synchronize = watched(torch.cuda.synchronize)
@@ -478,17 +633,33 @@ def _waits(args, mode):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_at_stage_0_nothing_waits_for_the_gpu_between_log_points(folder, tmp_path, distilled, precision):
+def test_at_stage_0_nothing_waits_for_the_gpu_between_log_points(
+    folder, tmp_path, distilled, precision
+):
     for name in ("sgd", "adamw"):
         for clip in (0, 1):
-            overrides = f"run.name={name}{clip}", f"engine.precision={precision}", f"optim.name={name}", f"optim.clip={clip}"
-            assert ranks(1, _waits, tiny(folder, tmp_path, *overrides, *distilled), "error")[0] == []
+            overrides = (
+                f"run.name={name}{clip}",
+                f"engine.precision={precision}",
+                f"optim.name={name}",
+                f"optim.clip={clip}",
+            )
+            assert (
+                ranks(1, _waits, tiny(folder, tmp_path, *overrides, *distilled), "error")[0] == []
+            )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stage, clip, where", [(1, 0, []), (2, 0, []), (1, 1, CLIPPED), (2, 1, CLIPPED)])
+@pytest.mark.parametrize(
+    "stage, clip, where", [(1, 0, []), (2, 0, []), (1, 1, CLIPPED), (2, 1, CLIPPED)]
+)
 def test_at_stages_1_and_2_what_waits_is_known(folder, tmp_path, distilled, stage, clip, where):
-    found = ranks(1, _waits, tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled), "warn")[0]
+    found = ranks(
+        1,
+        _waits,
+        tiny(folder, tmp_path, f"engine.stage={stage}", f"optim.clip={clip}", *distilled),
+        "warn",
+    )[0]
     print(f"stage {stage}, clip {clip}: {found}")
     assert found == where
 
@@ -496,7 +667,14 @@ def test_at_stages_1_and_2_what_waits_is_known(folder, tmp_path, distilled, stag
 @pytest.mark.gpu
 def test_training_with_graphs_is_training_without(folder, tmp_path, distilled):
     for name, graphs in (("with", "true"), ("without", "false")):
-        overrides = *distilled, f"run.name={name}", f"perf.graphs={graphs}", "student.kwargs={}", "log.every=1", "data.accumulate=1"
+        overrides = (
+            *distilled,
+            f"run.name={name}",
+            f"perf.graphs={graphs}",
+            "student.kwargs={}",
+            "log.every=1",
+            "data.accumulate=1",
+        )
         ranks(1, _train, tiny(folder, tmp_path, *overrides))
     a, b = losses(tmp_path / "with"), losses(tmp_path / "without")
     assert [a[s] for s in (1, 2, 3)] == pytest.approx([b[s] for s in (1, 2, 3)], rel=2e-2)

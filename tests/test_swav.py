@@ -1,17 +1,32 @@
-"""SwAV's step, alone and with DisCo, against the paper's loop written out in float64; its codes; micro batches, ranks and golden losses."""
+"""SwAV's step, alone and with DisCo, against the paper's loop written out in float64; its codes;
+micro batches, ranks and golden losses."""
+
 import copy
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as td
+from conftest import ranks
+from loop import (
+    DIM,
+    HIDDEN,
+    Run,
+    check_golden,
+    close,
+    crops,
+    drawn,
+    generator,
+    halves,
+    mine,
+    uniform,
+    unit,
+)
 from torch import nn
 
-from conftest import ranks
 from fastdisco import config
 from fastdisco.common import dist
 from fastdisco.methods.swav import sinkhorn
-from loop import DIM, HIDDEN, Run, check_golden, close, crops, drawn, generator, halves, mine, uniform, unit
 
 SIZES = (12, 12, 9, 9, 9)  # two coded crops and three small ones
 B, P = 8, 7
@@ -19,28 +34,61 @@ OPTIM = config.Optim(name="lars", lr=0.6, lr_min=0.06, weight_decay=1e-2)
 
 
 def head(rng):
-    return drawn(nn.Sequential(nn.Linear(8, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)), rng)
+    return drawn(
+        nn.Sequential(
+            nn.Linear(8, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)
+        ),
+        rng,
+    )
 
 
 def head_without_bn(rng):
     return drawn(nn.Sequential(nn.Linear(8, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)), rng)
 
 
-def swav(teacher=False, bn=True, queue=16, freeze=2, queue_epoch=0, distill=1 / (2 * len(SIZES) * DIM), **options):
-    block = config.Swav(prototypes=P, queue=queue, queue_epoch=queue_epoch, freeze_steps=freeze, distill=distill)
-    return Run(block, head if bn else head_without_bn, OPTIM, head if teacher else None, bn=bn, joint=True, **options)
+def swav(
+    teacher=False,
+    bn=True,
+    queue=16,
+    freeze=2,
+    queue_epoch=0,
+    distill=1 / (2 * len(SIZES) * DIM),
+    **options,
+):
+    block = config.Swav(
+        prototypes=P, queue=queue, queue_epoch=queue_epoch, freeze_steps=freeze, distill=distill
+    )
+    return Run(
+        block,
+        head if bn else head_without_bn,
+        OPTIM,
+        head if teacher else None,
+        bn=bn,
+        joint=True,
+        **options,
+    )
 
 
 # ---- the paper's loop
 
+
 class Paper:
-    """As the paper and its published code have it: crops of one size through the backbone at once, all through the head, codes from matrices."""
+    """As the paper and its published code have it: crops of one size through the backbone at once,
+    all through the head, codes from matrices."""
 
     def __init__(self, run, queue):
-        self.net, self.teacher, self.prototypes = run.plain.train(), run.plain_teacher, run.plain_prototypes.requires_grad_()
+        self.net, self.teacher, self.prototypes = (
+            run.plain.train(),
+            run.plain_teacher,
+            run.plain_prototypes.requires_grad_(),
+        )
         self.queue, self.length = [[], []], queue
-        self.names = [f"backbone.{n}" for n, _ in self.net[0].named_parameters()] + [f"head.{n}" for n, _ in self.net[1].named_parameters()]
-        self.weights = dict(zip(self.names, self.net.parameters())) | {"prototypes.weight": self.prototypes}
+        self.names = [f"backbone.{n}" for n, _ in self.net[0].named_parameters()] + [
+            f"head.{n}" for n, _ in self.net[1].named_parameters()
+        ]
+        self.weights = dict(zip(self.names, self.net.parameters())) | {
+            "prototypes.weight": self.prototypes
+        }
         self.velocity = {}
 
     def embed(self, net, views):
@@ -67,7 +115,9 @@ class Paper:
                     all_scores = torch.cat([torch.stack(self.queue[g]) @ c.T, all_scores])
                 q = self.codes(all_scores)[-B:]
             others = [v for v in range(len(views)) if v != g]
-            swav = swav + sum(-(q * torch.log(torch.softmax(scores[v] / 0.1, 1))).sum(1).mean() for v in others) / len(others)
+            swav = swav + sum(
+                -(q * torch.log(torch.softmax(scores[v] / 0.1, 1))).sum(1).mean() for v in others
+            ) / len(others)
         mse = torch.zeros(())
         if self.teacher:
             with torch.no_grad():
@@ -86,7 +136,7 @@ class Paper:
                 self.velocity[name] = step.clone() if first else 0.9 * self.velocity[name] + step
                 p -= lr * self.velocity[name]
         for g in range(2 if queued and self.length else 0):
-            self.queue[g] = (self.queue[g] + list(z[g].detach()))[-self.length:]
+            self.queue[g] = (self.queue[g] + list(z[g].detach()))[-self.length :]
         return loss.item(), swav.item() / 2, mse.item(), grads
 
 
@@ -100,7 +150,9 @@ def test_steps_are_those_of_the_paper(teacher, queue):
         loss, grads, terms = run.step(step, views)
         lr = 0.06 + (0.6 - 0.06) * 0.5 * (1 + np.cos(np.pi * step / 20))
         want = paper.step(views, lr, frozen=step < 2)
-        assert loss == pytest.approx(want[0], rel=1e-10) and terms["swav"].item() == pytest.approx(want[1], rel=1e-10)
+        assert loss == pytest.approx(want[0], rel=1e-10) and terms["swav"].item() == pytest.approx(
+            want[1], rel=1e-10
+        )
         if teacher:
             assert terms["distill"].item() == pytest.approx(want[2] * len(SIZES) * DIM, rel=1e-10)
         close(run.all_grads, want[3])
@@ -108,12 +160,21 @@ def test_steps_are_those_of_the_paper(teacher, queue):
         close(dict(run.net.named_parameters()), paper.weights)
         assert run.method.filled == min(queue, B * (step + 1))
     if queue:
-        close(sorted(run.method.queues[1].rows.tolist()), sorted(torch.stack(paper.queue[1]).tolist()))
+        close(
+            sorted(run.method.queues[1].rows.tolist()), sorted(torch.stack(paper.queue[1]).tolist())
+        )
 
 
 def test_the_queue_changes_the_codes_and_begins_at_its_epoch():
     early, late = swav(queue_epoch=0), swav(queue_epoch=1)  # of 5 steps
-    losses = [(early.step(s, crops(s, B, SIZES))[0], late.step(s, crops(s, B, SIZES))[0], late.method.filled) for s in range(8)]
+    losses = [
+        (
+            early.step(s, crops(s, B, SIZES))[0],
+            late.step(s, crops(s, B, SIZES))[0],
+            late.method.filled,
+        )
+        for s in range(8)
+    ]
     assert [a == b for a, b, _ in losses[:3]] == [True, True, False]
     assert [filled for *_, filled in losses] == [0, 0, 0, 0, 0, 8, 16, 16]
 
@@ -140,6 +201,7 @@ def test_frozen_prototypes_stay_and_then_move():
 
 
 # ---- codes
+
 
 def plain_codes(scores, epsilon, iterations):
     """Sinkhorn and Knopp by hand, one entry at a time."""
@@ -177,6 +239,7 @@ def test_codes_are_stable_in_float32_where_exp_overflows():
 
 # ---- micro batches, ranks
 
+
 def test_codes_of_micro_batches_share_one_queue():
     run = swav(bn=False)
     for step in range(3):
@@ -196,8 +259,13 @@ def _steps(teacher, **options):
     run, out = swav(teacher, **options), []
     for step in range(5):  # the last two use the queue
         loss, *_ = run.step(step, crops(step, B, SIZES, mine(B)))
-        out.append((dist.all_mean(torch.tensor(loss, dtype=torch.float64)).item(), [g.numpy() for g in run.all_grads.values()],
-                    [q.rows.numpy().copy() for q in run.method.queues]))
+        out.append(
+            (
+                dist.all_mean(torch.tensor(loss, dtype=torch.float64)).item(),
+                [g.numpy() for g in run.all_grads.values()],
+                [q.rows.numpy().copy() for q in run.method.queues],
+            )
+        )
     return out
 
 
@@ -205,7 +273,11 @@ def _two_ranks():
     td.init_process_group("gloo")
     scores = uniform(generator(3), 2, 12, P)
     codes = sinkhorn(scores[:, mine(12)], 0.05, 3).numpy()
-    out = {(name, teacher): _steps(teacher, **options) for name, options in CASES.items() for teacher in (False, True)}
+    out = {
+        (name, teacher): _steps(teacher, **options)
+        for name, options in CASES.items()
+        for teacher in (False, True)
+    }
     td.destroy_process_group()
     return codes, out
 
@@ -223,7 +295,8 @@ def test_codes_of_two_ranks_are_one_solution(pair):
 @pytest.mark.parametrize("teacher", [False, True], ids=["swav", "disco"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_are_one_rank_with_the_whole_batch(pair, name, teacher):
-    one = _steps(teacher, groups=1 if "no BN" in name else 2, **CASES[name])  # with batch norm, two groups that the ranks hold
+    # With batch norm, two groups that the ranks hold.
+    one = _steps(teacher, groups=1 if "no BN" in name else 2, **CASES[name])
     for want, a, b in zip(one, pair[0][1][name, teacher], pair[1][1][name, teacher]):
         assert a[0] == b[0] == pytest.approx(want[0], rel=1e-10)
         for g, x, y in zip(want[1] + want[2], a[1] + a[2], b[1] + b[2]):
@@ -232,7 +305,11 @@ def test_two_ranks_are_one_rank_with_the_whole_batch(pair, name, teacher):
 
 # ---- golden losses
 
+
 @pytest.mark.parametrize("teacher", [False, True], ids=["swav", "swav_disco"])
 def test_golden_losses(teacher):
     run = swav(teacher, groups=2, distill=0.5)
-    check_golden("swav_disco" if teacher else "swav", [run.step(step, crops(step, B, SIZES))[0] for step in range(20)])
+    check_golden(
+        "swav_disco" if teacher else "swav",
+        [run.step(step, crops(step, B, SIZES))[0] for step in range(20)],
+    )

@@ -1,4 +1,6 @@
-"""The teacher: published and own checkpoint formats against plain forwards with torchvision's ResNet, and everything that is refused."""
+"""The teacher: published and own checkpoint formats against plain forwards with torchvision's
+ResNet, and everything that is refused."""
+
 import os
 import shutil
 import types
@@ -24,18 +26,26 @@ def tmp_path(tmp_path):
 
 
 def published(arch="resnet18", head="mlp", prefix="module.", name="fc", hidden=24, dim=DIM, seed=0):
-    """A torchvision ResNet with a MoCo head as its training saves it, and the network itself in eval mode."""
+    """A torchvision ResNet with a MoCo head as its training saves it, and the network itself in
+    eval mode."""
     torch.manual_seed(seed)
     net = torchvision.models.get_model(arch)
     width = net.fc.in_features
-    net.fc = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim)) if head == "mlp" else nn.Linear(width, dim)
+    net.fc = (
+        nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        if head == "mlp"
+        else nn.Linear(width, dim)
+    )
     with torch.no_grad():
         for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):  # as after training: a load that forgets the statistics must show
+            # As after training: a load that forgets the statistics must show.
+            if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_(0, 0.1)
                 m.running_var.uniform_(0.5, 2)
                 m.num_batches_tracked.fill_(99)
-    keys = {k: k.replace("fc.", f"{name}.", 1) if k.startswith("fc.") else k for k in net.state_dict()}
+    keys = {
+        k: k.replace("fc.", f"{name}.", 1) if k.startswith("fc.") else k for k in net.state_dict()
+    }
     state = {f"{prefix}encoder_q.{keys[k]}": v for k, v in net.state_dict().items()}
     return {"epoch": 200, "arch": arch, "state_dict": state}, net.eval()
 
@@ -62,13 +72,22 @@ def views(n=2, b=3, size=64):
 
 
 def own_run(folder, hidden=24, dim=DIM, arch="resnet18", seed=0):
-    """A run's folder as the loop leaves it, and the network in it: a torchvision ResNet with a head."""
-    found, net = published(arch, "mlp" if hidden else "linear", "", hidden=hidden, dim=dim, seed=seed)
+    """A run's folder as the loop leaves it, and the network in it: a torchvision ResNet with a
+    head."""
+    found, net = published(
+        arch, "mlp" if hidden else "linear", "", hidden=hidden, dim=dim, seed=seed
+    )
     weights = {k.removeprefix("encoder_q."): v for k, v in found["state_dict"].items()}
-    weights = {f"head.{k[3:]}" if k.startswith("fc.") else f"backbone.{k}": v for k, v in weights.items()}
+    weights = {
+        f"head.{k[3:]}" if k.startswith("fc.") else f"backbone.{k}": v for k, v in weights.items()
+    }
     step = folder / "checkpoints" / "step_00000007"
     step.mkdir(parents=True)
-    cfg = {"run": {"name": folder.name}, "data": {"train": "images"}, "student": {"arch": arch, "hidden": hidden, "dim": dim}}
+    cfg = {
+        "run": {"name": folder.name},
+        "data": {"train": "images"},
+        "student": {"arch": arch, "hidden": hidden, "dim": dim},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
     (folder / "checkpoints" / "last").write_text("step_00000007\n")
     zeros = {k: torch.zeros_like(v) for k, v in weights.items()}
@@ -76,9 +95,16 @@ def own_run(folder, hidden=24, dim=DIM, arch="resnet18", seed=0):
     return step, net
 
 
-@pytest.mark.parametrize("head, prefix, name, zipped", [
-    ("mlp", "module.", "fc", True), ("mlp", "", "fc", False), ("linear", "module.", "fc", False), ("linear", "", "fc", True),
-    ("mlp", "module.", "classifier", True)])
+@pytest.mark.parametrize(
+    "head, prefix, name, zipped",
+    [
+        ("mlp", "module.", "fc", True),
+        ("mlp", "", "fc", False),
+        ("linear", "module.", "fc", False),
+        ("linear", "", "fc", True),
+        ("mlp", "module.", "classifier", True),
+    ],
+)
 def test_a_moco_file_gives_the_outputs_of_a_plain_forward(tmp_path, head, prefix, name, zipped):
     found, net = published(head=head, prefix=prefix, name=name)
     t = load(save(tmp_path, found, _use_new_zipfile_serialization=zipped))
@@ -100,7 +126,10 @@ def test_momentum_encoder_queue_and_disco_teachers_are_left_out(tmp_path):
     for i, other in enumerate(("encoder_k", "teacher_encoder_q", "teacher_encoder_k"), 1):
         state = published(seed=i)[0]["state_dict"]
         found["state_dict"] |= {k.replace("encoder_q", other): v for k, v in state.items()}
-    found["state_dict"] |= {"module.queue": torch.randn(DIM, 32), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    found["state_dict"] |= {
+        "module.queue": torch.randn(DIM, 32),
+        "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+    }
     found["optimizer"] = {"state": {}, "param_groups": [{"lr": 0.03}]}
     t, x = load(save(tmp_path, found)), views()
     with torch.no_grad():
@@ -131,11 +160,15 @@ def test_the_teacher_is_frozen_in_eval_mode_and_sees_all_views_in_one_forward(tm
     t.net.backbone.register_forward_hook(lambda m, x, y: seen.append(len(x[0])))
     x = [v.requires_grad_() for v in views(3)]
     z = t(x).z
-    assert seen == [9] and not z.requires_grad and not any(p.requires_grad for p in t.net.parameters())
+    assert (
+        seen == [9] and not z.requires_grad and not any(p.requires_grad for p in t.net.parameters())
+    )
     assert all(torch.equal(v, before[k]) for k, v in t.net.state_dict().items())
-    torch.testing.assert_close(z[:, :1], t([v[:1] for v in x]).z, rtol=1e-4, atol=1e-5)  # the other images do not matter
+    # The other images do not matter.
+    torch.testing.assert_close(z[:, :1], t([v[:1] for v in x]).z, rtol=1e-4, atol=1e-5)
     student = torch.zeros_like(z, requires_grad=True)
-    (student * z).sum().backward()  # which saves the targets: tensors of inference_mode would refuse
+    # Which saves the targets: tensors of inference_mode would refuse.
+    (student * z).sum().backward()
     assert torch.equal(student.grad, z)
 
 
@@ -150,15 +183,26 @@ def test_loading_leaves_the_random_stream_alone(tmp_path):
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_the_file(tmp_path):
     found, _ = published()
-    prints = {load(save(tmp_path, f, _use_new_zipfile_serialization=z)).fingerprint
-              for f, z in ((found, True), (found, False), (published(prefix="")[0], True), (published(name="classifier")[0], True))}
+    prints = {
+        load(save(tmp_path, f, _use_new_zipfile_serialization=z)).fingerprint
+        for f, z in (
+            (found, True),
+            (found, False),
+            (published(prefix="")[0], True),
+            (published(name="classifier")[0], True),
+        )
+    }
     prints |= {load(own_run(tmp_path / "run")[0]).fingerprint}
-    counters = {k: v for k, v in found["state_dict"].items() if not k.endswith("num_batches_tracked")}  # torch before 0.4.1 had none
+    # Torch before 0.4.1 had none.
+    counters = {
+        k: v for k, v in found["state_dict"].items() if not k.endswith("num_batches_tracked")
+    }
     prints |= {load(save(tmp_path, {"state_dict": counters})).fingerprint}
     assert len(prints) == 1 and len(min(prints)) == 64
     for key in ("layer3.0.conv1.weight", "bn1.running_var", "fc.2.bias"):
         x = found["state_dict"][f"module.encoder_q.{key}"]
-        x.view(-1)[0] = torch.nextafter(x.view(-1)[0], torch.tensor(9.))  # the last bit of one number
+        # The last bit of one number.
+        x.view(-1)[0] = torch.nextafter(x.view(-1)[0], torch.tensor(9.0))
         prints |= {load(save(tmp_path, found)).fingerprint}
     assert len(prints) == 4
 
@@ -176,34 +220,88 @@ def moco(**edits):
 
 
 def drop(found, prefix):
-    return {"state_dict": {k: v for k, v in found["state_dict"].items() if not k.removeprefix("module.encoder_q.").startswith(prefix)}}
+    return {
+        "state_dict": {
+            k: v
+            for k, v in found["state_dict"].items()
+            if not k.removeprefix("module.encoder_q.").startswith(prefix)
+        }
+    }
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: moco(encoder_q__conv1__weight=None, encoder_q__fc__0__bias=None), ["missing: backbone.conv1.weight, head.0.bias; teacher."]),
-    (lambda: moco(encoder_q__bn1__running_var=None), ["missing: backbone.bn1.running_var"]),
-    (lambda: drop(moco(), "layer"), ["backbone.layer1.0.conv1.weight", " and 91 more"]),  # 19 x (conv + 4 of its norm) - 4
-    (lambda: moco(encoder_q__layer9__weight=torch.ones(1)), ["unexpected: backbone.layer9.weight"]),
-    (lambda: moco(prototypes__weight=torch.ones(1)), ["unexpected: prototypes.weight"]),
-    (lambda: moco(encoder_q__conv1__weight=torch.ones(64, 1, 7, 7)), ["another shape: backbone.conv1.weight (64, 1, 7, 7) for (64, 3, 7"]),
-    (lambda: moco(encoder_q__conv1__weight=3), ["another shape: backbone.conv1.weight int for (64, 3, 7, 7)"]),
-    (lambda: moco(encoder_q__bn1__num_batches_tracked=3), ["another shape: backbone.bn1.num_batches_tracked int for ()"]),
-    (lambda: moco(encoder_q__fc__0__weight=3), ["head.0.weight"]),
-    (lambda: moco(encoder_q__fc__2__weight=torch.tensor(3.)), ["another shape: head.2.weight () for (1, 24)"]),
-    (lambda: moco(head__0__bias=torch.ones(24)), ["unexpected: head.0.bias (not of encoder_q)"]),  # named as we name ours
-    (lambda: moco(backbone__bn1__weight=torch.ones(64)), ["unexpected: backbone.bn1.weight (not of encoder_q)"]),
-    (lambda: moco(encoder_q__classifier__0__bias=torch.ones(24)), ["unexpected: encoder_q.classifier.0.bias (twice)"]),
-    (lambda: {"state_dict": moco()["state_dict"] | {7: torch.ones(1)}}, ["unexpected: 7 (not of encoder_q)"]),
-    (lambda: drop(moco(), "fc."), ["no projection head", "stripped for evaluation"]),
-    (lambda: drop(moco(), "fc.2"), ["missing: head.2.weight, head.2.bias"]),
-    (lambda: published(dim=32)[0], ["embeds into 32 numbers and the student into 16", "student.dim=32"]),
-    (lambda: published(dim=32, head="linear")[0], ["embeds into 32 numbers"]),
-    (lambda: published("resnet34")[0], ["unexpected: backbone.layer1.2.conv1.weight", "teacher.arch is resnet18 with {}, but", "those of resnet34"]),
-    (lambda: torchvision.models.resnet18().state_dict(), ["holds resnet18 alone", "without the projection head", "docs/teachers.md"]),
-    (lambda: {"model": {"a": torch.ones(1)}}, ["holds a, which is no known format"]),
-    (lambda: {}, ["holds nothing"]),
-    (lambda: [torch.ones(1)], ["holds a list"]),
-])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (
+            lambda: moco(encoder_q__conv1__weight=None, encoder_q__fc__0__bias=None),
+            ["missing: backbone.conv1.weight, head.0.bias; teacher."],
+        ),
+        (lambda: moco(encoder_q__bn1__running_var=None), ["missing: backbone.bn1.running_var"]),
+        # 19 x (conv + 4 of its norm) - 4.
+        (lambda: drop(moco(), "layer"), ["backbone.layer1.0.conv1.weight", " and 91 more"]),
+        (
+            lambda: moco(encoder_q__layer9__weight=torch.ones(1)),
+            ["unexpected: backbone.layer9.weight"],
+        ),
+        (lambda: moco(prototypes__weight=torch.ones(1)), ["unexpected: prototypes.weight"]),
+        (
+            lambda: moco(encoder_q__conv1__weight=torch.ones(64, 1, 7, 7)),
+            ["another shape: backbone.conv1.weight (64, 1, 7, 7) for (64, 3, 7"],
+        ),
+        (
+            lambda: moco(encoder_q__conv1__weight=3),
+            ["another shape: backbone.conv1.weight int for (64, 3, 7, 7)"],
+        ),
+        (
+            lambda: moco(encoder_q__bn1__num_batches_tracked=3),
+            ["another shape: backbone.bn1.num_batches_tracked int for ()"],
+        ),
+        (lambda: moco(encoder_q__fc__0__weight=3), ["head.0.weight"]),
+        (
+            lambda: moco(encoder_q__fc__2__weight=torch.tensor(3.0)),
+            ["another shape: head.2.weight () for (1, 24)"],
+        ),
+        # Named as we name ours.
+        (
+            lambda: moco(head__0__bias=torch.ones(24)),
+            ["unexpected: head.0.bias (not of encoder_q)"],
+        ),
+        (
+            lambda: moco(backbone__bn1__weight=torch.ones(64)),
+            ["unexpected: backbone.bn1.weight (not of encoder_q)"],
+        ),
+        (
+            lambda: moco(encoder_q__classifier__0__bias=torch.ones(24)),
+            ["unexpected: encoder_q.classifier.0.bias (twice)"],
+        ),
+        (
+            lambda: {"state_dict": moco()["state_dict"] | {7: torch.ones(1)}},
+            ["unexpected: 7 (not of encoder_q)"],
+        ),
+        (lambda: drop(moco(), "fc."), ["no projection head", "stripped for evaluation"]),
+        (lambda: drop(moco(), "fc.2"), ["missing: head.2.weight, head.2.bias"]),
+        (
+            lambda: published(dim=32)[0],
+            ["embeds into 32 numbers and the student into 16", "student.dim=32"],
+        ),
+        (lambda: published(dim=32, head="linear")[0], ["embeds into 32 numbers"]),
+        (
+            lambda: published("resnet34")[0],
+            [
+                "unexpected: backbone.layer1.2.conv1.weight",
+                "teacher.arch is resnet18 with {}, but",
+                "those of resnet34",
+            ],
+        ),
+        (
+            lambda: torchvision.models.resnet18().state_dict(),
+            ["holds resnet18 alone", "without the projection head", "docs/teachers.md"],
+        ),
+        (lambda: {"model": {"a": torch.ones(1)}}, ["holds a, which is no known format"]),
+        (lambda: {}, ["holds nothing"]),
+        (lambda: [torch.ones(1)], ["holds a list"]),
+    ],
+)
 def test_a_moco_file_that_does_not_fit_is_refused(tmp_path, make, says):
     file = save(tmp_path, make())
     refusal(file, str(file), *says)
@@ -223,27 +321,56 @@ def break_run(run, step):
     state = torch.load(step / "state.pt", weights_only=True)
 
     def rewrite(**student):
-        (run / "config.yaml").write_text(yaml.safe_dump(cfg | {"student": cfg["student"] | student}))
+        (run / "config.yaml").write_text(
+            yaml.safe_dump(cfg | {"student": cfg["student"] | student})
+        )
 
     def resave(found):
         torch.save(found, step / "state.pt")
 
     return {
         "no pointer": ((run / "checkpoints" / "last").unlink, ["no checkpoint of fastdisco here"]),
-        "pointer to nothing": (partial((run / "checkpoints" / "last").write_text, "step_00000009"), ["step_00000009, which holds no"]),
+        "pointer to nothing": (
+            partial((run / "checkpoints" / "last").write_text, "step_00000009"),
+            ["step_00000009, which holds no"],
+        ),
         "no config": ((run / "config.yaml").unlink, ["config.yaml: cannot be read"]),
         "no student": (partial(resave, {"step": 7}), ["holds no weights named student"]),
         "truncated": (partial(os.truncate, step / "state.pt", 5000), ["cut short"]),
-        "a weight missing": (partial(resave, state | {"student": {k: v for k, v in state["student"].items() if k != "head.2.bias"}}),
-                             ["missing: head.2.bias", "config.yaml must be the one"]),
-        "another head": (partial(rewrite, hidden=7), ["of another shape: head.0.weight (24, 512) for (7, 512)"]),
+        "a weight missing": (
+            partial(
+                resave,
+                state
+                | {"student": {k: v for k, v in state["student"].items() if k != "head.2.bias"}},
+            ),
+            ["missing: head.2.bias", "config.yaml must be the one"],
+        ),
+        "another head": (
+            partial(rewrite, hidden=7),
+            ["of another shape: head.0.weight (24, 512) for (7, 512)"],
+        ),
         "another width": (partial(rewrite, dim=32), ["of another shape: head.2.weight"]),
-        "another arch": (partial(rewrite, arch="resnet34"), ["missing: backbone.layer1.2.conv1.weight"]),
+        "another arch": (
+            partial(rewrite, arch="resnet34"),
+            ["missing: backbone.layer1.2.conv1.weight"],
+        ),
     }
 
 
-@pytest.mark.parametrize("case", ["no pointer", "pointer to nothing", "no config", "no student", "truncated", "a weight missing",
-                                  "another head", "another width", "another arch"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no pointer",
+        "pointer to nothing",
+        "no config",
+        "no student",
+        "truncated",
+        "a weight missing",
+        "another head",
+        "another width",
+        "another arch",
+    ],
+)
 def test_a_broken_run_is_refused(tmp_path, case):
     run = tmp_path / "run"
     step, _ = own_run(run)
@@ -255,13 +382,20 @@ def test_a_broken_run_is_refused(tmp_path, case):
 def test_a_run_of_another_arch_or_width_than_asked_is_refused(tmp_path):
     run = tmp_path / "run"
     own_run(run)
-    refusal(run, "trained resnet18 with {}, not teacher.arch resnet50", "set teacher.arch=resnet18", arch="resnet50")
+    refusal(
+        run,
+        "trained resnet18 with {}, not teacher.arch resnet50",
+        "set teacher.arch=resnet18",
+        arch="resnet50",
+    )
     refusal(run, "not teacher.arch resnet18 with {'stem_width': 64}", kwargs={"stem_width": 64})
     refusal(run, "embeds into 16 numbers and the student into 128", "student.dim=16", dim=128)
 
 
 def test_absent_files_and_folders_are_refused(tmp_path):
-    refusal(tmp_path / "nothing.pth.tar", "nothing.pth.tar: cannot be read (No such file or directory)")
+    refusal(
+        tmp_path / "nothing.pth.tar", "nothing.pth.tar: cannot be read (No such file or directory)"
+    )
     refusal(tmp_path, f"{tmp_path}: no checkpoint of fastdisco here")
 
 
@@ -282,11 +416,26 @@ class Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("make, asks", [(Evil, f"{os.name}.system"), (lambda mark: types.SimpleNamespace(lr=0.03), "types.SimpleNamespace")])
-def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_path, make, asks, zipped):
+@pytest.mark.parametrize(
+    "make, asks",
+    [
+        (Evil, f"{os.name}.system"),
+        (lambda mark: types.SimpleNamespace(lr=0.03), "types.SimpleNamespace"),
+    ],
+)
+def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(
+    tmp_path, make, asks, zipped
+):
     found, _ = published()
-    file = save(tmp_path, found | {"args": make(tmp_path / "mark")}, _use_new_zipfile_serialization=zipped)
-    refusal(file, f"its pickle asks for {asks}", "throw-away container", "if k in ('state_dict', 'model', 'teacher') or torch.is_tensor(v)")
+    file = save(
+        tmp_path, found | {"args": make(tmp_path / "mark")}, _use_new_zipfile_serialization=zipped
+    )
+    refusal(
+        file,
+        f"its pickle asks for {asks}",
+        "throw-away container",
+        "if k in ('state_dict', 'model', 'teacher') or torch.is_tensor(v)",
+    )
     assert not (tmp_path / "mark").exists()
     if make is Evil:  # the test's file does run code where it is allowed to
         torch.load(file, weights_only=False)

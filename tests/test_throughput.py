@@ -1,4 +1,6 @@
-"""bench/throughput.py and the official recipe it compares with: same losses as ours, what is measured, and what the verdict says."""
+"""bench/throughput.py and the official recipe it compares with: same losses as ours, what is
+measured, and what the verdict says."""
+
 import copy
 import json
 import math
@@ -10,16 +12,17 @@ import pytest
 import torch
 from conftest import ROOT, ranks, run, tiny
 from PIL import Image
-from fastdisco import config, data, engine, methods, models
-from fastdisco.common import dist
-from fastdisco.models import heads
-from fastdisco.methods import Nets, Progress
-from fastdisco.config import Crop
 from test_train import _train, losses
 
+from fastdisco import config, data, engine, methods, models
+from fastdisco.common import dist
+from fastdisco.config import Crop
+from fastdisco.methods import Nets, Progress
+from fastdisco.models import heads
+
 sys.path.insert(0, str(ROOT / "bench"))
-import official  # noqa: E402
-import throughput  # noqa: E402
+import official
+import throughput
 
 CPU = torch.device("cpu")
 
@@ -35,25 +38,48 @@ def quick(tmp_path_factory):
 def nets(queue):
     """Student, teacher and ours, all float64, with the queue [K,d]."""
     torch.manual_seed(1)
-    make = lambda arch: models.create(arch, lambda d: heads.mlp(d, 12, 8)).double()  # noqa: E731
+    make = lambda arch: models.create(arch, lambda d: heads.mlp(d, 12, 8)).double()
     student, teacher = make("test_efficientnet"), make("test_resnet").eval().requires_grad_(False)
-    method = methods.create("moco", cfg=config.Moco(queue=len(queue), momentum=0.9, temp=0.2), dim=8, seed=0, shuffle="off")
+    method = methods.create(
+        "moco",
+        cfg=config.Moco(queue=len(queue), momentum=0.9, temp=0.2),
+        dim=8,
+        seed=0,
+        shuffle="off",
+    )
     method.queue.rows = queue.clone()
     return student, teacher, method
 
 
 def test_the_official_recipe_has_our_losses():
-    """Three steps from the same weights, teacher in eval mode: cross-entropy, and the squared errors, which it sums over the images."""
-    queue = torch.nn.functional.normalize(torch.randn(24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1)
+    """Three steps from the same weights, teacher in eval mode: cross-entropy, and the squared
+    errors, which it sums over the images."""
+    queue = torch.nn.functional.normalize(
+        torch.randn(24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     student, teacher, method = nets(queue)
     ema = models.ema_copy(student)
-    theirs = official.Official(copy.deepcopy(student), copy.deepcopy(teacher), 24, 8, CPU, 0.2, 0.9, lr=0.01, eval_teacher=True)
+    theirs = official.Official(
+        copy.deepcopy(student),
+        copy.deepcopy(teacher),
+        24,
+        8,
+        CPU,
+        0.2,
+        0.9,
+        lr=0.01,
+        eval_teacher=True,
+    )
     theirs.builder.queue = queue.T.clone()
     sgd = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     g = torch.Generator().manual_seed(2)
     for step in range(3):
         views = [torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=g) for _ in range(2)]
-        terms = method.step(Nets(student, torch.no_grad()(ema), torch.no_grad()(teacher)), views, Progress(step, 0.0))
+        terms = method.step(
+            Nets(student, torch.no_grad()(ema), torch.no_grad()(teacher)),
+            views,
+            Progress(step, 0.0),
+        )
         contrast, a, b = theirs(*views)
         assert contrast == pytest.approx(terms["contrast"].item(), rel=1e-9)
         assert a + b == pytest.approx(8 * terms["distill"].item(), rel=1e-9)
@@ -62,18 +88,40 @@ def test_the_official_recipe_has_our_losses():
         sgd.step()
         models.ema_update(ema, student, 0.9)
         method.after_step()
-    assert torch.allclose(theirs.builder.queue.T, method.queue.rows, rtol=1e-9) and not torch.allclose(method.queue.rows, queue)
+    assert torch.allclose(
+        theirs.builder.queue.T, method.queue.rows, rtol=1e-9
+    ) and not torch.allclose(method.queue.rows, queue)
 
 
 def test_the_official_recipe_is_as_published():
-    """Its teacher uses batch statistics, and moves its own running ones; top-5 is of all K+1 logits."""
+    """Its teacher uses batch statistics, and moves its own running ones; top-5 is of all K+1
+    logits."""
     student, teacher, _ = nets(torch.zeros(24, 8))
     theirs = official.Official(student.float(), teacher.float(), 24, 8, CPU)
-    mean = {k: b.clone() for k, b in theirs.builder.teacher_q.named_buffers() if k.endswith("running_mean")}
+    mean = {
+        k: b.clone()
+        for k, b in theirs.builder.teacher_q.named_buffers()
+        if k.endswith("running_mean")
+    }
     theirs(*torch.randn(2, 8, 3, 32, 32))
-    assert all(not torch.equal(b, mean[k]) for k, b in theirs.builder.teacher_q.named_buffers() if k in mean)
-    logits = torch.tensor([[3.0, 2, 1, 0, 4, 5, 6], [1, 0, 0, 0, 0, 0, 2], [0, 9, 9, 9, 9, 9, 9], [9, 0, 0, 0, 0, 0, 0]])
-    assert [x.item() for x in official._accuracy(logits, torch.zeros(4, dtype=torch.long))] == [25, 75]  # ranks 4, 2, 7, 1
+    assert all(
+        not torch.equal(b, mean[k])
+        for k, b in theirs.builder.teacher_q.named_buffers()
+        if k in mean
+    )
+    logits = torch.tensor(
+        [
+            [3.0, 2, 1, 0, 4, 5, 6],
+            [1, 0, 0, 0, 0, 0, 2],
+            [0, 9, 9, 9, 9, 9, 9],
+            [9, 0, 0, 0, 0, 0, 0],
+        ]
+    )
+    # Ranks 4, 2, 7, 1.
+    assert [x.item() for x in official._accuracy(logits, torch.zeros(4, dtype=torch.long))] == [
+        25,
+        75,
+    ]
 
 
 def test_two_ranks_give_the_official_recipe_one_batch(tmp_path):
@@ -104,7 +152,9 @@ def test_the_bench_runs_the_training_step(folder, tmp_path):
     ranks(1, _train, [*args, "run.name=teacher", "student.arch=test_resnet"])
     args += [f"teacher.file={tmp_path}/teacher", "teacher.arch=test_resnet"]
     ranks(1, _train, [*args, "optim.schedule=constant"])
-    assert ranks(1, _bench_losses, args)[0] == pytest.approx([losses(tmp_path / "tiny")[s] for s in range(1, 5)], rel=1e-5)
+    assert ranks(1, _bench_losses, args)[0] == pytest.approx(
+        [losses(tmp_path / "tiny")[s] for s in range(1, 5)], rel=1e-5
+    )
 
 
 def _bench_losses(args):
@@ -119,26 +169,59 @@ def _bench_losses(args):
 PARTS = dict(teacher=0.4, student=0.5, ema=0.05, loss=0.03, optimizer=0.02)
 
 
-@pytest.mark.parametrize("rates, full, bound, share, part, ceiling", [
-    (dict(loader=100, compute=400), 95, "loader", 0.95, "loader", ("compute", 400)),
-    (dict(loader=1000, compute=400, exchange=700), 300, "compute", 0.75, "student", ("exchange", 700)),
-    (dict(loader=1000, compute=400, exchange=900), 300, "compute", 0.75, "student", ("compute with the student at no cost", 800)),
-    (dict(loader=1000, compute=400, exchange=90), 88, "exchange", 88 / 90, "exchange", ("compute", 400)),
-])
+@pytest.mark.parametrize(
+    "rates, full, bound, share, part, ceiling",
+    [
+        (dict(loader=100, compute=400), 95, "loader", 0.95, "loader", ("compute", 400)),
+        (
+            dict(loader=1000, compute=400, exchange=700),
+            300,
+            "compute",
+            0.75,
+            "student",
+            ("exchange", 700),
+        ),
+        (
+            dict(loader=1000, compute=400, exchange=900),
+            300,
+            "compute",
+            0.75,
+            "student",
+            ("compute with the student at no cost", 800),
+        ),
+        (
+            dict(loader=1000, compute=400, exchange=90),
+            88,
+            "exchange",
+            88 / 90,
+            "exchange",
+            ("compute", 400),
+        ),
+    ],
+)
 def test_what_bounds_and_what_next(rates, full, bound, share, part, ceiling):
     v = throughput.verdict(rates, PARTS, full)
     assert (v.bound, v.part, v.ceiling[0]) == (bound, part, ceiling[0])
     assert v.share == pytest.approx(share) and v.ceiling[1] == pytest.approx(ceiling[1])
-    assert f"The {bound} bounds" in v.text and throughput.REMEDY[part] in v.text and f"{ceiling[1]:.0f} images/s" in v.text
+    assert (
+        f"The {bound} bounds" in v.text
+        and throughput.REMEDY[part] in v.text
+        and f"{ceiling[1]:.0f} images/s" in v.text
+    )
     assert ("wait for each other" in v.text) == (share < 0.9)
 
 
 def test_a_large_teacher_is_to_be_recorded():
     v = throughput.verdict(dict(loader=1000, compute=400), PARTS | dict(teacher=0.9), 390)
-    assert v.part == "teacher" and "teacher.cache" in v.text and v.ceiling == ("compute without it", pytest.approx(400 * 1.5 / 0.6))
+    assert (
+        v.part == "teacher"
+        and "teacher.cache" in v.text
+        and v.ceiling == ("compute without it", pytest.approx(400 * 1.5 / 0.6))
+    )
 
 
 # ---- the images
+
 
 def test_synthetic_images_are_like_photographs_from_the_web(tmp_path):
     throughput.jpegs(tmp_path, 40)
@@ -160,19 +243,52 @@ def test_more_images_than_distinct_ones_are_links(tmp_path, monkeypatch):
 
 # ---- the command
 
+
 def test_quick_measures_every_part_and_row(quick):
     result, text, out = quick
     rows = {r["name"]: r for r in result["summary"]}
     measured = {f"{name}_cpu" for name in throughput.ROWS}
-    assert measured <= rows.keys() and all(math.isfinite(rows[name]["value"]) and rows[name]["value"] > 0 for name in measured - {"data_wait_cpu"})
+    assert measured <= rows.keys() and all(
+        math.isfinite(rows[name]["value"]) and rows[name]["value"] > 0
+        for name in measured - {"data_wait_cpu"}
+    )
     assert 0 <= rows["data_wait_cpu"]["value"] < 1
-    assert all(r["value"] is None and "GPU" in r["reason"] for name, r in rows.items() if name.endswith("_gpu")) and "step_vs_official_gpu" in rows
-    assert rows["step_vs_official_cpu"]["aim"] == 1.5 and rows["cached_vs_live_step_cpu"]["aim"] == 1.4 and rows["teacher_mfu_gpu"]["aim"] == 0.25
-    assert {"loader", "teacher", "student", "ema", "loss", "optimizer", "compute", "ready", "full", "cached", "bf16", "official", "official_ready",
-            "matmul"} == result["samples"]["8"].keys()
+    assert (
+        all(
+            r["value"] is None and "GPU" in r["reason"]
+            for name, r in rows.items()
+            if name.endswith("_gpu")
+        )
+        and "step_vs_official_gpu" in rows
+    )
+    assert (
+        rows["step_vs_official_cpu"]["aim"] == 1.5
+        and rows["cached_vs_live_step_cpu"]["aim"] == 1.4
+        and rows["teacher_mfu_gpu"]["aim"] == 0.25
+    )
+    assert {
+        "loader",
+        "teacher",
+        "student",
+        "ema",
+        "loss",
+        "optimizer",
+        "compute",
+        "ready",
+        "full",
+        "cached",
+        "bf16",
+        "official",
+        "official_ready",
+        "matmul",
+    } == result["samples"]["8"].keys()
     assert all(len(v) == 2 for v in result["samples"]["8"].values())
     found = result["details"]["8"]
-    assert found["cached_cosine"] >= 0.9999 and found["verdict"] in text.replace("\n", " ") and "TF32" in result["official"]
+    assert (
+        found["cached_cosine"] >= 0.9999
+        and found["verdict"] in text.replace("\n", " ")
+        and "TF32" in result["official"]
+    )
     assert {"total_ips", "compute_ips", "data_time"} <= found.keys()
     assert (out / "throughput-cpu.png").stat().st_size > 10_000
 
@@ -181,9 +297,13 @@ def test_rows_are_those_of_the_samples(quick):
     result = quick[0]
     took, value = result["samples"]["8"], {r["name"]: r["value"] for r in result["summary"]}
     assert value["step_ips_cpu"] == pytest.approx(8 / statistics.median(took["full"]), rel=1e-3)
-    assert value["step_vs_official_cpu"] == pytest.approx(statistics.median(o / f for f, o in zip(took["full"], took["official"])), rel=1e-3)
+    assert value["step_vs_official_cpu"] == pytest.approx(
+        statistics.median(o / f for f, o in zip(took["full"], took["official"])), rel=1e-3
+    )
     slowest = min(8 / statistics.median(took[k]) for k in ("loader", "compute"))
-    assert value["step_share_of_slowest_cpu"] == pytest.approx(8 / statistics.median(took["full"]) / slowest, rel=1e-3)
+    assert value["step_share_of_slowest_cpu"] == pytest.approx(
+        8 / statistics.median(took["full"]) / slowest, rel=1e-3
+    )
 
 
 def test_operations_are_counted():
@@ -193,27 +313,41 @@ def test_operations_are_counted():
     loader = SimpleNamespace(crops=(Crop(), Crop()))
     twin = models.create("test_efficientnet", lambda dim: torch.nn.Identity())
     found = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 2)
-    assert found["flops"]["teacher"] == pytest.approx(2 * 2 * 4.1e9, rel=0.02)  # two views, two operations each
+    # Two views, two operations each.
+    assert found["flops"]["teacher"] == pytest.approx(2 * 2 * 4.1e9, rel=0.02)
     alone = throughput.work(SimpleNamespace(loader=loader, twin=net), twin, CPU, 2)
-    assert alone["flops"]["student"] == pytest.approx(3 * found["flops"]["teacher"], rel=0.05)  # but for the images' gradient
+    # But for the images' gradient.
+    assert alone["flops"]["student"] == pytest.approx(3 * found["flops"]["teacher"], rel=0.05)
     models.split_bn(twin, 4)  # takes 4 images and more
     again = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 8)
-    assert again["flops"] == pytest.approx(found["flops"]) and again["traffic"] == pytest.approx(found["traffic"])
+    assert again["flops"] == pytest.approx(found["flops"]) and again["traffic"] == pytest.approx(
+        found["traffic"]
+    )
 
 
 def test_ones_own_images_are_measured(folder, tmp_path):
     """Of any kind: the official recipe gets some as class folders."""
     images = sorted((folder / "train").rglob("*.jpg"))
-    (tmp_path / "list.txt").write_text("".join(f"{p.relative_to(folder)} {p.parent.name}\n" for p in images))
+    (tmp_path / "list.txt").write_text(
+        "".join(f"{p.relative_to(folder)} {p.parent.name}\n" for p in images)
+    )
     (tmp_path / "list.txt").replace(folder / "list.txt")
     listing = data.listing(folder / "list.txt")
     few = listing._replace(left_out=listing.kept[5:])
     plain = data.listing(throughput.plain_folder(few, tmp_path))
-    assert sorted(map(plain.read, range(5))) == sorted(map(listing.read, range(5))) and len(plain.files) == 5
+    assert (
+        sorted(map(plain.read, range(5))) == sorted(map(listing.read, range(5)))
+        and len(plain.files) == 5
+    )
 
 
 @pytest.mark.gpu
 def test_quick_on_a_gpu(tmp_path):
     run(sys.executable, "bench/throughput.py", "--quick", "--out", tmp_path, timeout=300)
-    rows = {r["name"]: r["value"] for r in json.loads((tmp_path / "throughput-gpu.json").read_text())["summary"]}
-    assert {f"{name}_gpu" for name in throughput.ROWS if "bf16" not in name} <= rows.keys() and all(v is not None for v in rows.values())
+    rows = {
+        r["name"]: r["value"]
+        for r in json.loads((tmp_path / "throughput-gpu.json").read_text())["summary"]
+    }
+    assert {f"{name}_gpu" for name in throughput.ROWS if "bf16" not in name} <= rows.keys() and all(
+        v is not None for v in rows.values()
+    )

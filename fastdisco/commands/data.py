@@ -1,4 +1,5 @@
 """Makes, packs and checks data sets."""
+
 import argparse
 from pathlib import Path
 
@@ -22,31 +23,55 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     p = sub.add_parser("pack", help=COMMANDS["pack"])
     p.add_argument(
-        "src", type=Path, help="class folders, a list file, tars, or cifar-10-python.tar.gz or cifar-100-python.tar.gz"
+        "src",
+        type=Path,
+        help="class folders, a list file, tars, or cifar-10-python.tar.gz or cifar-100-python.tar.gz",
     )
     p.add_argument("dst", type=Path)
     p.add_argument("--seed", type=int, default=0, help="of the order")
     p.add_argument(
-        "--shard-mb", type=float, default=SHARD_MB, metavar="MIB", help="size of a tar at most (%(default)s)"
+        "--shard-mb",
+        type=float,
+        default=SHARD_MB,
+        metavar="MIB",
+        help="size of a tar at most (%(default)s)",
     )
     p.add_argument(
-        "--jpeg", type=int, choices=range(1, 101), metavar="QUALITY", help="encode CIFAR's images as JPEG, not PNG"
+        "--jpeg",
+        type=int,
+        choices=range(1, 101),
+        metavar="QUALITY",
+        help="encode CIFAR's images as JPEG, not PNG",
     )
     p.set_defaults(run=pack)
 
     p = sub.add_parser("check", help=f"{COMMANDS['check']}; exit code 2 if there are any")
     p.add_argument(
-        "src", type=Path, nargs="+", help="data sets, as data.train takes them; several must have the same classes"
+        "src",
+        type=Path,
+        nargs="+",
+        help="data sets, as data.train takes them; several must have the same classes",
     )
     p.add_argument("--fast", action="store_true", help="look at headers and ends only")
     p.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write quarantine.txt and the report there, not beside the data"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write quarantine.txt and the report there, not beside the data",
     )
     p.add_argument("--threads", type=int, help="one per core")
     p.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, help="width x height of an image at most (%(default)s)"
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help="width x height of an image at most (%(default)s)",
     )
-    p.add_argument("--only", nargs="+", metavar="NAME", help="look at these images, named relative to the data's folder")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="look at these images, named relative to the data's folder",
+    )
     p.set_defaults(run=check)
 
 
@@ -61,8 +86,8 @@ def pack(args: argparse.Namespace) -> None:
 
     for folder, m in pack.pack(args.src, args.dst, args.seed, args.shard_mb, args.jpeg).items():
         say(
-            f"{folder}: {m['samples']} images of {len(m['classes'])} classes in {len(m['tars'])} tars, "
-            f"{m['bytes'] / 2**20:.1f} MiB"
+            f"{folder}: {m['samples']} images of {len(m['classes'])} classes in {len(m['tars'])} "
+            f"tars, {m['bytes'] / 2**20:.1f} MiB"
         )
 
 
@@ -73,5 +98,7 @@ def check(args: argparse.Namespace) -> int:
     from fastdisco.data import check
 
     devices = tuple({torch.device("cpu"), dist.device()})
-    faults = check.check(args.src, args.fast, args.out, args.threads, args.max_pixels, args.only, devices)
+    faults = check.check(
+        args.src, args.fast, args.out, args.threads, args.max_pixels, args.only, devices
+    )
     return 2 if faults else 0

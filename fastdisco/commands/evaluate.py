@@ -1,4 +1,5 @@
 """Evaluates a run."""
+
 import argparse
 import json
 from pathlib import Path
@@ -13,12 +14,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     p = sub.add_parser("knn", help=COMMANDS["knn"])
     p.add_argument(
-        "folder", type=Path, metavar="RUN", help="the run's folder, or one of its checkpoints/step_XXXXXXXX"
+        "folder",
+        type=Path,
+        metavar="RUN",
+        help="the run's folder, or one of its checkpoints/step_XXXXXXXX",
     )
     p.add_argument("--net", choices=("student", "ema"), default="student")
-    p.add_argument("--student", metavar="NAME", help="which one, where the run has several students")
     p.add_argument(
-        "overrides", nargs="*", metavar="block.key=value", help="for example eval.k=200 data.val=/data/other"
+        "--student", metavar="NAME", help="which one, where the run has several students"
+    )
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="block.key=value",
+        help="for example eval.k=200 data.val=/data/other",
     )
     p.set_defaults(run=run_knn)
 
@@ -33,10 +42,14 @@ def run_knn(args: argparse.Namespace) -> None:
 
     net, cfg = models.from_run(args.folder, args.net, args.overrides, args.student)
     if cfg.data.val is None:
-        raise UserError(f"{args.folder}: was trained without a validation folder; give one as data.val=FOLDER")
+        raise UserError(
+            f"{args.folder}: was trained without a validation folder; give one as data.val=FOLDER"
+        )
     device = dist.device()
     encode = autocast(cfg.engine.precision, device)(net.to(device).features)
-    train, val = (data.listing(path, cfg.data.quarantine) for path in (cfg.data.train, cfg.data.val))
+    train, val = (
+        data.listing(path, cfg.data.quarantine) for path in (cfg.data.train, cfg.data.val)
+    )
     with torch.no_grad():
         scores = knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
     print(json.dumps({f"eval/{k}": v for k, v in scores.items()}))

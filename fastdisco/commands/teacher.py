@@ -1,4 +1,5 @@
 """Looks at a teacher's checkpoint before a training, and records its embeddings."""
+
 import argparse
 import json
 from pathlib import Path
@@ -19,26 +20,54 @@ def add(parser: argparse.ArgumentParser) -> None:
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     known = argparse.ArgumentParser(add_help=False)
     known.add_argument(
-        "file", type=Path, help="a checkpoint as its training wrote it, or the folder of a run, see docs/teachers.md"
+        "file",
+        type=Path,
+        help="a checkpoint as its training wrote it, or the folder of a run, see docs/teachers.md",
     )
-    known.add_argument("--arch", help="the timm model that it belongs to, where the file does not say")
-    known.add_argument("--student", metavar="NAME", help="which one, of a run that has several students")
+    known.add_argument(
+        "--arch", help="the timm model that it belongs to, where the file does not say"
+    )
+    known.add_argument(
+        "--student", metavar="NAME", help="which one, of a run that has several students"
+    )
 
-    p = sub.add_parser("show", parents=[known], help=f"{COMMANDS['show']}; exit code 2 if it is no teacher")
+    p = sub.add_parser(
+        "show", parents=[known], help=f"{COMMANDS['show']}; exit code 2 if it is no teacher"
+    )
     p.set_defaults(run=show)
 
-    p = sub.add_parser("check", parents=[known], help=f"{COMMANDS['check']}; exit code 2 if it has not")
-    p.add_argument(
-        "--data", type=Path, required=True, metavar="VAL", help="a data set with classes, as data.val takes it"
+    p = sub.add_parser(
+        "check", parents=[known], help=f"{COMMANDS['check']}; exit code 2 if it has not"
     )
     p.add_argument(
-        "--bank", type=Path, metavar="TRAIN", help="the kNN bank; without it one half of VAL, for the other half"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="VAL",
+        help="a data set with classes, as data.val takes it",
     )
     p.add_argument(
-        "--images", type=int, default=20000, metavar="N", help="of either at most, drawn at random (%(default)s)"
+        "--bank",
+        type=Path,
+        metavar="TRAIN",
+        help="the kNN bank; without it one half of VAL, for the other half",
     )
-    p.add_argument("--resize", type=int, default=_default("eval_resize"), help="of the short side (%(default)s)")
-    p.add_argument("--size", type=int, default=_default("eval_size"), help="of the centre crop (%(default)s)")
+    p.add_argument(
+        "--images",
+        type=int,
+        default=20000,
+        metavar="N",
+        help="of either at most, drawn at random (%(default)s)",
+    )
+    p.add_argument(
+        "--resize",
+        type=int,
+        default=_default("eval_resize"),
+        help="of the short side (%(default)s)",
+    )
+    p.add_argument(
+        "--size", type=int, default=_default("eval_size"), help="of the centre crop (%(default)s)"
+    )
     p.add_argument("--batch", type=int, default=_default("eval_batch"))
     p.add_argument("--threads", type=int, default=_default("threads"))
     p.set_defaults(run=check)
@@ -63,7 +92,10 @@ def show(args: argparse.Namespace) -> None:
 
     found = formats.read(args.file, args.arch, student=args.student)
     say(f"{args.file}: {found.format}")
-    say(f"architecture  {found.arch} {found.kwargs or ''}".rstrip() + f", {count(found.net.backbone)}")
+    say(
+        f"architecture  {found.arch} {found.kwargs or ''}".rstrip()
+        + f", {count(found.net.backbone)}"
+    )
     say(f"head          {found.head}, {count(found.net.head)}; student.dim must be {found.dim}")
     say(f"used          {len(found.net.state_dict())} tensors, all that the network has")
     for why, names in found.ignored.items():
@@ -88,15 +120,21 @@ def check(args: argparse.Namespace) -> None:
     bank, queries = _drawn(train, val, args)
     loaders = [
         data.EvalLoader(
-            listing, args.resize, args.size, args.batch, args.threads, device, data.reading_order(listing, indices)
+            listing,
+            args.resize,
+            args.size,
+            args.batch,
+            args.threads,
+            device,
+            data.reading_order(listing, indices),
         )
         for listing, indices in ((train, bank), (val, queries))
     ]
     torch.manual_seed(0)
     untrained = models.create(found.arch, lambda features: torch.nn.Identity(), found.kwargs)
     say(
-        f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among {len(bank)} "
-        f"{f'of {args.bank}' if args.bank else 'others'}"
+        f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among "
+        f"{len(bank)} {f'of {args.bank}' if args.bank else 'others'}"
     )
     nets = (n.eval().to(device) for n in (found.net, untrained))
     shares = probe.run(*nets, *loaders, len(val.classes))
@@ -109,11 +147,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _drawn(train, val, args: argparse.Namespace) -> tuple:
-    """Indices, ascending, of the bank in train and of the queries in val: args.images of each at most."""
+    """Indices, ascending, of the bank in train and of the queries in val: args.images of each at
+    most."""
     import numpy as np
 
     draw = np.random.default_rng(0)
-    # Without a bank of its own, alternate images: whether sorted by class or mixed, both halves are alike.
+    # Without a bank of its own, alternate images: whether sorted by class or mixed, both halves are
+    # alike.
     bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])
     bank, queries = (np.sort(draw.permutation(x)[: args.images]) for x in (bank, queries))
     if not len(bank) or not len(queries):
@@ -135,7 +175,9 @@ def record(args: argparse.Namespace) -> None:
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     loader = students.loader(cfg, listing, config.micro_batch(cfg, dist.world()), device)
     views = methods.kind(cfg.method.name).teacher_views
-    teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, teacher_views=views).complete()
+    teacher.create(
+        cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, teacher_views=views
+    ).complete()
     engine.stop()
 
 

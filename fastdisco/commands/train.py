@@ -1,4 +1,5 @@
 """Trains a student with DisCo, or resumes the run of the same command."""
+
 import argparse
 
 from fastdisco import config
@@ -23,13 +24,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastdisco train`."""
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--overwrite", action="store_true", help="start over, deleting the run's folder")
     either.add_argument(
-        "--dry-run", action="store_true", help="say what the run would be and what it lacks, and start nothing"
+        "--overwrite", action="store_true", help="start over, deleting the run's folder"
+    )
+    either.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what the run would be and what it lacks, and start nothing",
     )
     # The deepspeed launcher passes it; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06"
+    )
     parser.set_defaults(run=run)
 
 

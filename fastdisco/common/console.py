@@ -1,4 +1,5 @@
 """What a command says on the terminal; rank 0 only, unless one rank alone knows."""
+
 import sys
 
 from rich.console import Console
@@ -12,7 +13,9 @@ console = Console(highlight=False)
 def say(text: str, anywhere: bool = False):
     """One line of rank 0, or of any with its number, above the bar where there is one."""
     if launch.rank() == 0 or anywhere:
-        console.print(f"rank {launch.rank()}: {text}" if launch.rank() else text, markup=False, soft_wrap=True)
+        console.print(
+            f"rank {launch.rank()}: {text}" if launch.rank() else text, markup=False, soft_wrap=True
+        )
 
 
 def refuse(error: UserError) -> int:

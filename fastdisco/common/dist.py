@@ -1,5 +1,7 @@
-"""Ranks: start-up without a launcher, gathering, and the batch shuffle of MoCo.  Everything works the same at one rank."""
-from typing import Callable
+"""Ranks: start-up without a launcher, gathering, and the batch shuffle of MoCo.  Everything works
+the same at one rank."""
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as td
@@ -8,10 +10,25 @@ from torch import Tensor
 from fastdisco.common.launch import defaults, local_rank, rank, world
 from fastdisco.common.seeding import mix
 
-__all__ = ["Shuffle", "all_gather", "all_gather_async", "all_mean", "all_min", "all_sum", "any_rank", "barrier", "defaults", "device",
-           "local_rank", "mix", "rank", "world"]
+__all__ = [
+    "Shuffle",
+    "all_gather",
+    "all_gather_async",
+    "all_mean",
+    "all_min",
+    "all_sum",
+    "any_rank",
+    "barrier",
+    "defaults",
+    "device",
+    "local_rank",
+    "mix",
+    "rank",
+    "world",
+]
 
-_GATHER = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # renamed in torch 2.14
+# Renamed in torch 2.14.
+_GATHER = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 
 
 def device() -> torch.device:
@@ -24,7 +41,8 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
-    """`all_gather` under way while the caller goes on: what is returned waits for the rows, on a GPU its current stream does."""
+    """`all_gather` under way while the caller goes on: what is returned waits for the rows, on a
+    GPU its current stream does."""
     if world() == 1:
         return lambda: x
     x = x.contiguous()
@@ -34,6 +52,7 @@ def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
     def rows():
         work.wait()
         return out
+
     return rows
 
 
@@ -71,27 +90,33 @@ def barrier():
 
 
 class Shuffle:
-    """A permutation of the global batch, the same on every rank, by a seed: `split` hands each rank its share, `join` undoes it.
+    """A permutation of the global batch, the same on every rank, by a seed: `split` hands each rank
+    its share, `join` undoes it.
 
-    MoCo, arXiv:1911.05722, section 3.3: keys normalised beside the queries they answer would leak through the batch statistics."""
+    MoCo, arXiv:1911.05722, section 3.3: keys normalised beside the queries they answer would leak
+    through the batch statistics."""
 
     def __init__(self, batch: int, seed: int):
         """batch: images on each rank."""
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(batch * world(), generator=g)
-        self.mine = order[rank() * batch:][:batch]
+        self.mine = order[rank() * batch :][:batch]
         self.undo = torch.argsort(order)
 
     def split(self, x: Tensor) -> Tensor:
-        """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay channels_last."""
-        rows = all_gather(x.movedim(1, -1))  # as images lie in memory, so that nothing is rearranged
+        """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay
+        channels_last."""
+        # As images lie in memory, so that nothing is rearranged.
+        rows = all_gather(x.movedim(1, -1))
         return rows[_on(x.device, self.mine)].movedim(-1, 1)
 
     def join(self, x: Tensor) -> Callable[[], Tensor]:
-        """[B,...] of a shuffled share -> [B*ranks,...], once called: the whole global batch in its own order, on every rank."""
+        """[B,...] of a shuffled share -> [B*ranks,...], once called: the whole global batch in its
+        own order, on every rank."""
         rows, undo = all_gather_async(x), _on(x.device, self.undo)
         return lambda: rows()[undo]
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x  # pageable memory would make the host wait
+    # Pageable memory would make the host wait.
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

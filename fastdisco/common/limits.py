@@ -1,4 +1,5 @@
-"""Defaults that a command's help shows and that its code uses, here so that help imports nothing heavy."""
+"""Defaults that a command's help shows and that its code uses, here so that help imports nothing
+heavy."""
 
 # MiB of a packed tar at most.
 SHARD_MB = 1024

@@ -2,7 +2,8 @@
 
 
 def mix(*words: int) -> int:
-    """A 63-bit seed from several numbers (splitmix64 of each in turn): (seed, step) -> its own stream."""
+    """A 63-bit seed from several numbers (splitmix64 of each in turn): (seed, step) -> its own
+    stream."""
     x = 0
     for w in words:
         x = (x ^ w) + 0x9E3779B97F4A7C15 & (1 << 64) - 1

@@ -1,7 +1,9 @@
 """The configuration: YAML in, one validated `Config` out.
 
-Level 0: imports nothing of fastdisco but `common`.  The blocks and their defaults are in blocks.py and
+Level 0: imports nothing of fastdisco but `common`.  The blocks and their defaults are in blocks.py
+and
 methods.py, what a method's authors trained with in recipes.py, the files' reader in reading.py."""
+
 from fastdisco.common.errors import UserError
 from fastdisco.config.block import Block
 from fastdisco.config.blocks import (
@@ -27,7 +29,34 @@ from fastdisco.config.reading import dump, load, validate
 from fastdisco.config.recipes import RECIPES
 
 __all__ = [
-    "RECIPES", "Block", "Bn", "Checkpoint", "Config", "Crop", "Crops", "Data", "Dino", "Engine", "Eval", "Log", "Moco", "OneOfMany", "Optim",
-    "Perf", "Rkd", "Run", "Seed", "Student", "Swav", "Teacher", "UserError", "crops", "dump", "flatten", "load", "micro_batch", "students",
+    "RECIPES",
+    "Block",
+    "Bn",
+    "Checkpoint",
+    "Config",
+    "Crop",
+    "Crops",
+    "Data",
+    "Dino",
+    "Engine",
+    "Eval",
+    "Log",
+    "Moco",
+    "OneOfMany",
+    "Optim",
+    "Perf",
+    "Rkd",
+    "Run",
+    "Seed",
+    "Student",
+    "Swav",
+    "Teacher",
+    "UserError",
+    "crops",
+    "dump",
+    "flatten",
+    "load",
+    "micro_batch",
+    "students",
     "validate",
 ]

@@ -1,4 +1,5 @@
 """What every block of the configuration has in common."""
+
 from pydantic import BaseModel
 
 

@@ -1,4 +1,5 @@
 """What a view is: one random crop of an image with its augmentation, as data."""
+
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
@@ -15,24 +16,31 @@ Share, Hue = Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=0, l
 
 
 class Crop(BaseModel, extra="forbid", frozen=True):
-    """One view.  The defaults are MoCo-v2's augmentation, arXiv:2003.04297; the data pipelines read nothing else."""
+    """One view.  The defaults are MoCo-v2's augmentation, arXiv:2003.04297; the data pipelines read
+    nothing else."""
 
     size: int = Field(224, ge=8)  # output side, pixels
-    scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.2, 1.0)  # share of the image's area
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)  # width / height
+    # Share of the image's area.
+    scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.2, 1.0)
+    # Width / height.
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
     flip_p: float = Field(0.5, ge=0, le=1)
     jitter_p: float = Field(0.8, ge=0, le=1)
-    jitter: tuple[NotNegative, NotNegative, NotNegative, Hue] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue (in turns)
+    # Brightness, contrast, saturation, hue (in turns)
+    jitter: tuple[NotNegative, NotNegative, NotNegative, Hue] = (0.4, 0.4, 0.4, 0.1)
     gray_p: float = Field(0.2, ge=0, le=1)
     blur_p: float = Field(0.5, ge=0, le=1)
-    blur_sigma: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.1, 2.0)  # pixels
-    solarize_p: float = Field(0.0, ge=0, le=1)  # values from 128 on become 255 - value, the last step
+    # Pixels.
+    blur_sigma: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.1, 2.0)
+    # Values from 128 on become 255 - value, the last step.
+    solarize_p: float = Field(0.0, ge=0, le=1)
     interpolation: Literal["linear", "cubic"] = "linear"  # of the resize, antialiased
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 class Crops(Crop):
-    """`count` views alike.  What is not set here is as in the configuration's `view`, see config.crops."""
+    """`count` views alike.  What is not set here is as in the configuration's `view`, see
+    config.crops."""
 
     count: int = Field(1, ge=1)

@@ -1,4 +1,6 @@
-"""YAML files and `block.key=value` overrides in, one validated Config out; every mistake told in one sentence."""
+"""YAML files and `block.key=value` overrides in, one validated Config out; every mistake told in
+one sentence."""
+
 import difflib
 import re
 from pathlib import Path
@@ -13,18 +15,25 @@ from fastdisco.config.recipes import RECIPES
 
 
 def load(path: Path | str, overrides: list[str] = ()) -> Config:
-    """Config of a YAML file with `block.key=value` overrides laid over it; value is YAML (`1e-3` is a number, `null` is none).
+    """Config of a YAML file with `block.key=value` overrides laid over it; value is YAML (`1e-3` is
+    a number, `null` is none).
 
-    A key `base` names a file, relative to this one, that the file itself is laid over; one level, so that two files tell all.
-    Raises UserError naming the file or override, the key, what is wrong and, for an unknown key, the nearest right one."""
+    A key `base` names a file, relative to this one, that the file itself is laid over; one level,
+    so that two files tell all. Raises UserError naming the file or override, the key, what is wrong
+    and, for an unknown key, the nearest right one."""
     path = Path(path)
     raw = _read(path)
     if "base" in raw:
         if not isinstance(base := raw.pop("base"), str):
-            raise UserError(f"{path}: base: the name of a YAML file beside it is expected (found {base!r})")
+            raise UserError(
+                f"{path}: base: the name of a YAML file beside it is expected (found {base!r})"
+            )
         below = _read(path.parent / base, f"correct `base` in {path}")
         if "base" in below:
-            raise UserError(f"{path.parent / base}: is the base of {path} and names one itself; write what it needs into one of the two")
+            raise UserError(
+                f"{path.parent / base}: is the base of {path} and names one itself; write what it "
+                "needs into one of the two"
+            )
         raw = overlay(below, raw)
     for item in overrides:
         _override(raw, item)
@@ -36,7 +45,8 @@ def validate(raw: dict, source: Path | str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        errors = [err for err in e.errors() if (err["loc"], err["type"]) != (("views",), "missing")]  # the method would have brought them
+        # The method would have brought them.
+        errors = [err for err in e.errors() if (err["loc"], err["type"]) != (("views",), "missing")]
         raise UserError(f"{source}: " + "; ".join(map(_sentence, errors))) from None
 
 
@@ -80,19 +90,32 @@ def _sentence(err: dict) -> str:
     where = ".".join(loc)
     if err["type"] == "extra_forbidden":
         known = _keys_at(loc[:-1], name.split()[-1:])
-        if loc[0] == "method" and (others := [m for m in RECIPES if loc[-1] in _keys_at(["method"], [m])]) and len(loc) == 2:
+        if (
+            loc[0] == "method"
+            and (others := [m for m in RECIPES if loc[-1] in _keys_at(["method"], [m])])
+            and len(loc) == 2
+        ):
             return f"unknown key {where}{name}, which is one of {' and '.join(others)}; known here: {', '.join(known)}"
-        near = [k for k in flatten(_tree(Config)) if k.split(".")[-1] == loc[-1]]  # the right key in the wrong block
-        near = near or [".".join(loc[:-1] + [k]) for k in difflib.get_close_matches(loc[-1], known, 1, 0.5)]
+        # The right key in the wrong block.
+        near = [k for k in flatten(_tree(Config)) if k.split(".")[-1] == loc[-1]]
+        near = near or [
+            ".".join(loc[:-1] + [k]) for k in difflib.get_close_matches(loc[-1], known, 1, 0.5)
+        ]
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
     if err["type"] == "union_tag_invalid":
         near = difflib.get_close_matches(err["ctx"]["tag"], RECIPES, 1, 0.5)
-        return f"{where}.name: no method is called {err['ctx']['tag']!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPES)}")
+        return f"{where}.name: no method is called {err['ctx']['tag']!r}; " + (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPES)}"
+        )
     msg = err["msg"].removeprefix("Value error, ")
     if err["type"] == "missing":
         return f"{where} is required"
-    return f"{where}: {msg} (found {err['input']!r})" if where and not msg.startswith(f"{loc[0]}.") else msg
+    return (
+        f"{where}: {msg} (found {err['input']!r})"
+        if where and not msg.startswith(f"{loc[0]}.")
+        else msg
+    )
 
 
 def _models_of(field) -> list[type[BaseModel]]:
@@ -104,16 +127,27 @@ def _keys_at(loc: list[str], method: list[str] = ()) -> list[str]:
     model = Config
     for part in loc:
         if not part.isdigit():  # an item of a list
-            model = next(m for m in _models_of(model.model_fields[part]) if part != "method" or [m.model_fields["name"].default] == list(method))
+            model = next(
+                m
+                for m in _models_of(model.model_fields[part])
+                if part != "method" or [m.model_fields["name"].default] == list(method)
+            )
     return list(model.model_fields)
 
 
 def _tree(model: type[BaseModel]) -> dict:
-    return {k: {n: t for m in found for n, t in _tree(m).items()} if (found := _models_of(f)) else None for k, f in model.model_fields.items()}
+    return {
+        k: {n: t for m in found for n, t in _tree(m).items()} if (found := _models_of(f)) else None
+        for k, f in model.model_fields.items()
+    }
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text; here it is a number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)

@@ -1,4 +1,5 @@
 """Looks at every image of a data set before the training does: `fastdisco data check`."""
+
 import hashlib
 import io
 import json
@@ -26,9 +27,18 @@ from fastdisco.data.pack import QUARANTINE, ahead
 from fastdisco.data.source import listing, read_quarantine, same_classes
 
 BATCH = 64, 50_000_000  # images and pixels that are decoded at a time
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM")  # what DALI reads, by Pillow's names
-ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}  # in the last bytes of a whole file; MPO is a JPEG with more behind it
-STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n": "PNG", b"RIFF": "WEBP", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+# What DALI reads, by Pillow's names.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM")
+# In the last bytes of a whole file; MPO is a JPEG with more behind it.
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+STARTS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n": "PNG",
+    b"RIFF": "WEBP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
 
 
 class Fault(NamedTuple):
@@ -38,15 +48,26 @@ class Fault(NamedTuple):
     detail: str
 
 
-def check(sources: list[Path], fast: bool = False, out: Path | None = None, threads: int | None = None, max_pixels: int = MAX_PIXELS,
-          only: list[str] | None = None, devices: tuple[torch.device, ...] = (torch.device("cpu"),)) -> list[Fault]:
-    """Finds images that a training cannot or should not read, and writes check.json and quarantine.txt into each data set's folder, or into
+def check(
+    sources: list[Path],
+    fast: bool = False,
+    out: Path | None = None,
+    threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    only: list[str] | None = None,
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),),
+) -> list[Fault]:
+    """Finds images that a training cannot or should not read, and writes check.json and
+    quarantine.txt into each data set's folder, or into
     `out`.  Returns the faults.
 
-    fast     headers and ends alone; else every image is decoded on each of the devices, and tars are compared with index and SHA-256
+    fast     headers and ends alone; else every image is decoded on each of the devices, and tars
+             are compared with index and SHA-256
     only     names of the images to look at
-    What a whole, slow check finds replaces the quarantine of that data; what a fast or partial one finds is added.
-    Raises UserError for tars that do not fit, and where a source has other classes than the first."""
+    What a whole, slow check finds replaces the quarantine of that data; what a fast or partial one
+    finds is added.
+    Raises UserError for tars that do not fit, and where a source has other classes than the
+    first."""
     found = [listing(s) for s in sources]
     for other in found[1:]:
         same_classes(found[0], other)
@@ -63,8 +84,12 @@ def check(sources: list[Path], fast: bool = False, out: Path | None = None, thre
     return faults
 
 
-def look(one: Listing, index: int, fast: bool, max_pixels: int) -> tuple[Fault | None, bytes, int, str]:
-    """What can be said of an image without decoding it; its bytes (none if fast), pixels, and what its end says of a fault found later."""
+def look(
+    one: Listing, index: int, fast: bool, max_pixels: int
+) -> tuple[Fault | None, bytes, int, str]:
+    """What can be said of an image without decoding it; its bytes (none if fast), pixels, and what
+    its end says of a fault found later."""
+
     def fault(kind, detail):
         return Fault(index, one.files[index], kind, detail), b"", 0, ""
 
@@ -86,12 +111,20 @@ def look(one: Listing, index: int, fast: bool, max_pixels: int) -> tuple[Fault |
             except Exception:  # Pillow's readers raise anything on foreign bytes
                 kind = next((k for start, k in STARTS.items() if head.startswith(start)), None)
                 if kind is None:
-                    return fault("not an image", f"begins with {head[:8]!r}, no format that DALI reads; convert or remove it")
+                    return fault(
+                        "not an image",
+                        f"begins with {head[:8]!r}, no format that DALI reads; convert or remove "
+                        "it",
+                    )
                 if cut := _cut(kind, head, tail, size):
                     return fault("truncated", cut)
                 return fault("damaged", f"a {kind} whose header cannot be read")
             if width * height > max_pixels:
-                return fault("too large", f"{width} x {height} pixels, more than {max_pixels}; shrink it or raise --max-pixels")
+                return fault(
+                    "too large",
+                    f"{width} x {height} pixels, more than {max_pixels}; shrink it or raise "
+                    "--max-pixels",
+                )
             cut = _cut(kind, head, tail, size)
             if fast and cut:
                 return fault("truncated", cut)
@@ -109,23 +142,34 @@ def _cut(kind: str, head: bytes, tail: bytes, size: int) -> str:
     return ""
 
 
-def _faults(one: Listing, indices: np.ndarray, fast: bool, threads: int, max_pixels: int, devices) -> list[Fault]:
+def _faults(
+    one: Listing, indices: np.ndarray, fast: bool, threads: int, max_pixels: int, devices
+) -> list[Fault]:
     found, waiting, pixels = {}, [], 0
     decoders = [] if fast else [Decoder(d, BATCH[0], threads) for d in devices]
 
     def decode():
         for decoder in decoders:
-            for j, words in decoder.faults([content for _, content, _ in waiting], complaints=True).items():
+            for j, words in decoder.faults(
+                [content for _, content, _ in waiting], complaints=True
+            ).items():
                 index, _, cut = waiting[j]
-                found.setdefault(index, Fault(index, one.files[index], "truncated" if cut else "damaged", cut or words))
+                found.setdefault(
+                    index,
+                    Fault(index, one.files[index], "truncated" if cut else "damaged", cut or words),
+                )
         waiting.clear()
 
     Image.init()  # all of Pillow's readers, which it loads only by and by
-    guard, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # we have a limit of our own, and a sentence for it
+    # We have a limit of our own, and a sentence for it.
+    guard, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with ThreadPoolExecutor(threads) as pool:
             looks = ahead(pool, lambda i: look(one, i, fast, max_pixels), indices.tolist())
-            for index, (fault, content, area, cut) in zip(indices.tolist(), track(looks, f"checking {one.source}", len(indices), transient=True)):
+            for index, (fault, content, area, cut) in zip(
+                indices.tolist(),
+                track(looks, f"checking {one.source}", len(indices), transient=True),
+            ):
                 if fault:
                     found[index] = fault
                 elif not fast:
@@ -149,9 +193,14 @@ def _tars(one: Listing) -> list[str]:
         about = shards.about(tar) if tar.with_suffix(".index").exists() else {}
         try:
             if about and shards.scan(tar, packed) != shards.rows_of(tar):
-                wrong.append(f"{tar}: its index does not fit; copy both again, or remove {tar.with_suffix('.index')} if the tar is right")
+                wrong.append(
+                    f"{tar}: its index does not fit; copy both again, or remove "
+                    f"{tar.with_suffix('.index')} if the tar is right"
+                )
             elif about.get("sha256") and about["sha256"] != _sha256(tar):
-                wrong.append(f"{tar}: its bytes are not those that were packed (SHA-256); copy it again")
+                wrong.append(
+                    f"{tar}: its bytes are not those that were packed (SHA-256); copy it again"
+                )
         except UserError as e:
             wrong.append(str(e))
     return wrong
@@ -169,12 +218,18 @@ def _named(one: Listing, only: list[str] | None) -> np.ndarray:
     if only is None:
         return np.arange(len(one.files))
     if strange := [n for n in only if n not in one.number]:
-        raise UserError(f"{one.source}: has no image {shorten(strange)}; give names as they stand in the listing, for example {one.files[0]}")
+        raise UserError(
+            f"{one.source}: has no image {shorten(strange)}; give names as they stand in the "
+            f"listing, for example {one.files[0]}"
+        )
     return np.unique([one.number[n] for n in only])
 
 
-def _write(one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, out: Path | None) -> Path:
-    """The report and the quarantine, whose path is returned; names are absolute in one that lies elsewhere."""
+def _write(
+    one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, out: Path | None
+) -> Path:
+    """The report and the quarantine, whose path is returned; names are absolute in one that lies
+    elsewhere."""
     folder, prefix = (one.root, "") if out is None else (Path(out), f"{one.root.resolve()}/")
     path = folder / QUARANTINE
     names = read_quarantine(path) if path.exists() else {}
@@ -182,17 +237,33 @@ def _write(one: Listing, bad: list[Fault], seen: int, fast: bool, whole: bool, o
         names = {n: reason for n, reason in names.items() if prefix and not n.startswith(prefix)}
     names |= {prefix + f.name: f"{f.kind}: {f.detail}" for f in bad}
     if broken := [n for n in names if set(n) & set("\t\n\r")]:
-        raise UserError(f"{one.root}: the name {broken[0]!r} has a tab or line break; rename the file")
-    report = dict(source=str(one.source), images=len(one.files), looked_at=seen, fast=fast, fingerprint=one.fingerprint,
-                  kinds=Counter(f.kind for f in bad), faults=[f._asdict() for f in bad])
+        raise UserError(
+            f"{one.root}: the name {broken[0]!r} has a tab or line break; rename the file"
+        )
+    report = dict(
+        source=str(one.source),
+        images=len(one.files),
+        looked_at=seen,
+        fast=fast,
+        fingerprint=one.fingerprint,
+        kinds=Counter(f.kind for f in bad),
+        faults=[f._asdict() for f in bad],
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        name = "check.json" if out is None else "check-" + re.sub(r"[^\w.-]+", "_", one.source.name) + ".json"
+        name = (
+            "check.json"
+            if out is None
+            else "check-" + re.sub(r"[^\w.-]+", "_", one.source.name) + ".json"
+        )
         write_whole(folder / name, json.dumps(report, indent=1) + "\n")
         if names or path.exists():
             write_whole(path, "".join(f"{n}\t{reason}\n" for n, reason in sorted(names.items())))
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); give --out FOLDER and set data.quarantine=FOLDER/{QUARANTINE}") from None
+        raise UserError(
+            f"{folder}: cannot be written ({e.strerror}); give --out FOLDER and set "
+            f"data.quarantine=FOLDER/{QUARANTINE}"
+        ) from None
     return path
 
 
@@ -202,11 +273,26 @@ def _tell(one: Listing, bad: list[Fault], seen: int, path: Path, out: Path | Non
         return
     table = Table("fault", "images", "the first")
     for kind, n in Counter(f.kind for f in bad).most_common():
-        table.add_row(kind, str(n), next(f.name for f in bad if f.kind == kind).encode(errors="surrogateescape").decode(errors="replace"))
+        table.add_row(
+            kind,
+            str(n),
+            next(f.name for f in bad if f.kind == kind)
+            .encode(errors="surrogateescape")
+            .decode(errors="replace"),
+        )
     console.print(table)
     for f in bad[:20]:
-        say(f"{f.name}: {f.kind}: {f.detail}".encode(errors="surrogateescape").decode(errors="replace"))  # names are bytes
+        # Names are bytes.
+        say(
+            f"{f.name}: {f.kind}: {f.detail}".encode(errors="surrogateescape").decode(
+                errors="replace"
+            )
+        )
     if len(bad) > 20:
         say(f"and {len(bad) - 20} more, see {path}")
-    use = "a training leaves them out" if out is None else f"with data.quarantine={path.resolve()} a training leaves them out"
+    use = (
+        "a training leaves them out"
+        if out is None
+        else f"with data.quarantine={path.resolve()} a training leaves them out"
+    )
     say(f"{one.source}: {len(bad)} of {seen} images are bad; {path} names them, {use}")

@@ -1,4 +1,6 @@
-"""CIFAR-10 and CIFAR-100 from their python archives, without running anything that such an archive may hold."""
+"""CIFAR-10 and CIFAR-100 from their python archives, without running anything that such an archive
+may hold."""
+
 import io
 import pickle
 import re
@@ -11,7 +13,12 @@ from fastdisco.common.errors import UserError
 
 # member -> the key of its labels; names and their key
 KINDS = {
-    "cifar-10": ({"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}, "labels", "batches.meta", "label_names"),
+    "cifar-10": (
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]},
+        "labels",
+        "batches.meta",
+        "label_names",
+    ),
     "cifar-100": ({"train": ["train"], "val": ["test"]}, "fine_labels", "meta", "fine_label_names"),
 }
 LARGEST = 1 << 30  # bytes of a member; CIFAR's have 180 MB
@@ -22,20 +29,40 @@ def is_archive(src: Path) -> bool:
 
 
 def load(src: Path) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
-    """{"train", "val"}: pixels [N,32,32,3] uint8, labels [N] int64 and class names; the index of an image is its place in the archive.
+    """{"train", "val"}: pixels [N,32,32,3] uint8, labels [N] int64 and class names; the index of an
+    image is its place in the archive.
 
-    Nothing is unpacked to disk, links in the archive are not followed.  Raises UserError for anything that is not CIFAR's python version."""
+    Nothing is unpacked to disk, links in the archive are not followed.  Raises UserError for
+    anything that is not CIFAR's python version."""
     members = _members(src)
-    kind = next((k for k, (parts, _, meta, _) in KINDS.items() if {meta, *sum(parts.values(), [])} <= members.keys()), None)
+    kind = next(
+        (
+            k
+            for k, (parts, _, meta, _) in KINDS.items()
+            if {meta, *sum(parts.values(), [])} <= members.keys()
+        ),
+        None,
+    )
     if kind is None:
-        raise UserError(f"{src}: is not cifar-10-python.tar.gz or cifar-100-python.tar.gz (its files: {', '.join(sorted(members)[:8]) or 'none'}); "
-                        "give one of them, or unpack the archive and give a folder of class folders")
+        raise UserError(
+            f"{src}: is not cifar-10-python.tar.gz or cifar-100-python.tar.gz (its files: "
+            f"{', '.join(sorted(members)[:8]) or 'none'}); give one of them, or unpack the archive "
+            "and give a folder of class folders"
+        )
     parts, labels, meta, names = KINDS[kind]
     classes = _unpickled(src, meta, members[meta]).get(names)
-    if not (isinstance(classes, list) and classes and all(isinstance(c, (bytes, str)) for c in classes)):
+    if not (
+        isinstance(classes, list) and classes and all(isinstance(c, (bytes, str)) for c in classes)
+    ):
         raise _foreign(src, meta, f"no {names}")
     classes = [c.decode(errors="replace") if isinstance(c, bytes) else c for c in classes]
-    return {part: (*_together([_batch(src, m, members[m], labels, len(classes)) for m in files]), classes) for part, files in parts.items()}
+    return {
+        part: (
+            *_together([_batch(src, m, members[m], labels, len(classes)) for m in files]),
+            classes,
+        )
+        for part, files in parts.items()
+    }
 
 
 def _members(src: Path) -> dict[str, bytes]:
@@ -46,7 +73,10 @@ def _members(src: Path) -> dict[str, bytes]:
             for m in t:
                 if m.isreg() and not m.issparse():
                     if m.size > LARGEST:
-                        raise UserError(f"{src}: its file {m.name} has {m.size} bytes, more than any of CIFAR's; is this the right archive?")
+                        raise UserError(
+                            f"{src}: its file {m.name} has {m.size} bytes, more than any of "
+                            "CIFAR's; is this the right archive?"
+                        )
                     if not re.search(r"\.(html|txt|binary)$", m.name):
                         out[PurePosixPath(m.name).name] = t.extractfile(m).read()
             return out
@@ -54,13 +84,19 @@ def _members(src: Path) -> dict[str, bytes]:
         raise UserError(f"{src}: truncated or no tar.gz ({e}); download it again") from None
 
 
-def _batch(src: Path, name: str, content: bytes, key: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _batch(
+    src: Path, name: str, content: bytes, key: str, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     d = _unpickled(src, name, content)
     pixels, labels = d.get("data"), d.get(key)
     pixels = pixels.array() if isinstance(pixels, _Array) else None
     if pixels is None or pixels.ndim != 2 or pixels.shape[1] != 3072:
         raise _foreign(src, name, "no rows of 3072 bytes")
-    if not (isinstance(labels, list) and len(labels) == len(pixels) and all(type(x) is int and 0 <= x < classes for x in labels)):
+    if not (
+        isinstance(labels, list)
+        and len(labels) == len(pixels)
+        and all(type(x) is int and 0 <= x < classes for x in labels)
+    ):
         raise _foreign(src, name, f"{key} are not one class of {classes} for each image")
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, np.int64)
 
@@ -81,7 +117,10 @@ def _unpickled(src: Path, name: str, content: bytes) -> dict:
 
 
 def _foreign(src: Path, name: str, what: str) -> UserError:
-    return UserError(f"{src}: its file {name} is not CIFAR's ({' '.join(what.split())}); download the archive again")
+    return UserError(
+        f"{src}: its file {name} is not CIFAR's ({' '.join(what.split())}); download the archive "
+        "again"
+    )
 
 
 class _Array:
@@ -97,7 +136,11 @@ class _Array:
         """The array where its state is one of bytes."""
         try:
             _, shape, dtype, fortran, data = self.state
-            if isinstance(dtype, _Dtype) and dtype.code in ("u1", b"u1") and isinstance(data, bytes):
+            if (
+                isinstance(dtype, _Dtype)
+                and dtype.code in ("u1", b"u1")
+                and isinstance(data, bytes)
+            ):
                 return np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError):
             pass
@@ -120,10 +163,14 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 class _Inert(pickle.Unpickler):
-    """Knows the few names that CIFAR's pickles need, and gives a stand-in for each: no code of numpy or of the pickle's choice is run."""
+    """Knows the few names that CIFAR's pickles need, and gives a stand-in for each: no code of
+    numpy or of the pickle's choice is run."""
 
     KNOWN = {(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")} | {
-        ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _latin1,
+    }
 
     def find_class(self, module, name):
         if (module, name) not in self.KNOWN:

@@ -1,10 +1,11 @@
 """Which encoded images the decoder of the training refuses, or takes with a complaint."""
+
 import contextlib
 import os
 import re
 import sys
 import tempfile
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,19 +17,28 @@ from fastdisco.data.placement import default_placement, kind
 
 def graphs():
     """The module of DALI graphs; DALI is an extra, so it is imported where it is first used."""
-    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "4M")  # buffers are kept, else the kernel clears new pages for every batch
+    # Buffers are kept, else the kernel clears new pages for every batch.
+    os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "4M")
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        raise UserError("NVIDIA DALI is not installed, it reads the images; "
-                        "pip install 'fastdisco[cuda13]', or 'fastdisco[cuda12]' for a CUDA 12 driver; both run without a GPU") from None
+        raise UserError(
+            "NVIDIA DALI is not installed, it reads the images; pip install 'fastdisco[cuda13]', or "
+            "'fastdisco[cuda12]' for a CUDA 12 driver; both run without a GPU"
+        ) from None
     from fastdisco.data import graph
+
     return graph
 
 
-# of libjpeg and libtiff about the picture itself; they also speak of colour profiles, unknown tags and the like
-COMPLAINT = re.compile(r"Corrupt JPEG data(?!: bad ICC)|premature end|inconsistent progression|not enough data|code not yet in table|"
-                       r"not terminated with EOI|read error", re.IGNORECASE)
+# of libjpeg and libtiff about the picture itself; they also speak of colour profiles, unknown tags
+# and the like
+COMPLAINT = re.compile(
+    r"Corrupt JPEG data(?!: bad ICC)|premature end|inconsistent progression|not enough data|code "
+    r"not yet in table|"
+    r"not terminated with EOI|read error",
+    re.IGNORECASE,
+)
 
 
 class Decoder:
@@ -37,9 +47,17 @@ class Decoder:
     def __init__(self, device: torch.device, batch: int, threads: int):
         """batch: images at most."""
         device = torch.device(device)
-        self._make = lambda: graphs().decode(lambda: self._images, default_placement(device), batch_size=batch, num_threads=threads, prefetch_queue_depth=1,
-                                             device_id=(device.index or 0) if kind(device) == "gpu" else None,
-                                             exec_async=False, exec_pipelined=False)  # so that what DALI prints is of this very batch
+        self._make = lambda: graphs().decode(
+            lambda: self._images,
+            default_placement(device),
+            batch_size=batch,
+            num_threads=threads,
+            prefetch_queue_depth=1,
+            device_id=(device.index or 0) if kind(device) == "gpu" else None,
+            # So that what DALI prints is of this very batch.
+            exec_async=False,
+            exec_pipelined=False,
+        )
         self._start()
 
     def _start(self):
@@ -49,8 +67,9 @@ class Decoder:
     def faults(self, images: Sequence[bytes], complaints: bool) -> dict[int, str]:
         """{position: the decoder's words} of images that it refuses, found by halving.
 
-        complaints: also of those that it decodes while saying that the data is corrupt, which libjpeg does on the process's stderr: the only
-        sign of damage inside a JPEG, which otherwise is decoded to a damaged picture."""
+        complaints: also of those that it decodes while saying that the data is corrupt, which
+        libjpeg does on the process's stderr: the only sign of damage inside a JPEG, which otherwise
+        is decoded to a damaged picture."""
         self._images = [np.frombuffer(x, np.uint8) for x in images]
         with _stderr() as said:
             try:
@@ -65,7 +84,9 @@ class Decoder:
         if len(images) == 1:
             return {0: printed or words}
         half = len(images) // 2
-        return self.faults(images[:half], complaints) | {half + i: w for i, w in self.faults(images[half:], complaints).items()}
+        return self.faults(images[:half], complaints) | {
+            half + i: w for i, w in self.faults(images[half:], complaints).items()
+        }
 
 
 def unreadable(listing: Listing, indices: np.ndarray, device: torch.device) -> list[int]:
@@ -83,13 +104,14 @@ def unreadable(listing: Listing, indices: np.ndarray, device: torch.device) -> l
             bad.append(i)
     decoder = Decoder(device, 64, 1)
     for at in range(0, len(images), 64):
-        bad += [found[at + j] for j in decoder.faults(images[at:at + 64], complaints=False)]
+        bad += [found[at + j] for j in decoder.faults(images[at : at + 64], complaints=False)]
     return sorted(bad)
 
 
 @contextlib.contextmanager
 def _stderr():
-    """Takes what the process writes to its stderr, C libraries included; yields a function that returns it afterwards."""
+    """Takes what the process writes to its stderr, C libraries included; yields a function that
+    returns it afterwards."""
     sys.stderr.flush()
     keep = os.dup(2)
     with tempfile.TemporaryFile() as f:
@@ -113,5 +135,7 @@ def _plain(printed: str, of: re.Pattern) -> str:
 
 def _sentence(error: str) -> str:
     """What DALI's error says after `encountered:`."""
-    text = error.split("encountered:")[-1].replace("Current pipeline object is no longer valid.", "")
+    text = error.split("encountered:")[-1].replace(
+        "Current pipeline object is no longer valid.", ""
+    )
     return " ".join(text.split()) or "refused by DALI"

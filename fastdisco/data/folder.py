@@ -1,4 +1,6 @@
-"""The images of a data set in their fixed order, and where each one's bytes are: class folders and list files."""
+"""The images of a data set in their fixed order, and where each one's bytes are: class folders and
+list files."""
+
 import hashlib
 import io
 import os
@@ -11,7 +13,8 @@ import numpy as np
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")  # what DALI decodes
+# What DALI decodes.
+EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")
 
 
 class Places(NamedTuple):
@@ -26,7 +29,8 @@ class Places(NamedTuple):
 class _Listing(NamedTuple):
     source: Path  # what was asked for: the root, or a list file or tars in it
     root: Path
-    files: list[str]  # relative to root, `/` between the parts; of an image in a tar, the tar and then its member
+    # Relative to root, `/` between the parts; of an image in a tar, the tar and then its member.
+    files: list[str]
     labels: np.ndarray  # [N] int64
     classes: list[str]
     places: Places | None = None  # for images in tars
@@ -34,13 +38,16 @@ class _Listing(NamedTuple):
 
 
 class Listing(_Listing):
-    """Images in their fixed order: the position of an image here is its index everywhere, whatever is left out."""
+    """Images in their fixed order: the position of an image here is its index everywhere, whatever
+    is left out."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names, labels and places in tars, not over the root: a moved folder is the same data."""
+        """sha256 over names, labels and places in tars, not over the root: a moved folder is the
+        same data."""
         text = "\0".join(self.files) + "\0" + " ".join(map(str, self.labels.tolist()))
-        h = hashlib.sha256(text.encode(errors="surrogateescape"))  # names are bytes, not always UTF-8
+        # Names are bytes, not always UTF-8.
+        h = hashlib.sha256(text.encode(errors="surrogateescape"))
         if self.places:
             h.update(self.places.offset.tobytes())
         return h.hexdigest()
@@ -60,7 +67,9 @@ class Listing(_Listing):
         if self.places is None:
             return open(self.root / self.files[index], "rb")
         p = self.places
-        return io.BufferedReader(_Slice(self.root / p.tars[p.tar[index]], int(p.offset[index]), int(p.size[index])))
+        return io.BufferedReader(
+            _Slice(self.root / p.tars[p.tar[index]], int(p.offset[index]), int(p.size[index]))
+        )
 
     def read(self, index: int) -> bytes:
         with self.open(index) as f:
@@ -71,7 +80,12 @@ class _Slice(io.RawIOBase):
     """`size` bytes of a file from `offset` on, as a file."""
 
     def __init__(self, path: Path, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = open(path, "rb", buffering=0), offset, size, 0
+        self._file, self._offset, self._size, self._at = (
+            open(path, "rb", buffering=0),
+            offset,
+            size,
+            0,
+        )
 
     def readable(self):
         return True
@@ -80,12 +94,18 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, to, whence=os.SEEK_SET):
-        self._at = max(0, to + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        self._at = max(
+            0, to + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        )
         return self._at
 
     def readinto(self, buffer):
         want = min(len(buffer), max(0, self._size - self._at))
-        found = os.preadv(self._file.fileno(), [memoryview(buffer)[:want]], self._offset + self._at) if want else 0
+        found = (
+            os.preadv(self._file.fileno(), [memoryview(buffer)[:want]], self._offset + self._at)
+            if want
+            else 0
+        )
         if want and not found:
             raise OSError(f"ends {self._size - self._at} bytes before the image does")
         self._at += found
@@ -97,14 +117,19 @@ class _Slice(io.RawIOBase):
 
 
 def class_folders(root: Path) -> Listing:
-    """The images of root/<class>/**, classes and the files of a class sorted by name, which are torchvision's labels.
+    """The images of root/<class>/**, classes and the files of a class sorted by name, which are
+    torchvision's labels.
 
-    Names that begin with a dot are passed over, as are files without an image's extension; links to files are followed, links to folders
-    are refused, since they can lead out of the root or round in a circle.  Raises UserError naming the path and the remedy."""
+    Names that begin with a dot are passed over, as are files without an image's extension; links to
+    files are followed, links to folders are refused, since they can lead out of the root or round
+    in a circle.  Raises UserError naming the path and the remedy."""
     classes, flat = _scan(root)
     if not classes:
         found = f"{len(flat)} images lie in it directly" if flat else "it is empty of images"
-        raise UserError(f"{root}: no class folders, {found}; put the images into one folder per class, {root}/<class>/<image>")
+        raise UserError(
+            f"{root}: no class folders, {found}; put the images into one folder per class, "
+            f"{root}/<class>/<image>"
+        )
     files, labels, empty = [], [], []
     for label, name in enumerate(classes):
         inside = _images(root, name)
@@ -114,40 +139,61 @@ def class_folders(root: Path) -> Listing:
             empty.append(name)
     known = " ".join(EXTENSIONS)
     if not files:
-        raise UserError(f"{root}: {len(classes)} class folders and not one image; add files with one of the extensions {known}")
+        raise UserError(
+            f"{root}: {len(classes)} class folders and not one image; add files with one of the "
+            f"extensions {known}"
+        )
     if empty:
-        raise UserError(f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {shorten(empty)}; remove or fill (extensions: {known})")
+        raise UserError(
+            f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {shorten(empty)}; "
+            f"remove or fill (extensions: {known})"
+        )
     return Listing(root, root, files, np.array(labels, np.int64), classes)
 
 
 def list_file(path: Path) -> Listing:
-    """The images that a text file names, one `<path> <class>` a line in the order of the file; empty lines and lines from `#` on are passed over.
+    """The images that a text file names, one `<path> <class>` a line in the order of the file;
+    empty lines and lines from `#` on are passed over.
 
-    Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0 on.  Raises UserError naming file and line."""
+    Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0
+    on.  Raises UserError naming file and line."""
     root, files, names = path.parent, [], []
     try:
         lines = path.read_text().split("\n")
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text file with a line "
-                        "`<image> <class>` for each image, or tars") from None
+        raise UserError(
+            f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text "
+            "file with a line `<image> <class>` for each image, or tars"
+        ) from None
     for number, line in enumerate(lines, 1):
         if not (line := line.strip()) or line.startswith("#"):
             continue
         name, *rest = line.rsplit(maxsplit=1)
         if not rest:
-            raise UserError(f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both")
+            raise UserError(
+                f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both"
+            )
         files.append(name)
         names += rest
         if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{path}: line {number} leads out of {root}: {name}; list images of that folder by relative paths without `..`")
+            raise UserError(
+                f"{path}: line {number} leads out of {root}: {name}; list images of that folder by "
+                "relative paths without `..`"
+            )
     if not files:
         raise UserError(f"{path}: lists no image; write a line `<image> <class>` for each")
     if len(set(files)) < len(files):
-        raise UserError(f"{path}: lists {next(f for f in files if files.count(f) > 1)} twice; remove one of the lines")
+        raise UserError(
+            f"{path}: lists {next(f for f in files if files.count(f) > 1)} twice; remove one of "
+            "the lines"
+        )
     inside = os.path.realpath(root)
     for folder in {os.path.dirname(name) for name in files}:
         if os.path.commonpath([inside, os.path.realpath(root / folder)]) != inside:
-            raise UserError(f"{path}: {folder} is a link that leads out of {root}; list images of that folder only")
+            raise UserError(
+                f"{path}: {folder} is a link that leads out of {root}; list images of that folder "
+                "only"
+            )
     labels, classes = classes_of(names)
     return Listing(path, root, files, labels, classes)
 
@@ -172,7 +218,8 @@ def _images(root: Path, folder: str) -> list[str]:
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of sub-folders and of images, each sorted; a directory entry knows its kind, so a file costs no stat."""
+    """Names of sub-folders and of images, each sorted; a directory entry knows its kind, so a file
+    costs no stat."""
     folders, files = [], []
     try:
         with os.scandir(folder) as entries:
@@ -182,8 +229,10 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
                 if e.is_dir(follow_symlinks=False):
                     folders.append(e.name)
                 elif e.is_symlink() and e.is_dir():
-                    raise UserError(f"{e.path}: a link to a folder is not followed; put the folder itself in its place, "
-                                    "or a folder of links to files")
+                    raise UserError(
+                        f"{e.path}: a link to a folder is not followed; put the folder itself in "
+                        "its place, or a folder of links to files"
+                    )
                 elif e.name.rpartition(".")[2].lower() in EXTENSIONS:
                     files.append(e.name)
     except OSError as err:

@@ -1,17 +1,23 @@
-"""DALI graphs: what happens to an image between its file and the network, on CPU or GPU by one definition.
+"""DALI graphs: what happens to an image between its file and the network, on CPU or GPU by one
+definition.
 
 Departures from torchvision's transforms, on which MoCo-v2's augmentation is defined:
-- Hue turns the colours in YIQ, not in HSV: same direction and angle, other lightness of what comes out.
-- Brightness and contrast are one step, as are saturation and hue, clipped after each; the two steps come in a random order.  torchvision
-  clips after each of the four and draws one of 24 orders.  The grey mean of contrast is taken before anything is clipped.
-- Where a view has the colour step, grey is a saturation of 0 there, so it comes before that step's clipping.
-- Blur is a true Gaussian cut at 3 sigma, as torchvision's; MoCo's is PIL's, three box filters that approximate it.
-- Where the resizing filter reaches past a crop's border, it sees the image beyond, and at the image's border the outermost pixel again; PIL
-  crops first and shortens the filter.
+- Hue turns the colours in YIQ, not in HSV: same direction and angle, other lightness of what comes
+out.
+- Brightness and contrast are one step, as are saturation and hue, clipped after each; the two steps
+  come in a random order.  torchvision clips after each of the four and draws one of 24 orders.  The
+  grey mean of contrast is taken before anything is clipped.
+- Where a view has the colour step, grey is a saturation of 0 there, so it comes before that step's
+clipping.
+- Blur is a true Gaussian cut at 3 sigma, as torchvision's; MoCo's is PIL's, three box filters that
+approximate it.
+- Where the resizing filter reaches past a crop's border, it sees the image beyond, and at the
+  image's border the outermost pixel again; PIL crops first and shortens the filter.
 - From the second colour step on, and in the blur, values are not rounded to whole ones.
 - EXIF orientation is ignored, as by torchvision's ImageFolder.
 """
-from typing import Callable
+
+from collections.abc import Callable
 
 import numpy as np
 import nvidia.dali
@@ -37,20 +43,28 @@ def train(crops: tuple[Crop, ...], reader: dict, feed: Callable, placement: Plac
     start, end = _boxes(hw, tries, place, crops)
     views = []
     for v, (crop, d) in enumerate(zip(crops, each)):
-        x = fn.resize(image, size=[crop.size, crop.size], roi_start=start[v, 0], roi_end=end[v, 0], interp_type=INTERPOLATION[crop.interpolation])
+        x = fn.resize(
+            image,
+            size=[crop.size, crop.size],
+            roi_start=start[v, 0],
+            roi_end=end[v, 0],
+            interp_type=INTERPOLATION[crop.interpolation],
+        )
         views.append(_augment(x, crop, d, placement))
     return tuple(views)
 
 
 @pipeline_def
 def evaluate(resize: int, size: int, mean, std, reader: dict, placement: Placement):
-    """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision rounds."""
+    """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision
+    rounds."""
     image, hw = _decoded(_read(reader), placement)
     hw = fn.cast(hw, dtype=types.INT64)
     new = hw * resize // fn.reductions.min(hw)
     spare = new - size
     half = spare // 2
-    start = half + (spare - 2 * half) * (half - half // 2 * 2)  # spare / 2, a half rounded to even as Python's round does
+    # Spare / 2, a half rounded to even as Python's round does.
+    start = half + (spare - 2 * half) * (half - half // 2 * 2)
     x = fn.resize(image, size=fn.cast(new, dtype=types.FLOAT))
     x = fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
     return _normalise(x, mean, std, placement)
@@ -58,25 +72,45 @@ def evaluate(resize: int, size: int, mean, std, reader: dict, placement: Placeme
 
 @pipeline_def
 def decode(source, placement: Placement):
-    """Pipeline that only decodes what source() returns, encoded images as uint8 arrays: which are unreadable?"""
-    return _image(fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1), placement)
+    """Pipeline that only decodes what source() returns, encoded images as uint8 arrays: which are
+    unreadable?"""
+    return _image(
+        fn.external_source(source=source, batch=True, dtype=types.UINT8, ndim=1), placement
+    )
 
 
 def _read(reader):
     """Encoded images in the reader's order: of files, or of samples in tars."""
     if "files" in reader:
         return fn.readers.file(**reader)[0]
-    # a shorter tar than its index says is an error of the reader with dont_use_mmap, and a segmentation fault without
-    return fn.readers.webdataset(**reader, ext=["img"], dont_use_mmap=True, missing_component_behavior="error")
+    # a shorter tar than its index says is an error of the reader with dont_use_mmap, and a
+    # segmentation fault without
+    return fn.readers.webdataset(
+        **reader, ext=["img"], dont_use_mmap=True, missing_component_behavior="error"
+    )
 
 
 def _fed(crops, feed, placement):
     """What `feed` gives: tries and place, and for each view a dict of the draws that it takes."""
-    kinds = dict(light_first=(types.BOOL, 0), jitter=(types.BOOL, 0), gray=(types.BOOL, 0), blur=(types.BOOL, 0), solarize=(types.BOOL, 0),
-                 flip=(types.INT32, 0), across=(types.FLOAT, 2), down=(types.FLOAT, 2))
+    kinds = dict(
+        light_first=(types.BOOL, 0),
+        jitter=(types.BOOL, 0),
+        gray=(types.BOOL, 0),
+        blur=(types.BOOL, 0),
+        solarize=(types.BOOL, 0),
+        flip=(types.INT32, 0),
+        across=(types.FLOAT, 2),
+        down=(types.FLOAT, 2),
+    )
     names = [draws.names(crop, placement.augment) for crop in crops]
-    dtype, ndim = zip((types.FLOAT, 3), (types.FLOAT, 3), *(kinds.get(n, (types.FLOAT, 0)) for one in names for n in one))
-    tries, place, *rest = fn.external_source(source=feed, num_outputs=len(dtype), batch=True, dtype=list(dtype), ndim=list(ndim))
+    dtype, ndim = zip(
+        (types.FLOAT, 3),
+        (types.FLOAT, 3),
+        *(kinds.get(n, (types.FLOAT, 0)) for one in names for n in one),
+    )
+    tries, place, *rest = fn.external_source(
+        source=feed, num_outputs=len(dtype), batch=True, dtype=list(dtype), ndim=list(ndim)
+    )
     rest = iter(rest)
     return tries, place, [{n: next(rest) for n in one} for one in names]
 
@@ -91,23 +125,35 @@ def _decoded(encoded, placement):
 
 def _image(encoded, placement):
     if placement.decode == "cpu":
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
-    return fn.decoders.image(encoded, device="mixed", output_type=types.RGB, adjust_orientation=False, hw_decoder_load=placement.hw_load,
-                             jpeg_fancy_upsampling=True)  # without it the chroma differs from the CPU's
+        return fn.decoders.image(
+            encoded, device="cpu", output_type=types.RGB, adjust_orientation=False
+        )
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        hw_decoder_load=placement.hw_load,
+        # Without it the chroma differs from the CPU's.
+        jpeg_fancy_upsampling=True,
+    )
 
 
 def _boxes(hw, tries, place, crops):
-    """Start and end of each view's crop, [V,1,2] float32 (vertical, horizontal): the first of ten tries that lies in the image.
+    """Start and end of each view's crop, [V,1,2] float32 (vertical, horizontal): the first of ten
+    tries that lies in the image.
 
-    torchvision's RandomResizedCrop: share of the area and log of the ratio uniform, sides rounded; where no try fits, the centre crop
-    of the nearest ratio."""
+    torchvision's RandomResizedCrop: share of the area and log of the ratio uniform, sides rounded;
+    where no try fits, the centre crop of the nearest ratio."""
     h, w = hw[0], hw[1]
     tries = math.floor(tries * math.sqrt(h * w) + 0.5)
     widest = np.array([[[1 / c.ratio[0], c.ratio[1]]] for c in crops], np.float32)
-    centre = math.max(math.min(math.floor(fn.stack(w, h) * types.Constant(widest) + 0.5), hw), 1.0)  # [V,1,2], fits always
+    # [V,1,2], fits always.
+    centre = math.max(math.min(math.floor(fn.stack(w, h) * types.Constant(widest) + 0.5), hw), 1.0)
     sides = fn.cat(tries, centre, axis=1)
     rank = types.Constant(np.arange(draws.TRIES, -1, -1, dtype=np.float32)[:, None] + 1)
-    score = fn.reductions.min((sides <= hw) * (sides > 0.5) * rank, axes=2, keep_dims=True)  # [V,11,1]: 0 where it does not fit
+    # [V,11,1]: 0 where it does not fit.
+    score = fn.reductions.min((sides <= hw) * (sides > 0.5) * rank, axes=2, keep_dims=True)
     best = fn.reductions.max(score, axes=1, keep_dims=True)
     shape = fn.reductions.sum(sides * (score == best), axes=1, keep_dims=True)
     drawn = best > 1.5  # [V,1,1]: not the centre crop
@@ -118,7 +164,8 @@ def _boxes(hw, tries, place, crops):
 
 
 def _augment(x, crop, d, placement):
-    """A resized crop [S,S,3] uint8 -> the normalised view.  What has chance 0 is not in the graph, what has 1 needs no coin."""
+    """A resized crop [S,S,3] uint8 -> the normalised view.  What has chance 0 is not in the graph,
+    what has 1 needs no coin."""
     device = placement.augment
     if crop.jitter_p == 1:
         x = _jitter(x, d, device)
@@ -159,7 +206,9 @@ def _gray(x):
 
 def _jitter(x, d, device):
     """uint8 -> float32 in 0..255, grey where the saturation is 0."""
-    mean = fn.reductions.mean(fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY))
+    mean = fn.reductions.mean(
+        fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
+    )
     if d["light_first"]:
         x = _colour(_light(x, mean, d, device, types.UINT8), d)
     else:
@@ -168,14 +217,17 @@ def _jitter(x, d, device):
 
 
 def _colour(x, d):
-    return _clip(fn.hsv(x, saturation=d["saturation"], hue=d["hue"], dtype=types.FLOAT))  # on the CPU rounding to uint8 takes longer than this
+    # On the CPU rounding to uint8 takes longer than this.
+    return _clip(fn.hsv(x, saturation=d["saturation"], hue=d["hue"], dtype=types.FLOAT))
 
 
 def _light(x, mean, d, device, dtype):
-    """b * (c * (x - m) + m): brightness b, then contrast c about the mean it left.  m: the mean of the picture in grey, which colour leaves."""
+    """b * (c * (x - m) + m): brightness b, then contrast c about the mean it left.  m: the mean of
+    the picture in grey, which colour leaves."""
     b, c = d["brightness"], d["contrast"]
     if device == "gpu":
-        return _light_of_mean(x, b.gpu(), c.gpu(), mean, dtype)  # an argument cannot come from the GPU, where the mean is
+        # An argument cannot come from the GPU, where the mean is.
+        return _light_of_mean(x, b.gpu(), c.gpu(), mean, dtype)
     x = fn.brightness_contrast(x, brightness=b, contrast=c, contrast_center=mean, dtype=dtype)
     return x if dtype == types.UINT8 else _clip(x)
 
@@ -199,8 +251,16 @@ def _solarize(x):
 
 
 def _normalise(x, mean, std, placement, mirror=0):
-    """[H,W,3] of 0..255 -> the network's; channels stay last, so the batch is a channels_last tensor of the network without a copy."""
+    """[H,W,3] of 0..255 -> the network's; channels stay last, so the batch is a channels_last
+    tensor of the network without a copy."""
     if placement.out != placement.augment:
         x = x.gpu()
     mean, std = [255 * m for m in mean], [255 * s for s in std]
-    return fn.crop_mirror_normalize(x, dtype=types.FLOAT16 if placement.half else types.FLOAT, output_layout="HWC", mean=mean, std=std, mirror=mirror)
+    return fn.crop_mirror_normalize(
+        x,
+        dtype=types.FLOAT16 if placement.half else types.FLOAT,
+        output_layout="HWC",
+        mean=mean,
+        std=std,
+        mirror=mirror,
+    )

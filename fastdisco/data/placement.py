@@ -1,4 +1,6 @@
-"""Where an image is decoded and augmented, and in which form the network gets it: `data.decode`, `data.augment` and what goes with them."""
+"""Where an image is decoded and augmented, and in which form the network gets it: `data.decode`,
+`data.augment` and what goes with them."""
+
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,8 @@ from fastdisco.common.errors import UserError
 
 
 class Placement(NamedTuple):
-    """Devices are cpu or gpu; nothing goes back from the GPU.  All ways give the same views, up to rounding and the decoder's last bit."""
+    """Devices are cpu or gpu; nothing goes back from the GPU.  All ways give the same views, up to
+    rounding and the decoder's last bit."""
 
     decode: str
     augment: str
@@ -19,17 +22,26 @@ class Placement(NamedTuple):
 
 
 def place(images: config.Data, device: torch.device, precision: str = "fp32") -> Placement:
-    """The way that the configuration asks for on this device.  precision: of the network's forward passes; bf16 gets float16 too, which holds
-    normalised pixels more exactly, and DALI has no bf16.
+    """The way that the configuration asks for on this device.  precision: of the network's forward
+    passes; bf16 gets float16 too, which holds normalised pixels more exactly, and DALI has no bf16.
 
     Raises UserError where a GPU is asked for and there is none."""
     out = kind(device)
     for key in ("decode", "augment"):
         if getattr(images, key) == "gpu" and out == "cpu":
-            raise UserError(f"data.{key}: gpu needs an NVIDIA GPU, there is none here; take auto or cpu")
+            raise UserError(
+                f"data.{key}: gpu needs an NVIDIA GPU, there is none here; take auto or cpu"
+            )
     augment = out if images.augment == "auto" else images.augment
     decode = augment if images.decode == "auto" else images.decode
-    return Placement(decode, augment, out, out == "gpu" and precision != "fp32", images.hw_decoder_load, images.prefetch)
+    return Placement(
+        decode,
+        augment,
+        out,
+        out == "gpu" and precision != "fp32",
+        images.hw_decoder_load,
+        images.prefetch,
+    )
 
 
 def default_placement(device: torch.device) -> Placement:

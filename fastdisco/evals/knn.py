@@ -1,5 +1,7 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features, as in instance discrimination, arXiv:1805.01978, section 3.4."""
-from typing import Callable, Iterable
+"""Weighted k-nearest-neighbour accuracy of frozen features, as in instance discrimination,
+arXiv:1805.01978, section 3.4."""
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -12,13 +14,23 @@ from fastdisco.config import Crop
 
 
 @torch.no_grad()
-def run(encode: Callable[[Tensor], Tensor], bank: Iterable, queries: Iterable, classes: int, k: int = 20, temp: float = 0.07) -> dict[str, float]:
-    """Share of query images whose class gets the most votes among the k nearest bank images: each votes exp(cos / temp).
+def run(
+    encode: Callable[[Tensor], Tensor],
+    bank: Iterable,
+    queries: Iterable,
+    classes: int,
+    k: int = 20,
+    temp: float = 0.07,
+) -> dict[str, float]:
+    """Share of query images whose class gets the most votes among the k nearest bank images: each
+    votes exp(cos / temp).
 
     encode  [B,3,S,S] -> [B,F] features of any float type, normalised here in float32
-    bank, queries  batches of this rank's own part of the images, any size; the parts together are the whole
-    Every rank searches its part of the bank for all queries and the candidates are merged, so a rank never holds the whole bank.
-    Returns {"knn_top1": 0..1}, equal on all ranks and for any number of ranks."""
+    bank, queries  batches of this rank's own part of the images, any size; the parts together are
+                   the whole
+    Every rank searches its part of the bank for all queries and the candidates are merged, so a
+    rank never holds the whole bank. Returns {"knn_top1": 0..1}, equal on all ranks and for any
+    number of ranks."""
     bank_x, bank_y = _features(encode, bank)
     query_x, query_y = (_gather_ragged(t) for t in _features(encode, queries))
     total = int(dist.all_sum(torch.tensor(len(bank_x), device=bank_x.device)))
@@ -34,26 +46,56 @@ def run(encode: Callable[[Tensor], Tensor], bank: Iterable, queries: Iterable, c
     return {"knn_top1": correct.item() / len(query_y)}
 
 
-def score(encode: Callable[[Tensor], Tensor], train: data.Listing, val: data.Listing, images: config.Data, view: Crop, cfg: config.Eval,
-          seed: int, device: torch.device) -> dict[str, float]:
-    """`run` with the training images (cfg.bank of them, drawn by `seed`) as bank and the validation images as queries, each rank its part.
+def score(
+    encode: Callable[[Tensor], Tensor],
+    train: data.Listing,
+    val: data.Listing,
+    images: config.Data,
+    view: Crop,
+    cfg: config.Eval,
+    seed: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """`run` with the training images (cfg.bank of them, drawn by `seed`) as bank and the validation
+    images as queries, each rank its part.
 
-    The images are seen through the evaluation pipeline: short side to images.eval_resize, centre crop, the normalisation of `view`."""
+    The images are seen through the evaluation pipeline: short side to images.eval_resize, centre
+    crop, the normalisation of `view`."""
     data.same_classes(train, val)
     bank = train.kept
     if cfg.bank and cfg.bank < len(bank):
-        bank = np.sort(np.random.default_rng(seed).permutation(bank)[:cfg.bank])
-    loaders = [data.EvalLoader(listing, images.eval_resize, images.eval_size, images.eval_batch, images.threads, device,
-                               indices=_mine(data.reading_order(listing, indices), images.eval_batch), mean=view.mean, std=view.std,
-                               placement=data.place(images, device))
-               for listing, indices in ((train, bank), (val, val.kept))]
+        bank = np.sort(np.random.default_rng(seed).permutation(bank)[: cfg.bank])
+    loaders = [
+        data.EvalLoader(
+            listing,
+            images.eval_resize,
+            images.eval_size,
+            images.eval_batch,
+            images.threads,
+            device,
+            indices=_mine(data.reading_order(listing, indices), images.eval_batch),
+            mean=view.mean,
+            std=view.std,
+            placement=data.place(images, device),
+        )
+        for listing, indices in ((train, bank), (val, val.kept))
+    ]
     return run(encode, *loaders, len(train.classes), cfg.k, cfg.temp)
 
 
 def _mine(indices: np.ndarray, batch: int) -> np.ndarray:
-    """This rank's part in whole batches, dealt in turn: a batch holds the same images on any number of ranks, and so rounds the same."""
+    """This rank's part in whole batches, dealt in turn: a batch holds the same images on any number
+    of ranks, and so rounds the same."""
     batch = min(batch, len(indices) // dist.world())  # of a few images every rank still gets some
-    return np.concatenate([indices[:0], *(indices[i:i + batch] for i in range(dist.rank() * batch, len(indices), dist.world() * batch))])
+    return np.concatenate(
+        [
+            indices[:0],
+            *(
+                indices[i : i + batch]
+                for i in range(dist.rank() * batch, len(indices), dist.world() * batch)
+            ),
+        ]
+    )
 
 
 def _features(encode, batches) -> tuple[Tensor, Tensor]:
@@ -66,7 +108,8 @@ def _features(encode, batches) -> tuple[Tensor, Tensor]:
 
 
 def _merge(sim: Tensor, label: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best [B,k] of all ranks' candidates; a rank with fewer than k of its own fills up with -inf, whose vote is 0."""
+    """The k best [B,k] of all ranks' candidates; a rank with fewer than k of its own fills up with
+    -inf, whose vote is 0."""
     if dist.world() == 1:
         return sim, label
     pad = k - sim.shape[1]
@@ -84,6 +127,6 @@ def _gather_ragged(x: Tensor) -> Tensor:
         return x
     counts = dist.all_gather(torch.tensor([len(x)], device=x.device)).tolist()
     padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[:len(x)] = x
+    padded[: len(x)] = x
     parts = dist.all_gather(padded).split(max(counts))
     return torch.cat([p[:n] for p, n in zip(parts, counts)])

@@ -1,6 +1,9 @@
-"""Methods: how the networks' outputs become losses.  A module's name is its registry: methods/moco.py is `method.name: moco`."""
+"""Methods: how the networks' outputs become losses.  A module's name is its registry:
+methods/moco.py is `method.name: moco`."""
+
 import importlib
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,30 +16,40 @@ from fastdisco.models import DTYPE, Out
 class Nets(NamedTuple):
     """Callables of one signature, list[Tensor] -> Out, and the prototypes' own.
 
-    ema and teacher may give a cudagraph.Later, whose fields are computed beside what follows: call early, read late."""
+    ema and teacher may give a cudagraph.Later, whose fields are computed beside what follows: call
+    early, read late."""
 
     student: Callable[[list[Tensor]], Out]  # the engine; called once a micro batch with all views
-    ema: Callable[[list[Tensor]], Out] | None  # the mean student: no grad, own batch-norm statistics; None where the method's momentum is
-    teacher: Callable[[list[Tensor]], Out] | None  # no grad, eval; called once a micro batch, first, and read late: it may run beside the rest
-    prototypes: Callable[[Tensor], Tensor] | None = None  # [...,d] -> [...,P], the student's as it stands: no grad
+    # The mean student: no grad, own batch-norm statistics; None where the method's momentum is.
+    ema: Callable[[list[Tensor]], Out] | None
+    # No grad, eval; called once a micro batch, first, and read late: it may run beside the rest.
+    teacher: Callable[[list[Tensor]], Out] | None
+    # [...,d] -> [...,P], the student's as it stands: no grad.
+    prototypes: Callable[[Tensor], Tensor] | None = None
 
 
 class Progress(NamedTuple):
-    micro_step: int  # micro batches before this one; with the seed it names every random draw of a method
+    # Micro batches before this one; with the seed it names every random draw of a method.
+    micro_step: int
     share: float  # 0..1 of the whole schedule
     epoch: float = 0.0
     step: int = 0  # optimizer steps before this one
 
 
 class Method(nn.Module):
-    """Has no trainable parameters; its state dict is its whole resume state, the same on every rank."""
+    """Has no trainable parameters; its state dict is its whole resume state, the same on every
+    rank."""
 
-    teacher_views: int | None = None  # how many of the first views the teacher is asked about; None: all
-    permuted: bool = False  # all views but the first are to be of this rank's share of the permuted batch, see data.TrainLoader
+    # How many of the first views the teacher is asked about; None: all.
+    teacher_views: int | None = None
+    # All views but the first are to be of this rank's share of the permuted batch, see
+    # data.TrainLoader.
+    permuted: bool = False
     weights: dict[str, float]  # of the losses among what `step` returns; the rest is logged
 
     def momentum(self, progress: Progress) -> float | None:
-        """Of the mean student's update after this step; None, always, for methods that have no mean student."""
+        """Of the mean student's update after this step; None, always, for methods that have no mean
+        student."""
         return None
 
     def frozen(self, progress: Progress) -> tuple[str, ...]:
@@ -52,7 +65,8 @@ class Method(nn.Module):
         return sum(weight * terms[name] for name, weight in self.weights.items() if name in terms)
 
     def after_step(self):
-        """After the optimizer's step: what the next step must see, once for all its micro batches."""
+        """After the optimizer's step: what the next step must see, once for all its micro
+        batches."""
 
 
 def create(name: str, **values) -> Method:
@@ -77,10 +91,12 @@ def queue_dtype(name: str) -> torch.dtype:
 
 @torch.no_grad()
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation over the batch of the unit rows z [B,d], mean over d, times sqrt(d): 1 when they fill the sphere, 0 when collapsed."""
+    """Standard deviation over the batch of the unit rows z [B,d], mean over d, times sqrt(d): 1
+    when they fill the sphere, 0 when collapsed."""
     return F.normalize(z.float(), dim=1).std(0, correction=0).mean() * z.shape[1] ** 0.5
 
 
 def distilled(distill: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """DisCo's term, and for the log the mean cosine of student and teacher: |s-t|^2 = 2 - 2 cos, summed over the views of z [V,B,d]."""
+    """DisCo's term, and for the log the mean cosine of student and teacher: |s-t|^2 = 2 - 2 cos,
+    summed over the views of z [V,B,d]."""
     return {"distill": distill, "distill/cosine": 1 - distill.detach() / (2 * len(z))}

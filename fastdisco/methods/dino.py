@@ -1,4 +1,6 @@
-"""DINO (arXiv:2104.14294), and with a teacher DisCo (arXiv:2104.09124, appendix): every crop predicts the centred and sharpened mean student."""
+"""DINO (arXiv:2104.14294), and with a teacher DisCo (arXiv:2104.09124, appendix): every crop
+predicts the centred and sharpened mean student."""
+
 import math
 
 import torch
@@ -29,7 +31,8 @@ class Dino(Method):
         return ("prototypes.",) if progress.epoch < self.cfg.freeze_epochs else ()
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """views: V >= 2 [B,3,S,S].  Terms dino and, with a teacher, distill over the first two; logged beside them feat/std and distill/cosine."""
+        """views: V >= 2 [B,3,S,S].  Terms dino and, with a teacher, distill over the first two;
+        logged beside them feat/std and distill/cosine."""
         teacher = nets.teacher(views[:LARGE]) if nets.teacher else None
         mean = nets.ema(views[:LARGE])  # may run beside the student's forward, too
         z, scores = nets.student(views)  # [V,B,d], [V,B,P]
@@ -52,7 +55,9 @@ class Dino(Method):
         cfg, done = self.cfg, math.floor(epoch)
         if done >= cfg.temp_warmup_epochs:
             return cfg.temp_mean
-        return cfg.temp_mean_start + (cfg.temp_mean - cfg.temp_mean_start) * done / max(1, cfg.temp_warmup_epochs - 1)
+        return cfg.temp_mean_start + (cfg.temp_mean - cfg.temp_mean_start) * done / max(
+            1, cfg.temp_warmup_epochs - 1
+        )
 
 
 METHOD = Dino

@@ -1,4 +1,6 @@
-"""Networks: a timm backbone with a projection head and prototypes, split batch norm, the mean student, and strict loading of weights."""
+"""Networks: a timm backbone with a projection head and prototypes, split batch norm, the mean
+student, and strict loading of weights."""
+
 from typing import NamedTuple
 
 import torch
@@ -11,11 +13,19 @@ class Out(NamedTuple):
 
 
 class Net(nn.Module):
-    """Backbone, head and prototypes; a list of views [B,3,S,S] in, Out.z [V,B,d] and Out.scores [V,B,P] out."""
+    """Backbone, head and prototypes; a list of views [B,3,S,S] in, Out.z [V,B,d] and Out.scores
+    [V,B,P] out."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, prototypes: nn.Module | None = None, joint: bool = False):
-        """joint: in training, too, the backbone runs once per resolution and the head once, so that batch-norm statistics are of all those views
-        (SwAV, DINO); else once per view (MoCo).  In eval mode it always does."""
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        prototypes: nn.Module | None = None,
+        joint: bool = False,
+    ):
+        """joint: in training, too, the backbone runs once per resolution and the head once, so that
+        batch-norm statistics are of all those views (SwAV, DINO); else once per view (MoCo).  In
+        eval mode it always does."""
         super().__init__()
         self.backbone, self.head, self.prototypes, self.joint = backbone, head, prototypes, joint
         self.groups = 1  # of images in a joint forward, see `split_bn`
@@ -28,16 +38,30 @@ class Net(nn.Module):
         return Out(z, None if self.prototypes is None else self.prototypes(z))
 
     def _jointly(self, views: list[Tensor], groups: int) -> Tensor:
-        """[V,B,d].  Group after group of images, with all their views, so that the slices of a split batch norm hold what a rank would."""
+        """[V,B,d].  Group after group of images, with all their views, so that the slices of a
+        split batch norm hold what a rank would."""
         sizes = {}
         for i, v in enumerate(views):
             sizes.setdefault(v.shape[-2:], []).append(i)
         parts = [v.chunk(groups) for v in views]
-        found = [self.features(torch.cat([parts[i][g] for g in range(groups) for i in same])).unflatten(0, (groups, len(same), -1))
-                 for same in sizes.values()]  # [G,views of one size,B/G,F]
-        z = self.head(torch.cat(found, 1).flatten(0, 2)).unflatten(0, (groups, len(views), -1)).transpose(0, 1).flatten(1, 2)
+        found = [
+            self.features(torch.cat([parts[i][g] for g in range(groups) for i in same])).unflatten(
+                0, (groups, len(same), -1)
+            )
+            for same in sizes.values()
+        ]  # [G,views of one size,B/G,F]
+        z = (
+            self.head(torch.cat(found, 1).flatten(0, 2))
+            .unflatten(0, (groups, len(views), -1))
+            .transpose(0, 1)
+            .flatten(1, 2)
+        )
         place = {i: at for at, i in enumerate(i for same in sizes.values() for i in same)}
-        return z if list(place) == sorted(place) else torch.stack([z[place[i]] for i in range(len(views))])
+        return (
+            z
+            if list(place) == sorted(place)
+            else torch.stack([z[place[i]] for i in range(len(views))])
+        )
 
     def features(self, x: Tensor) -> Tensor:
         """[B,3,S,S] -> [B,F], the pooled output of the backbone: what evaluations use."""

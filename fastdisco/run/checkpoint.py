@@ -1,13 +1,16 @@
-"""Everything an exact resume needs, under portable names, written so that a crash at any moment leaves the last checkpoint whole.
+"""Everything an exact resume needs, under portable names, written so that a crash at any moment
+leaves the last checkpoint whole.
 
 RUN/checkpoints/last                    text: the name of the newest folder
 RUN/checkpoints/step_00001000/state.pt  what all ranks share, as full named tensors
 RUN/checkpoints/step_00001000/rank_0.pt what is each rank's own: random state, batch-norm statistics
 All files load with torch.load(weights_only=True)."""
+
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,43 +30,77 @@ class Item(NamedTuple):
     own: bool = False  # each rank keeps its own
 
 
-def items(student, ema: nn.Module | None, method: nn.Module, loader, name: str = "") -> dict[str, Item]:
-    """The one list of a training's state.  `student` is the engine; `loader` has a settable `position`.
+def items(
+    student, ema: nn.Module | None, method: nn.Module, loader, name: str = ""
+) -> dict[str, Item]:
+    """The one list of a training's state.  `student` is the engine; `loader` has a settable
+    `position`.
 
-    name  of one of several students: its items are <name>/student ..., and the lists of all, joined, are the training's"""
+    name  of one of several students: its items are <name>/student ..., and the lists of all,
+          joined, are the training's"""
     net, scaler = student.module, engine.scaler(student)
-    mean = {
-        "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
-        "ema_buffers": Item(lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True),
-    } if ema else {}
+    mean = (
+        {
+            "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
+            "ema_buffers": Item(
+                lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True
+            ),
+        }
+        if ema
+        else {}
+    )
     own = {
-        "student": Item(lambda: engine.weights(student) | mean_buffers(net), lambda weights: engine.load_weights(student, weights)),
+        "student": Item(
+            lambda: engine.weights(student) | mean_buffers(net),
+            lambda weights: engine.load_weights(student, weights),
+        ),
         "method": Item(method.state_dict, method.load_state_dict),
-        "optimizer": Item(lambda: engine.optimizer_state(student), lambda state: engine.load_optimizer_state(student, state)),
-        "scaler": Item(lambda: scaler and scaler.state_dict(), lambda state: scaler and scaler.load_state_dict(state)),  # None but for fp16
-        # statistics differ from rank to rank, and with them the mean over ranks in "student" and "ema"
-        "student_buffers": Item(lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True),
+        "optimizer": Item(
+            lambda: engine.optimizer_state(student),
+            lambda state: engine.load_optimizer_state(student, state),
+        ),
+        # None but for fp16.
+        "scaler": Item(
+            lambda: scaler and scaler.state_dict(),
+            lambda state: scaler and scaler.load_state_dict(state),
+        ),
+        # statistics differ from rank to rank, and with them the mean over ranks in "student" and
+        # "ema"
+        "student_buffers": Item(
+            lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True
+        ),
     }
     return {f"{name}/{item}" if name else item: value for item, value in (mean | own).items()} | {
-        "data": Item(lambda: loader.position, lambda position: setattr(loader, "position", position)),
+        "data": Item(
+            lambda: loader.position, lambda position: setattr(loader, "position", position)
+        ),
         "rng": Item(_rng, _set_rng, own=True),
     }
 
 
 def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int):
-    """Writes step_<step>, points `last` to it and removes all but the `keep` newest; called by every rank.
+    """Writes step_<step>, points `last` to it and removes all but the `keep` newest; called by
+    every rank.
 
-    `meta` names what the state belongs to (data listing, teacher); a resume that differs is refused."""
+    `meta` names what the state belongs to (data listing, teacher); a resume that differs is
+    refused."""
     folder = run / "checkpoints" / f"step_{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
     if dist.rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    values = {name: item.get() for name, item in state.items()}  # on every rank: some are collective
-    _write(beside / f"rank_{dist.rank()}.pt", {"world": dist.world(), **{n: v for n, v in values.items() if state[n].own}})
+    # On every rank: some are collective.
+    values = {name: item.get() for name, item in state.items()}
+    _write(
+        beside / f"rank_{dist.rank()}.pt",
+        {"world": dist.world(), **{n: v for n, v in values.items() if state[n].own}},
+    )
     if dist.rank() == 0:
-        _write(beside / "state.pt", {"step": step, "meta": meta, **{n: v for n, v in values.items() if not state[n].own}})
+        _write(
+            beside / "state.pt",
+            {"step": step, "meta": meta, **{n: v for n, v in values.items() if not state[n].own}},
+        )
     dist.barrier()  # every rank's file is on disk
     if dist.rank() == 0:
         _sync(beside)
@@ -79,7 +116,8 @@ def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], kee
 def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
     """Sets every item from the last checkpoint and returns its step; 0 where there is none.
 
-    On another number of ranks each rank starts from the mean statistics and its own fresh random state.
+    On another number of ranks each rank starts from the mean statistics and its own fresh random
+    state.
     Raises UserError where the checkpoint is damaged or belongs to other data or another teacher."""
     folder = last(run)
     if folder is None:
@@ -89,12 +127,17 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
         shared = read(folder / "state.pt")
         own = read(own_file) if own_file.exists() else {"world": None}
     except UserError as e:
-        raise UserError(f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}", anywhere=True) from None
+        raise UserError(
+            f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}",
+            anywhere=True,
+        ) from None
     for name, value in meta.items():
         if shared["meta"].get(name) != value:
-            raise UserError(f"{folder}: was trained with another {name} than this command gives"
-                            f"{' (recorded embeddings, teacher.cache, count as another)' * (name == 'teacher')}; "
-                            f"take another run.name, or restore the {name}")
+            raise UserError(
+                f"{folder}: was trained with another {name} than this command gives"
+                f"{' (recorded embeddings, teacher.cache, count as another)' * (name == 'teacher')}; "
+                f"take another run.name, or restore the {name}"
+            )
     for name, item in state.items():
         if not item.own:
             item.set(shared[name])
@@ -111,7 +154,10 @@ def _copy_buffers(net, buffers):
 
 
 def _rng():
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def _set_rng(state):

@@ -1,4 +1,5 @@
 """The environment of a run: versions, commit, hardware and command."""
+
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,17 @@ from fastdisco.common import launch
 
 def environment() -> dict:
     """Versions, commit, hardware and command of this process."""
-    names = ("torch", "torchvision", "triton", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "apex", "numpy")
+    names = (
+        "torch",
+        "torchvision",
+        "triton",
+        "deepspeed",
+        "timm",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "apex",
+        "numpy",
+    )
     versions = {"python": platform.python_version()}
     for name in names:
         try:
@@ -21,13 +32,23 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             pass
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": versions, "commit": _commit(), "command": " ".join(sys.argv), "ranks": launch.world(), "host": platform.node(),
-            "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus, "cuda": torch.version.cuda}
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
+        "ranks": launch.world(),
+        "host": platform.node(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # a container image, which was told at its build, or an installed copy
+    # A container image, which was told at its build, or an installed copy.
+    if not (root / ".git").exists():
         return os.environ.get("FASTDISCO_COMMIT") or None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:

@@ -1,4 +1,6 @@
-"""The folder of a run: its resolved configuration, its environment, and whether a command may continue it."""
+"""The folder of a run: its resolved configuration, its environment, and whether a command may
+continue it."""
+
 import json
 import shutil
 from pathlib import Path
@@ -10,16 +12,38 @@ from fastdisco.common.files import write_whole
 from fastdisco.config import Config
 from fastdisco.run.environment import environment
 
-# What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher are compared by content instead.
-_FREE = ("run.out", "run.max_steps", "data.train", "data.val", "data.quarantine", "data.threads", "data.prefetch", "data.eval_batch", "teacher.file",
-         "teacher.student", "teacher.cache", "teacher.cache_folder", "teacher.graph", "engine.stage", "engine.overlap", "engine.bucket_mb",
-         "perf.", "eval.", "log.", "checkpoint.")
+# What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher
+# are compared by content instead.
+_FREE = (
+    "run.out",
+    "run.max_steps",
+    "data.train",
+    "data.val",
+    "data.quarantine",
+    "data.threads",
+    "data.prefetch",
+    "data.eval_batch",
+    "teacher.file",
+    "teacher.student",
+    "teacher.cache",
+    "teacher.cache_folder",
+    "teacher.graph",
+    "engine.stage",
+    "engine.overlap",
+    "engine.bucket_mb",
+    "perf.",
+    "eval.",
+    "log.",
+    "checkpoint.",
+)
 
 
 def claim(cfg: Config, overwrite: bool = False) -> Path:
-    """The folder out/name, where this command may start or continue a run; with `overwrite` the run there is deleted.  Called by every rank.
+    """The folder out/name, where this command may start or continue a run; with `overwrite` the run
+    there is deleted.  Called by every rank.
 
-    Raises UserError where the folder holds a run of another configuration, naming what differs and the two ways out, or holds no run at all."""
+    Raises UserError where the folder holds a run of another configuration, naming what differs and
+    the two ways out, or holds no run at all."""
     folder = agree(cfg, overwrite)
     dist.barrier()  # every rank has looked
     if overwrite and dist.rank() == 0 and folder.exists():
@@ -32,15 +56,18 @@ def agree(cfg: Config, overwrite: bool = False) -> Path:
     """As `claim`, but only looks."""
     folder = cfg.run.out / cfg.run.name
     if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted there; "
-                        "take another run.name or run.out")
+        raise UserError(
+            f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted "
+            "there; take another run.name or run.out"
+        )
     if not overwrite:
         _agree(cfg, folder)
     return folder
 
 
 def describe(cfg: Config, folder: Path):
-    """Writes config.yaml and env.json; not before the run is known to belong to this data and teacher."""
+    """Writes config.yaml and env.json; not before the run is known to belong to this data and
+    teacher."""
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", config.dump(cfg))
@@ -53,8 +80,13 @@ def _agree(cfg: Config, folder: Path):
     if not path.exists():
         return
     old, new = (config.flatten(c.model_dump(mode="json")) for c in (config.load(path), cfg))
-    differ = [f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in sorted(old | new)
-              if old.get(k) != new.get(k) and not k.startswith(_FREE)]
+    differ = [
+        f"{k} ({old.get(k)} there, {new.get(k)} here)"
+        for k in sorted(old | new)
+        if old.get(k) != new.get(k) and not k.startswith(_FREE)
+    ]
     if differ:
-        raise UserError(f"{folder}: holds a run of another configuration: {', '.join(differ)}; "
-                        "give this one another run.name, or start over with --overwrite")
+        raise UserError(
+            f"{folder}: holds a run of another configuration: {', '.join(differ)}; give this one "
+            "another run.name, or start over with --overwrite"
+        )

@@ -1,4 +1,6 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines elsewhere; rank 0 only."""
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar on a terminal or plain lines
+elsewhere; rank 0 only."""
+
 import json
 import math
 import resource
@@ -17,18 +19,24 @@ from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 
 
-def named(scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = "") -> dict[str, Any]:
-    """Under their full names: loss -> train/loss, a term of the loss (in `weights`) -> train/loss_<term>, while others name their group themselves;
-    of one of several students train/<student>/loss."""
+def named(
+    scalars: dict[str, Any], weights: dict[str, float] = {}, student: str = ""
+) -> dict[str, Any]:
+    """Under their full names: loss -> train/loss, a term of the loss (in `weights`) ->
+    train/loss_<term>, while others name their group themselves; of one of several students
+    train/<student>/loss."""
     out = {}
     for name, value in scalars.items():
-        group, _, rest = (name if "/" in name else f"train/loss_{name}" if name in weights else f"train/{name}").partition("/")
+        group, _, rest = (
+            name if "/" in name else f"train/loss_{name}" if name in weights else f"train/{name}"
+        ).partition("/")
         out[f"{group}/{student}/{rest}" if student else f"{group}/{rest}"] = value
     return out
 
 
 class Meter:
-    """The scalars of the micro batches since the last look, left on the device until then, and where the time went."""
+    """The scalars of the micro batches since the last look, left on the device until then, and
+    where the time went."""
 
     def __init__(self, images: int, folder: Path, start: int):
         """images: per step, over all ranks; start: the step the loop begins at."""
@@ -56,7 +64,8 @@ class Meter:
         self.begin += time.perf_counter() - begin
 
     def read(self, done: int, steps: int) -> dict[str, float]:
-        """Means over micro batches and ranks since the last look, and the speed; here the loop waits for the device.
+        """Means over micro batches and ranks since the last look, and the speed; here the loop
+        waits for the device.
 
         Raises UserError where a value is not finite, naming the step and the term."""
         table = dist.all_mean(torch.stack(self.rows)).tolist()
@@ -64,15 +73,30 @@ class Meter:
         for i, row in enumerate(table):
             for name, value in zip(self.names, row):
                 if not math.isfinite(value):
-                    raise UserError(f"step {self.last + 1 + i * n // len(table)}: {name} is {value}; the last checkpoint, in "
-                                    f"{self.folder / 'checkpoints'}, is from before it: lower optim.lr or set optim.clip, then train on")
+                    raise UserError(
+                        f"step {self.last + 1 + i * n // len(table)}: {name} is {value}; the last "
+                        f"checkpoint, in {self.folder / 'checkpoints'}, is from before it: lower "
+                        "optim.lr or set optim.clip, then train on"
+                    )
         means = {name: sum(column) / len(table) for name, column in zip(self.names, zip(*table))}
-        speed = {"perf/total_ips": n * self.images / took, "perf/compute_ips": n * self.images / max(took - self.waited, 1e-9),
-                 "perf/step_time": took / n, "perf/data_time": self.waited / n, "perf/data_share": self.waited / took,
-                 "perf/eta": took / n * (steps - done)}
-        cuda = torch.cuda.is_available()  # reserved, since what a graph's replay needs is not allocated anew; DALI's buffers are not torch's
-        peak = torch.cuda.max_memory_reserved() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        speed["perf/mem_gb"] = peak / 1e9  # of the run so far, on this rank: of its GPU, or of the process
+        speed = {
+            "perf/total_ips": n * self.images / took,
+            "perf/compute_ips": n * self.images / max(took - self.waited, 1e-9),
+            "perf/step_time": took / n,
+            "perf/data_time": self.waited / n,
+            "perf/data_share": self.waited / took,
+            "perf/eta": took / n * (steps - done),
+        }
+        # Reserved, since what a graph's replay needs is not allocated anew; DALI's buffers are not
+        # torch's.
+        cuda = torch.cuda.is_available()
+        peak = (
+            torch.cuda.max_memory_reserved()
+            if cuda
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        # Of the run so far, on this rank: of its GPU, or of the process.
+        speed["perf/mem_gb"] = peak / 1e9
         self._forget(done)
         return means | speed
 
@@ -84,22 +108,33 @@ class Log:
     """Writes metrics; a context manager that owns the bar."""
 
     def __init__(self, folder: Path, start: int, steps: int):
-        """`start`: the step a resumed run continues at; later entries of an earlier attempt are dropped."""
+        """`start`: the step a resumed run continues at; later entries of an earlier attempt are
+        dropped."""
         self.steps, self.best = steps, {}  # the best kNN accuracy by its name
         self.file = self.tb = self.bar = None
         if dist.rank():
             return
         from torch.utils.tensorboard import SummaryWriter
+
         self.tb = SummaryWriter(folder / "tb", purge_step=start + 1)
         path = folder / "metrics.jsonl"
-        kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if start and path.exists() else []
+        kept = (
+            [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start]
+            if start and path.exists()
+            else []
+        )
         for values in map(json.loads, kept):
             self._remember(values)
         write_whole(path, "".join(kept))
         self.file = path.open("a", buffering=1)
         if console.is_terminal:
-            self.bar = Progress(BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"), TimeRemainingColumn(),
-                                console=console)
+            self.bar = Progress(
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
             self.task = self.bar.add_task("", total=steps, completed=start)
 
     def __enter__(self):
@@ -121,13 +156,19 @@ class Log:
             self.tb.add_scalar(name, value, step)
         if scores := self._remember(values):
             for name, knn in scores.items():
-                say(f"step {step}/{self.steps}  {_student(name)}kNN top-1 {knn:.2%}  best {self.best[name]:.2%}")
+                say(
+                    f"step {step}/{self.steps}  {_student(name)}kNN top-1 {knn:.2%}  best "
+                    f"{self.best[name]:.2%}"
+                )
             return
         line = self._line(values)
         if self.bar:
             self.bar.update(self.task, completed=step, description=line)
         else:
-            say(f"step {step}/{self.steps}  epoch {values['train/epoch']:.2f}  {line}  ETA {_hms(values['perf/eta'])}")
+            say(
+                f"step {step}/{self.steps}  epoch {values['train/epoch']:.2f}  {line}  ETA "
+                f"{_hms(values['perf/eta'])}"
+            )
 
     def _remember(self, values: dict[str, float]) -> dict[str, float]:
         scores = {k: v for k, v in values.items() if k.endswith("/knn_top1")}
@@ -136,8 +177,11 @@ class Log:
 
     def _line(self, v: dict[str, float]) -> str:
         several = "train/loss" not in v  # then the sums alone
-        losses = "  ".join(f"{k.removeprefix('train/')} {x:.4g}" for k, x in v.items()
-                           if (k.endswith("/loss") if several else k.startswith("train/loss")))
+        losses = "  ".join(
+            f"{k.removeprefix('train/')} {x:.4g}"
+            for k, x in v.items()
+            if (k.endswith("/loss") if several else k.startswith("train/loss"))
+        )
         rate = "" if several else f"  lr {v['train/lr']:.3g}"
         best = "".join(f"  {_student(name)}kNN {x:.1%}" for name, x in self.best.items())
         return f"{losses}{rate}  {v['perf/total_ips']:.0f} images/s  data wait {v['perf/data_share']:.0%}{best}"

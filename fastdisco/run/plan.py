@@ -1,7 +1,9 @@
-"""What a run would be and need, found without starting it: `train.py --dry-run`.  Networks are made without memory."""
+"""What a run would be and need, found without starting it: `train.py --dry-run`.  Networks are made
+without memory."""
+
 import math
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Generator, Iterator
 
 import torch
 from torch import nn
@@ -18,11 +20,13 @@ GIB = 2**30
 
 
 def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
-    """The plan for `world` ranks and that output folder, line by line; the last says what is missing.
+    """The plan for `world` ranks and that output folder, line by line; the last says what is
+    missing.
 
-    Data and teacher may be missing; what is there is read as the run would read it, the teacher with every weight.
-    Raises UserError for what the run would refuse: a batch that does not divide, an optimizer or a network that cannot be, a teacher that does
-    not fit."""
+    Data and teacher may be missing; what is there is read as the run would read it, the teacher
+    with every weight.
+    Raises UserError for what the run would refuse: a batch that does not divide, an optimizer or a
+    network that cannot be, a teacher that does not fit."""
     missing = []
     micro = config.micro_batch(cfg, world)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
@@ -31,8 +35,11 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     nets = yield from _students(cfg)
     teacher = yield from _teacher(cfg, missing)
     train = yield from _data(cfg, missing)
-    yield (f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} accumulated; "
-           f"crops of {', '.join(f'{crops.count(s)} x {s}' for s in dict.fromkeys(crops))} px; lr {lr:.4g}")
+    yield (
+        f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} "
+        "accumulated; crops of "
+        f"{', '.join(f'{crops.count(s)} x {s}' for s in dict.fromkeys(crops))} px; lr {lr:.4g}"
+    )
     yield f"cost        {cfg.run.epochs} epochs{_steps(cfg, train)}"
     for name, own in config.students(cfg).items():
         yield memory(name, own, nets[name], lr, teacher, crops, micro, world)
@@ -46,9 +53,13 @@ def _students(cfg: Config) -> Generator[str, None, dict[str, nn.Module]]:
     for name, own in config.students(cfg).items():
         with torch.device("meta"):
             nets[name] = net = models.of(own, train=True)
-        parts = ", ".join(f"{models.size(m) / 1e6:.2f} M in {part}" for part, m in net.named_children())
-        yield (f"student     {name and f'{name}: '}{own.student.arch} {own.student.kwargs or ''}".rstrip()
-               + f": {models.size(net) / 1e6:.2f} M weights, {parts}")
+        parts = ", ".join(
+            f"{models.size(m) / 1e6:.2f} M in {part}" for part, m in net.named_children()
+        )
+        yield (
+            f"student     {name and f'{name}: '}{own.student.arch} {own.student.kwargs or ''}".rstrip()
+            + f": {models.size(net) / 1e6:.2f} M weights, {parts}"
+        )
     return nets
 
 
@@ -68,10 +79,18 @@ def _teacher(cfg: Config, missing: list[str]) -> Generator[str, None, int]:
             teacher = sum(map(math.prod, models.shapes(cfg.teacher.arch).values()))
         yield f"teacher     {cfg.teacher.arch or 'of an architecture that the file will tell'}: not found"
     else:
-        found = formats.read(cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, cfg.teacher.student)
+        found = formats.read(
+            cfg.teacher.file,
+            cfg.teacher.arch,
+            cfg.teacher.kwargs,
+            cfg.student.dim,
+            cfg.teacher.student,
+        )
         teacher = models.size(found.net)
-        taught = config.crops(cfg)[:methods.kind(cfg.method.name).teacher_views]
-        runtime.of_noise(found.net, runtime.noise(tuple(dict.fromkeys(crop.size for crop in taught))))
+        taught = config.crops(cfg)[: methods.kind(cfg.method.name).teacher_views]
+        runtime.of_noise(
+            found.net, runtime.noise(tuple(dict.fromkeys(crop.size for crop in taught)))
+        )
         yield f"teacher     {found.arch}: {teacher / 1e6:.2f} M weights, {found.head}; {found.format}"
     return teacher
 
@@ -82,7 +101,8 @@ def _data(cfg: Config, missing: list[str]) -> Generator[str, None, data.Listing 
     for key, path in (("train", cfg.data.train), ("val", cfg.data.val)):
         if path is None:
             yield f"data.{key:<7}none"
-        elif not path.exists() and not any(c in path.name for c in "*?[{"):  # those stand for several tars
+        # Those stand for several tars.
+        elif not path.exists() and not any(c in path.name for c in "*?[{"):
             missing.append(f"data.{key} {path}")
             yield f"data.{key:<7}{path}: not found"
         else:
@@ -99,26 +119,49 @@ def _steps(cfg: Config, train: data.Listing | None) -> str:
     shards.refuse_sorted(train)
     steps = len(train.kept) // cfg.data.batch
     if not steps:
-        raise UserError(f"data.batch: {cfg.data.batch} images, but {cfg.data.train} has {len(train.kept)}; lower it")
-    return f" x {steps:,} steps = {min(cfg.run.epochs * steps, cfg.run.max_steps or math.inf):,} steps"
+        raise UserError(
+            f"data.batch: {cfg.data.batch} images, but {cfg.data.train} has {len(train.kept)}; "
+            "lower it"
+        )
+    return (
+        f" x {steps:,} steps = {min(cfg.run.epochs * steps, cfg.run.max_steps or math.inf):,} steps"
+    )
 
 
-def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crops: list[int], micro: int, world: int) -> str:
-    """Bytes on each rank in float32: exact for weights, gradients and the optimizer's state at the ZeRO stage, the most for what the student's
-    forward saves for its backward, by a forward on the meta device; without queue, data pipeline and workspace of libraries."""
-    optim.create(nn.Linear(1, 1), cfg.optim, lr, cfg.engine.stage)  # whether the optimizer works at that stage is tried with numbers
+def memory(
+    name: str,
+    cfg: Config,
+    net: nn.Module,
+    lr: float,
+    teacher: int,
+    crops: list[int],
+    micro: int,
+    world: int,
+) -> str:
+    """Bytes on each rank in float32: exact for weights, gradients and the optimizer's state at the
+    ZeRO stage, the most for what the student's forward saves for its backward, by a forward on the
+    meta device; without queue, data pipeline and workspace of libraries."""
+    # Whether the optimizer works at that stage is tried with numbers.
+    optim.create(nn.Linear(1, 1), cfg.optim, lr, cfg.engine.stage)
     optimizer = optim.create(net, cfg.optim, lr)
     for p in net.parameters():
         p.grad = torch.empty_like(p)
     optimizer.step()
-    state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor) and x.ndim)
+    state = sum(
+        x.numel() * x.element_size()
+        for s in optimizer.state.values()
+        for x in s.values()
+        if isinstance(x, torch.Tensor) and x.ndim
+    )
     own = sum(p.numel() * p.element_size() for p in net.parameters())
-    share = lambda stage: world if cfg.engine.stage >= stage else 1  # noqa: E731 - ZeRO parts the state from stage 1 on, gradients 2, weights 3
+    share = lambda stage: world if cfg.engine.stage >= stage else 1
     with torch.device("meta"):
-        method = methods.create(cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle="off")
+        method = methods.create(
+            cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle="off"
+        )
     ema = 0 if method.momentum(Progress(0, 0.0)) is None else own
     held = own / share(3) + own / share(2) + state / share(1) + ema + 4 * teacher
-    at = lambda x: x.untyped_storage()._cdata  # noqa: E731
+    at = lambda x: x.untyped_storage()._cdata
     held_anyway, kept = {at(x) for x in net.state_dict(keep_vars=True).values()}, {}
 
     def pack(x):
@@ -129,6 +172,10 @@ def memory(name: str, cfg: Config, net: nn.Module, lr: float, teacher: int, crop
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         net([torch.empty(micro, 3, size, size, device="meta") for size in crops])
     saved = sum(x.untyped_storage().nbytes() for x in kept.values())
-    gib = lambda n: f"{n / GIB:.2f}"  # noqa: E731
-    return (f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states (student {gib(own)}, its optimizer {gib(state)}, "
-            f"mean student {gib(ema)}, teacher {gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each rank in fp32")
+    gib = lambda n: f"{n / GIB:.2f}"
+    return (
+        f"memory      {name and f'{name}: '}{gib(held)} GiB of weights, gradients and states "
+        f"(student {gib(own)}, its optimizer {gib(state)}, mean student {gib(ema)}, teacher "
+        f"{gib(4 * teacher)}) and at most {gib(saved)} GiB saved by the student's forward, on each "
+        "rank in fp32"
+    )

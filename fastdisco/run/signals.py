@@ -1,4 +1,5 @@
 """SIGTERM and Ctrl-C: the loop stops after the step under way."""
+
 import signal
 
 
