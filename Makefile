@@ -1,11 +1,17 @@
 # make demo: the main job on an embedded data set, no GPU needed.   make test: every test that needs no GPU.
+# make lint: style and types, in seconds.
 PYTHON ?= python3
 CUDA ?= cuda13
 BIN := .venv/bin
 
-.PHONY: demo test test-slow gpu results
+.PHONY: demo lint test test-slow gpu results
 demo: .venv/done
 	$(BIN)/python bench/demo.py --seeds 0 --out out/demo
+
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 test: .venv/done
 	$(BIN)/python -m pytest tests -m "not slow" -rs

