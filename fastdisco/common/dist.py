@@ -120,7 +120,7 @@ class Shuffle:
         return rows[_on(x.device, self.mine)].movedim(-1, 1)
 
     def join(self, x: Tensor) -> Callable[[], Tensor]:
-        """[B,...], a shuffled share -> a function that waits for the other ranks' shares and returns
+        """[B,...] of a shuffled share -> a function that waits for the other ranks and returns
         [B*ranks,...], the whole global batch in its original order, the same on every rank."""
         rows, undo = all_gather_async(x), _on(x.device, self.undo)
         return lambda: rows()[undo]

@@ -4,4 +4,4 @@ from pydantic import BaseModel
 
 
 class Block(BaseModel, extra="forbid", frozen=True, validate_default=True):
-    """A group of keys: it cannot be changed once made, and it refuses keys that it does not have."""
+    """A group of keys: fixed once made, and it refuses keys that it does not have."""

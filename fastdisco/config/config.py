@@ -59,7 +59,7 @@ class Config(Block):
     def _recipe(cls, raw: Any) -> Any:
         """Lays what was given over the recipe of its method.
 
-        What is not well-formed passes unchanged: the blocks' own checks have better words for it."""
+        What is not well-formed passes unchanged: the checks of its block say what is wrong."""
         if not isinstance(raw, dict):
             return raw
         given, view = raw.get("method", {}), raw.get("view")

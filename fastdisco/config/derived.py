@@ -71,7 +71,7 @@ def _divided(cfg: Config, world: int) -> int:
     if rest:
         near = [n for n in (batch * parts, (batch + 1) * parts) if n]
         raise UserError(
-            f"data.batch: {cfg.data.batch} does not divide by {world} ranks x {cfg.data.accumulate} "
-            f"accumulated; nearest: {' or '.join(map(str, near))}"
+            f"data.batch: {cfg.data.batch} does not divide by {world} ranks x "
+            f"{cfg.data.accumulate} accumulated; nearest: {' or '.join(map(str, near))}"
         )
     return batch

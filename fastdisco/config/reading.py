@@ -1,4 +1,4 @@
-"""Reading a configuration: a YAML file and `block.key=value` overrides in, one validated Config out.
+"""Reading a configuration: a YAML file and `block.key=value` overrides in, one Config out.
 
 Every mistake is told in one sentence."""
 
