@@ -103,7 +103,7 @@ class Shuffle:
     MoCo, arXiv:1911.05722, section 3.3: if a key were normalised together with the queries that it
     answers, the batch statistics would reveal which key belongs to which query."""
 
-    def __init__(self, batch: int, seed: int):
+    def __init__(self, batch: int, seed: int) -> None:
         """batch  images on each rank."""
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(batch * world(), generator=g)

@@ -6,7 +6,7 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with code 2."""
 
-    def __init__(self, text: str, anywhere: bool = False):
+    def __init__(self, text: str, anywhere: bool = False) -> None:
         """anywhere  the error may occur on one rank alone, so every rank that raises it prints it;
         otherwise all ranks find the same error, and rank 0 prints it for all."""
         super().__init__(text)

@@ -31,7 +31,7 @@ class Later:
 
     Reading a field makes the current stream wait for it, never the host."""
 
-    def __init__(self, out: Any, done: torch.Event):
+    def __init__(self, out: Any, done: torch.Event) -> None:
         self._out, self._done = out, done
 
     def __getattr__(self, name: str) -> Any:
@@ -49,7 +49,7 @@ class Capture:
 
     def __init__(
         self, forward: Forward, views: list[Tensor], kept: list[Tensor], dtype: torch.dtype | None
-    ):
+    ) -> None:
         """The arguments are those of Graphed and of its first call.
 
         Raises RuntimeError where CUDA refuses to capture what `forward` does, and whatever
@@ -106,7 +106,7 @@ class Graphed:
         kept: Iterable[Tensor] = (),
         dtype: torch.dtype | None = None,
         capture: Callable[..., Callable[[list[Tensor]], Any]] = Capture,
-    ):
+    ) -> None:
         """what  names the forward where it is said that it cannot be a graph
         forward  without gradient, with fixed control flow, no collective and no wait for the
                  device; its weights keep their addresses

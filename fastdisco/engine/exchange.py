@@ -28,7 +28,7 @@ class Exchange:
     A parameter without a gradient keeps none, so that the optimizer leaves it alone, as in plain
     PyTorch.  All ranks must agree on which parameters those are."""
 
-    def __init__(self, net: nn.Module, bucket_bytes: int, last: Callable[[], bool]):
+    def __init__(self, net: nn.Module, bucket_bytes: int, last: Callable[[], bool]) -> None:
         """last  whether the current micro batch is the step's last
         The memory format of the gradients is that which the parameters have now."""
         parameters: list[Tensor] = list(net.parameters())
@@ -72,7 +72,7 @@ class Exchange:
 class _Bucket:
     """Parameters whose gradients travel together, in one flat tensor."""
 
-    def __init__(self, parameters: list[Tensor]):
+    def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters
         # How many of the gradients are not there yet.
         self.missing = len(parameters)

@@ -54,7 +54,7 @@ class Prototypes(nn.Module):
     forward normalises them: nothing edits what the optimizer holds, and the gradient is along the
     sphere."""
 
-    def __init__(self, dim: int, count: int, gain: bool = False):
+    def __init__(self, dim: int, count: int, gain: bool = False) -> None:
         """gain  each prototype has a trained length, which starts at 1 (DINO's norm_last_layer
         False); otherwise lengths are fixed at 1."""
         super().__init__()

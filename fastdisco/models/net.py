@@ -34,7 +34,7 @@ class Net(nn.Module):
         head: nn.Module,
         prototypes: nn.Module | None = None,
         joint: bool = False,
-    ):
+    ) -> None:
         """joint  in training, run the backbone once per resolution and the head once, so that
         batch-norm statistics are of all those views (SwAV, DINO); otherwise both run once per view
         (MoCo).  In eval mode the network always runs jointly, where it makes no difference."""

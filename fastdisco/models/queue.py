@@ -17,7 +17,7 @@ class Queue(nn.Module):
     # [] int64, the row that the next key overwrites, which is the oldest.
     ptr: Tensor
 
-    def __init__(self, size: int, dim: int, seed: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, size: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
         """size  K
         seed  what the rows are drawn from, random directions at first, the same on every rank."""
         super().__init__()
