@@ -167,8 +167,9 @@ class Bn(Block):
     # Compute statistics over 1/groups of a rank's micro batch, as if on `groups` GPUs.
     groups: int = Field(1, ge=1)
     # How the key encoder (the mean student) gets a batch that is permuted over ranks and groups
-    # (MoCo, section 3.3).  gather: images are sent between ranks; load: each rank loads its share
-    # of the permuted batch, for all networks; off: no permutation.  true means gather, false off.
+    # (MoCo, section 3.3).  gather: ranks send each other images; load: each rank loads the images
+    # of its share itself, and they are view B for all networks; off: no permutation.  true means
+    # gather, false means off.
     shuffle: Literal["gather", "load", "off"] = "gather"
     # Compute statistics over all ranks.  On GPUs only.
     sync: bool = False
@@ -298,7 +299,7 @@ class Eval(Block):
 class Log(Block):
     """The metrics."""
 
-    # Steps between lines of metrics.  Only then does the loop wait for the device.
+    # Steps between lines of metrics.  Only for these does the loop wait for the device.
     every: int = Field(20, ge=1)
 
 

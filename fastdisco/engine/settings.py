@@ -61,15 +61,8 @@ def deepspeed_config(
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": None,
     }
-    # Only the forward is in less than fp32: weights, gradients and batch-norm statistics stay fp32.
     if cfg.precision != "fp32":
-        ours["torch_autocast"] = {
-            "enabled": True,
-            "dtype": str(DTYPE[cfg.precision]).removeprefix("torch."),
-            # None: from stage 1 on DeepSpeed would reduce the gradients of such modules in half
-            # precision, unlike at stage 0.
-            "lower_precision_safe_modules": [],
-        }
+        ours["torch_autocast"] = _autocast(cfg.precision)
     _refuse(cfg, decided=set(ours) - {"zero_optimization"})
     zero = ours["zero_optimization"] | cfg.deepspeed.get("zero_optimization", {})
     if zero["stage"] != cfg.stage:
@@ -107,6 +100,18 @@ def _zero(cfg: Engine, clip: float, size: int, overlap: bool) -> dict[str, Any]:
     if cfg.stage == 3:
         zero |= {"reduce_bucket_size": size, "memory_efficient_linear": False}
     return zero
+
+
+def _autocast(precision: str) -> dict[str, Any]:
+    """The block `torch_autocast`, for the forward alone: weights, gradients and batch-norm
+    statistics stay fp32."""
+    return {
+        "enabled": True,
+        "dtype": str(DTYPE[precision]).removeprefix("torch."),
+        # None: from stage 1 on DeepSpeed would reduce the gradients of such modules in half
+        # precision, unlike at stage 0.
+        "lower_precision_safe_modules": [],
+    }
 
 
 def _refuse(cfg: Engine, decided: set[str]) -> None:

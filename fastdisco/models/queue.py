@@ -19,7 +19,7 @@ class Queue(nn.Module):
 
     def __init__(self, size: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> None:
         """size  K
-        seed  what the rows are drawn from, random directions at first, the same on every rank."""
+        seed  of the random directions that the rows start with, the same on every rank"""
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         rows = F.normalize(torch.randn(size, dim, generator=g), dim=1)
