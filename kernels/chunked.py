@@ -127,6 +127,7 @@ def _moments(
         logits = scratch[: len(x) * len(part)].view(len(x), -1)
         p = torch.addmm(bias, scaled, part.T, out=logits)
         if not fixed:
+            # What was summed so far shrinks to the new maximum, as in an online softmax.
             new = torch.maximum(top, p.amax(1) * temp[:, 0])
             shrink = torch.exp((top - new) / temp[:, 0])
             total *= shrink
@@ -142,6 +143,7 @@ def _moments(
         if want_mean:
             mean.addmm_(p, part)
     if want_mean:
+        # A sum that underflowed to 0 gives a mean row of 0.
         mean /= total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
     return total, top, mean
 

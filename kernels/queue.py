@@ -138,19 +138,15 @@ def moments(
     blocks = triton.cdiv(rows, how.rows)
     span, splits = _ranges(queue, how, blocks)
 
-    units = queue.new_empty(rows, d)
-    constants = dict(C=d, CP=launch.padded(d))
-    units_kernel[rows,](first, second, units, n, **constants, num_warps=1, **OPTIONS)
     total = _new(queue, splits, rows)
     top = _new(queue, splits, rows) if running else _new(queue, 0)
     mean = _new(queue, splits, rows, d) if want_mean else _new(queue, 0)
     if how.tma:
         # Descriptors made in the kernel live in scratch memory of the launch.
-        triton.set_allocator(
-            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=queue.device)
-        )
+        scratch = dict(dtype=torch.int8, device=queue.device)
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, **scratch))
     moments_kernel[splits, blocks](
-        units,
+        _units(first, second, rows, queue),
         queue,
         total,
         top,
@@ -185,9 +181,20 @@ def sweep(
     return constants | how.options(even) | OPTIONS
 
 
+def _units(first: Tensor, second: Tensor, rows: int, queue: Tensor) -> Tensor:
+    """[R,d] unit rows in the queue's dtype, of the first group and, with twice its rows, of the
+    second."""
+    n, d = first.shape
+    units = queue.new_empty(rows, d)
+    constants = dict(C=d, CP=launch.padded(d))
+    units_kernel[rows,](first, second, units, n, **constants, num_warps=1, **OPTIONS)
+    return units
+
+
 def _ranges(queue: Tensor, how: launch.Launch, blocks: int) -> tuple[int, int]:
     """(rows of the queue in a range, number of ranges): whole tiles, and as many ranges as fill the
     GPU with blocks x ranges programs."""
+    # One wave of programs: those of a second would wait for the first to end.
     wanted = max(1, launch.multiprocessors(queue.device) * how.ctas // blocks)
     span = triton.cdiv(triton.cdiv(len(queue), how.keys), wanted) * how.keys
     return span, triton.cdiv(len(queue), span)

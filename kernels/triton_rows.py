@@ -37,6 +37,7 @@ def moco_rows_kernel(
     cols = tl.arange(0, CP)
     q, length = unit(z, row, C, cols)
     key, _ = unit(k, row, C, cols)
+    # The positive stays in float32, whatever the queue's dtype.
     own = tl.sum(q * key, 0)
     margin, negatives = gathered(
         total, top, mean, row, n, splits, own, inverse, cols, C, SPLITS, GATHER, RUNNING, GRAD
@@ -45,6 +46,7 @@ def moco_rows_kernel(
     if GRAD:
         to_q = sigmoid(-margin) * (negatives - key) * (inverse / n)
         store_through_unit(contrast, row, to_q, q, length, C, cols)
+    # ---- DisCo's distance; the loop is unrolled, and gone without a teacher
     apart = 0.0
     for v in tl.static_range(VIEWS):
         x, length = unit(z, v * n + row, C, cols)
@@ -149,6 +151,7 @@ def gathered(
 ):
     """Returns log of exp(own / temp) over the queue's sum of exponentials, and the softmax mean of
     the queue's rows (0 unless MEAN)."""
+    # ---- the sum over all ranges, brought to the largest of their maxima
     c = LOG2E * inverse
     s = tl.arange(0, SPLITS)
     l_i = tl.load(total + s * rows + row, mask=s < splits, other=0.0)
@@ -161,6 +164,7 @@ def gathered(
     else:
         exponent = (own - 1.0) * c
     l_i = tl.sum(l_i, 0)
+    # ---- the mean row, some ranges at a time
     acc = own * 0 * cols
     if MEAN:
         for i in tl.range(0, splits, GATHER):

@@ -89,6 +89,7 @@ def photo(path: Path) -> Image.Image:
 def split_cells(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Upper left corners [n,2] (x, y) of the whole cells of a width x height image: those for
     train, and a quarter of all (at least 2) for val."""
+    # A strip that is narrower than a cell is left out, at the right and below.
     sides = [np.arange(n // CELL) * CELL for n in size]
     corners = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 2)
     rng.shuffle(corners)

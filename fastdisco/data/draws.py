@@ -105,6 +105,7 @@ def draws(crops: tuple[Crop, ...], seed: int, words: np.ndarray, first: int = 0)
     x *= np.uint32(0x85EBCA6B)
     x ^= x >> 13
     x *= np.uint32(0xC2B2AE35)
+    # A float32 holds 24 bits, so the largest x become 2^32 and a draw can equal its high end.
     low, high = ranges(crops)
     return x.astype(np.float32) * ((high - low) * np.float32(2**-32)) + low
 

@@ -86,6 +86,7 @@ class TrainLoader:
                     label and index are the first view's
         Raises UserError where the listing holds less than one global batch, or samples in tars that
         are sorted by class."""
+        # Images of an optimizer step, and images to use.
         step, n = batch * dist.world() * accumulate, len(listing.kept)
         if n < step:
             raise UserError(
@@ -131,6 +132,7 @@ class TrainLoader:
             for pipe, images in zip(self._pipes, self._chunk_images)
         ]
         views = [view for views, _ in parts for view in views]
+        # With permuted views, the other part is of other images.
         _, index = parts[0]
         epoch = self._round(self.position // self._per_epoch)
         self._position += 1

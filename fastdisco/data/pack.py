@@ -173,6 +173,7 @@ def _tars(dst: Path, images: Images, order: np.ndarray, limit: int) -> dict[str,
         advance = lambda: bar.advance(task)
         while done < len(order):
             tar = dst / f"{len(tars):06}.tar"
+            # A tar of an earlier attempt counts if its index is there; else it is written again.
             about, rows = _finished(tar) or _tar(tar, order[done:], images, limit, pool, advance)
             if [row.index for row in rows] != order[done : done + len(rows)].tolist():
                 raise UserError(

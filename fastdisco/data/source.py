@@ -89,6 +89,7 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
         return found.left_out
     names = list(read_quarantine(path))
     if absolute:
+        # One file may serve several data sets: only names in this one's root count.
         inside = f"{found.root.resolve()}/"
         names = [n.removeprefix(inside) for n in names if n.startswith(inside)]
     if strange := [n for n in names if n not in found.number]:

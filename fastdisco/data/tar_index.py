@@ -33,6 +33,7 @@ class Row(NamedTuple):
     name: str  # of the image's member
 
     def line(self) -> str:
+        """The line, without its end."""
         return "\t".join(map(str, self))
 
     @classmethod
