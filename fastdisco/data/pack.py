@@ -31,7 +31,8 @@ from fastdisco.data.tar_index import Row
 QUARANTINE = "quarantine.txt"
 FIRST = 2**63  # stands for the epoch in the order's key; no training reaches it
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Images(NamedTuple):
