@@ -250,7 +250,7 @@ class EvalLoader:
         batch: int,
         threads: int,
         device: torch.device,
-        indices: Sequence[int] | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
         mean=Crop().mean,
         std=Crop().std,
         placement: Placement | None = None,

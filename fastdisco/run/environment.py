@@ -13,7 +13,6 @@ import torch
 
 from fastdisco.common import launch
 
-
 # Packages whose versions change speed or numbers.
 _PACKAGES = (
     "torch",

@@ -3,7 +3,7 @@ optimizer."""
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,8 @@ from fastdisco.common.console import say
 from fastdisco.config import Config
 from fastdisco.data import Listing, TrainLoader
 from fastdisco.engine import compiled, cudagraph, optim
-from fastdisco.methods import Method, Nets, Progress
+from fastdisco.methods import Forward, Method, Nets, Progress
 from fastdisco.models import Out
-
-# A network as the loop calls it: views [B,3,S,S] -> z [V,B,d].
-Forward = Callable[[list[Tensor]], Out]
 
 
 class Engine(Protocol):
@@ -114,9 +111,9 @@ def loader(
 
 def once(targets: Forward) -> Forward:
     """The teacher for one batch: views that several students ask about are computed once."""
-    known: dict[tuple[int, ...], Out] = {}
+    known: dict[tuple[int, ...], Out | cudagraph.Later] = {}
 
-    def call(views: list[Tensor]) -> Out:
+    def call(views: list[Tensor]) -> Out | cudagraph.Later:
         # The batch keeps its views alive, so that an id stays that view's.
         key = tuple(map(id, views))
         if key not in known:
@@ -164,7 +161,7 @@ def prepare(
     if not graphs:
         return states
 
-    states = _with_graphs(states)
+    states = _with_graphs(states, device)
     replayed = None
     if targets and not live:
         dim = states[0].cfg.student.dim
@@ -199,7 +196,7 @@ def _compile(student: TrainState, views: list[Tensor]) -> None:
         compiled.compile(student.name or "student", student.net, step, perf.backend)
 
 
-def _with_graphs(states: list[TrainState]) -> list[TrainState]:
+def _with_graphs(states: list[TrainState], device: torch.device) -> list[TrainState]:
     """The states, their mean students to become CUDA graphs at the first call."""
     if states[0].cfg.bn.sync and dist.world() > 1:
         # A collective in each batch norm, and graphs hold none.
@@ -208,8 +205,15 @@ def _with_graphs(states: list[TrainState]) -> list[TrainState]:
             "the ranks in its forward"
         )
         return states
-    graphed = lambda s: cudagraph.Graphed("mean student", s.ema_forward, s.ema.buffers())
-    return [s._replace(ema_forward=graphed(s)) if s.ema else s for s in states]
+    return [s._replace(ema_forward=_graphed(s, device)) if s.ema else s for s in states]
+
+
+def _graphed(student: TrainState, device: torch.device) -> Forward:
+    assert student.ema
+    forward = inference(student.ema, student.cfg, device)
+    graphed = cudagraph.Graphed("mean student", forward, student.ema.buffers())
+    # It returns what its forward returns, or a Later of that.
+    return cast(Forward, graphed)
 
 
 def _capture(
@@ -219,9 +223,6 @@ def _capture(
     the graphs of mean student and teacher are captured on the way."""
     # Weights drawn here are thrown away: they must not shift the training's random stream.
     with torch.random.fork_rng(devices=[]):
-        if student.ema:
-            stand_in = copy.deepcopy(student.ema)
-        else:
-            stand_in = models.of(student.cfg, train=True).to(device)
-    nets = student.nets(targets)._replace(student=inference(stand_in, student.cfg, device))
+        net = copy.deepcopy(student.ema) or models.of(student.cfg, train=True).to(device)
+    nets = student.nets(targets)._replace(student=inference(net, student.cfg, device))
     rehearse(nets, student.ema, student.method, views)
