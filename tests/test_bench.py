@@ -295,6 +295,22 @@ def test_a_stale_picture_is_told_and_drawn_anew(tmp_path, monkeypatch, capsys):
     assert report.main(["--check"]) == 1 and "speed-cpu.png" in capsys.readouterr().out
 
 
+def test_rows_follow_from_the_samples_beside_them():
+    """The summaries that are kept are those that the benches make of the samples that are kept."""
+    import accuracy
+    import demo
+    from losses import rows
+
+    kept = {p.name: json.loads(p.read_text()) for p in KEPT}
+    samples = {name: result["samples"] for name, result in kept.items()}
+    for name, summary in {
+        "accuracy-cpu.json": lambda x: accuracy.summary(x, {}, "cifar10"),
+        "demo-cpu.json": demo.summary,
+        "kernels-cpu.json": lambda x: rows.summary(x, gpu=False),
+    }.items():
+        assert summary(samples[name]) == kept[name]["summary"], name
+
+
 def test_no_file_of_the_benches_is_longer_than_300_lines():
     long = {
         str(p): n
