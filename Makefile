@@ -34,7 +34,8 @@ gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/done)
 	$(if $(PART),$(RUN) -m pytest $($(PART)) -m gpu -rs)
 	$(if $(PART),$(RUN) bench/$(or $(bench-$(PART)),$(PART).py))
 
-results: .venv/done  # the tables of README and docs from bench/results
+# What is made from the JSON files in bench/results: the tables of README and docs, and the pictures.
+results: .venv/done
 	$(BIN)/python bench/report.py
 
 .venv/done: setup.py

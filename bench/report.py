@@ -1,79 +1,52 @@
-"""Rewrites the tables of README.md and docs/ from bench/results/: `python bench/report.py`;
-`--check` fails where one is stale.
+"""Rewrites what is made from bench/results/: the tables in README.md and docs/, and the pictures.
 
-A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->; NAME is the bench.  <!--
-bench:NAME full:PAGE --> has its measured rows alone, and says that PAGE has all."""
+    python bench/report.py            rewrites them; `make results` runs this
+    python bench/report.py --check    fails where one does not show the results as they are
 
-import argparse
-import json
-import re
+bench/harness/tables.py says how a page marks the place of a table."""
+
 import sys
 from pathlib import Path
 
-from common import RESULTS, ROOT
-
-MARKED = re.compile(r"(<!-- bench:(\w+)(?: full:(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+from harness import ROOT, parser, pictures, tables
+from harness.results import RESULTS
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    check = parser.parse_args(argv).check
-    stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        old = path.read_text()
-        new = fill(old, RESULTS)
-        if new != old:
-            stale.append(path.name)
-            if not check:
-                path.write_text(new)
+    options = parser(__doc__)
+    options.add_argument("--check", action="store_true", help="write nothing")
+    check = options.parse_args(argv).check
+    if check:
+        stale = [page.name for page in pages() if filled(page) != page.read_text()]
+        stale += pictures.stale(RESULTS)
+    else:
+        stale = [page.name for page in pages() if rewrite(page, filled(page).encode())]
+        stale += [p.name for p, image in drawings() if rewrite(p, image)]
     if stale:
         print(("stale, run make results: " if check else "rewrote ") + ", ".join(stale))
     return 1 if check and stale else 0
 
 
-def fill(text: str, results: Path) -> str:
-    """The text with every marked table made anew."""
-    return MARKED.sub(lambda m: m[1] + table(m[2], results, m[3]) + m[4], text)
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def table(bench: str, results: Path, full: str | None = None) -> str:
-    """The summaries of all devices' results of a bench, one after another; where a page has the
-    full table, their measured rows."""
-    return (
-        "\n".join(
-            _one(json.loads(p.read_text()), full) for p in sorted(results.glob(f"{bench}-*.json"))
-        )
-        or "Not measured yet.\n"
-    )
+def filled(page: Path) -> str:
+    return tables.fill(page.read_text(), RESULTS)
 
 
-def _one(result: dict, full: str | None) -> str:
-    hardware = ", ".join(result["gpus"]) or f"{result['cpu']}, {result['cores']} cores"
-    lines = [
-        f"{hardware}; torch {result['versions']['torch']}; commit {result['commit']}; "
-        f"{result['date']}; `{result['command']}`",
-        "",
-        "| row | value | unit | aim |",
-        "|---|---|---|---|",
-    ]
-    rows = [r for r in result["summary"] if r["value"] is not None or not full]
-    lines += [
-        f"| {r['name']} | {_value(r)} | {r['unit']} | "
-        f"{'' if r['aim'] is None else _number(r['aim'])} |"
-        for r in rows
-    ]
-    if left := len(result["summary"]) - len(rows):
-        lines += ["", f"Rows not measured yet: {left}, see [{full}]({full})."]
-    return "\n".join(lines) + "\n"
+def drawings() -> list[tuple[Path, bytes]]:
+    """(path, PNG) of every result that has a picture."""
+    found = ((p.with_suffix(".png"), pictures.drawn(p)) for p in sorted(RESULTS.glob("*.json")))
+    return [(path, image) for path, image in found if image is not None]
 
 
-def _value(r: dict) -> str:
-    return f"not measured: {r['reason']}" if r["value"] is None else _number(r["value"])
-
-
-def _number(x: float) -> str:
-    return f"{x:.4g}"
+def rewrite(path: Path, content: bytes) -> bool:
+    """Whether the file's content was another one."""
+    if path.exists() and path.read_bytes() == content:
+        return False
+    path.write_bytes(content)
+    return True
 
 
 if __name__ == "__main__":

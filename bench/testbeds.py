@@ -1,12 +1,13 @@
 """Every testbed at its real resolution: 20 steps of the real command for each student by MoCo with
 DisCo and for each other method, on one device.
 
-    python bench/testbeds.py                                            minutes on a GPU; on a CPU
-    the figures stay open, with the reason python bench/testbeds.py --only swav_mobv3 --out out/t
-    data.batch=8 data.accumulate=1     one of them, here, overrides as block.key=value
+    python bench/testbeds.py
+        minutes on a GPU; on a CPU the figures stay open, with the reason
+    python bench/testbeds.py --only swav_mobv3 --out out/t data.batch=8 data.accumulate=1
+        one of them, on any machine; overrides as block.key=value
 
-Images are synthetic and teachers have random weights: speed and memory are what is measured.
-Writes bench/results/testbeds-<device>.json."""
+Images are synthetic and teachers have random weights: the bench measures speed and memory.  Writes
+bench/results/testbeds-<device>.json."""
 
 import argparse
 import json
@@ -15,15 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from common import ROOT, row, write
-from throughput import jpegs, random_teacher
+from harness import ROOT, finish, parser, row
+from harness.results import device_kind
+from harness.runs import command, metrics
+from harness.synthetic import jpegs, random_teacher
 
 from fastdisco.models import heads
 
 STEPS = 20
-IMAGES = 512  # the largest batch; fewer would have no epoch
-# Of the paper's 8 GPUs: 32 images share their batch-norm statistics.
+# The largest batch; fewer images would give no epoch.
+IMAGES = 512
+# As on the paper's 8 GPUs, 32 images share their batch-norm statistics.
 ON_ONE = ["data.batch=256", "bn.groups=8"]
 STUDENTS = {
     "mobv3": "mobilenetv3_large_100",
@@ -34,8 +37,8 @@ STUDENTS = {
     "vit_tiny": "vit_tiny_patch16_224",
     "xcit_tiny": "xcit_tiny_12_p16_224",
 }
-# File -> architecture, head, and the names of backbone and head in the file, each as its training
-# writes it.
+# File -> architecture, head, and the names of backbone, head and state dict in the file, each as its
+# training writes it.
 TEACHERS = {
     "moco": (
         "resnet50",
@@ -60,7 +63,7 @@ TEACHERS = {
         "teacher",
     ),
 }
-# Config, teacher, what differs.
+# Testbed -> configuration, teacher, and what differs from the configuration.
 RUNS = {
     f"moco_{name}": ("mobv3", "moco", [*ON_ONE, f"student.arch={arch}"])
     for name, arch in STUDENTS.items()
@@ -73,38 +76,13 @@ RUNS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=RUNS,
-        default=list(RUNS),
-        metavar="TESTBED",
-        help=", ".join(RUNS),
-    )
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="print what was measured and keep the runs there, instead of writing a result",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="block.key=value")
-    args = parser.parse_intermixed_args(argv)
-    device = "gpu" if torch.cuda.is_available() else "cpu"
+    args, device = arguments(argv), device_kind()
     if device == "cpu" and not args.out:
-        print(
-            write(
-                "testbeds",
-                "cpu",
-                summary({}, "no GPU has run this; on a CPU these steps take hours"),
-                {},
-            )
-        )
+        reason = "no GPU has run this; on a CPU these steps take hours"
+        finish("testbeds", "cpu", summary({}, reason), {})
         return 0
-    with tempfile.TemporaryDirectory(prefix="fastdisco-bench-") as folder:
-        folder = args.out.resolve() if args.out else Path(folder)
+    with tempfile.TemporaryDirectory(prefix="fastdisco-bench-") as temporary:
+        folder = args.out.resolve() if args.out else Path(temporary)
         if not (folder / "images").exists():
             jpegs(folder / "images", IMAGES)
         found = {
@@ -113,32 +91,41 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         print(json.dumps(found, indent=1))
     else:
-        print(
-            write(
-                "testbeds",
-                device,
-                summary(found, "not asked for"),
-                found,
-                steps=args.steps,
-                overrides=args.overrides,
-            )
-        )
+        about = dict(steps=args.steps, overrides=args.overrides)
+        finish("testbeds", device, summary(found, "not asked for"), found, **about)
     return int(any("exit_code" in one for one in found.values()))
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument(
+        "--only",
+        nargs="+",
+        choices=RUNS,
+        default=list(RUNS),
+        metavar="TESTBED",
+        help=", ".join(RUNS),
+    )
+    options.add_argument("--steps", type=int, default=STEPS)
+    options.add_argument(
+        "--out",
+        type=Path,
+        help="print what was measured and keep the runs there, instead of writing a result",
+    )
+    options.add_argument("overrides", nargs="*", metavar="block.key=value")
+    return options.parse_intermixed_args(argv)
 
 
 def measured(
     name: str, folder: Path, steps: int, device: str, overrides: list[str]
 ) -> dict[str, float]:
-    """The last metrics of a run of its own, which are of its second half; of one that failed its
-    exit code, for the others are worth the same."""
+    """The last metrics of a run, which are those of its second half.  Of a run that failed the exit
+    code: the other testbeds are still worth measuring."""
     settings, kind, differs = RUNS[name]
     file = folder / f"{kind}.pth.tar"
     if not file.exists():
         random_teacher(file, *TEACHERS[kind])
-    command = [
-        sys.executable,
-        "fastdisco/train.py",
-        "--config",
+    line = command(
         f"configs/{settings}.yaml",
         "--overwrite",
         f"run.name={name}",
@@ -150,33 +137,31 @@ def measured(
         "eval.every=0",
         f"teacher.file={file}",
         f"teacher.arch={TEACHERS[kind][0]}",
-        *(["engine.precision=bf16"] if device == "gpu" else ["bn.sync=false"]),
+        "engine.precision=bf16" if device == "gpu" else "bn.sync=false",
         *differs,
         *overrides,
-    ]
-    print(f"\n{name}: {' '.join(command[1:])}", flush=True)
-    if code := subprocess.run(command, cwd=ROOT).returncode:
-        return {"exit_code": code}  # the command has said why
-    return json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    )
+    print(f"\n{name}: {' '.join(line[1:])}", flush=True)
+    if code := subprocess.run(line, cwd=ROOT).returncode:
+        # The command has said why.
+        return {"exit_code": code}
+    return metrics(folder / name)[-1]
 
 
 def summary(found: dict[str, dict], reason: str) -> list[dict]:
+    """Speed and memory of every testbed; `reason` says why one without a run has none."""
     rows = []
     for name in RUNS:
+        one, why = found.get(name, {}), reason
+        if "exit_code" in one:
+            why = f"the run failed with exit code {one['exit_code']}"
         for what, key, unit, better in (
             ("ips", "perf/total_ips", "images/s", "higher"),
             ("memory", "perf/mem_gb", "GB at most", "lower"),
         ):
-            one = found.get(name, {})
-            value, why = (
-                one.get(key),
-                f"the run failed with exit code {one['exit_code']}"
-                if "exit_code" in one
-                else reason,
-            )
-            rows.append(
-                row(f"{name}_{what}_gpu", value, unit, None, better, why if value is None else None)
-            )
+            value = one.get(key)
+            missing = why if value is None else None
+            rows.append(row(f"{name}_{what}_gpu", value, unit, None, better, missing))
     return rows
 
 

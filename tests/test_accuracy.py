@@ -16,13 +16,15 @@ from fastdisco import config
 
 sys.path.insert(0, str(ROOT / "bench"))
 import accuracy
-import common
+from comparison import arms, scores
+from comparison.plan import fitting, planned
+from harness import results
 
 TINY = dict(
     teacher="resnet10t",
     teacher_lr=0.06,
     probe=4,
-    cfg=accuracy.SHARED
+    cfg=arms.SHARED
     | dict(
         data=dict(batch=8, threads=1, eval_resize=32, eval_size=32, eval_batch=16),
         bn=dict(groups=2),
@@ -30,7 +32,7 @@ TINY = dict(
         view=dict(size=32),
         student=dict(arch="mobilenetv3_small_050", hidden=16),
         method=dict(name="moco", queue=16, momentum=0.9),
-        optim=accuracy.PLAIN,
+        optim=arms.PLAIN,
     ),
 )
 
@@ -43,7 +45,7 @@ def settings(name, tmp_path, preset="cpu", epochs=7):
         json.dumps(chosen["cfg"] | {"data": chosen["cfg"]["data"] | dict(train="/a", val="/b")})
     )
     return config.flatten(
-        config.load(base, accuracy.arm_settings(tmp_path, chosen, name, 3, epochs)).model_dump(
+        config.load(base, arms.arm_settings(tmp_path, chosen, name, 3, epochs)).model_dump(
             mode="json"
         )
     )
@@ -74,8 +76,8 @@ def test_the_arms_share_every_setting_but_the_term(preset, tmp_path):
 def test_as_many_epochs_as_fit():
     seconds = dict(teacher=60.0, alone=30.0, disco=90.0)
     # An epoch: 2 x 60 of the teacher, 30 + 90 alone, DisCo, 90 for equal time, 90 for SEED.
-    assert accuracy.fitting(seconds, 70, 1) == 10
-    assert accuracy.fitting(seconds, 70, 3) == 4 and accuracy.fitting(seconds, 0.1, 1) == 1
+    assert fitting(seconds, 70, 1) == 10
+    assert fitting(seconds, 70, 3) == 4 and fitting(seconds, 0.1, 1) == 1
 
 
 def test_a_plan_holds_for_all_calls(folder, tmp_path, monkeypatch):
@@ -114,7 +116,7 @@ def test_a_plan_holds_for_all_calls(folder, tmp_path, monkeypatch):
 
 def test_without_a_word_a_plan_is_for_90_minutes(tmp_path):
     args = argparse.Namespace(preset="cpu", data=tmp_path, seeds=[0, 1], minutes=None, epochs=3)
-    assert accuracy.planned(tmp_path, tmp_path, TINY, args) == json.loads(
+    assert planned(tmp_path, tmp_path, TINY, args) == json.loads(
         (tmp_path / "plan.json").read_text()
     )
     assert json.loads((tmp_path / "plan.json").read_text()) == dict(
@@ -139,7 +141,7 @@ def test_without_a_word_a_plan_is_for_90_minutes(tmp_path):
 )
 def test_rows_are_named_after_the_data(given, want, folder, tmp_path, monkeypatch):
     def no_time(*_):
-        raise accuracy.Stopped("stopped")
+        raise arms.Stopped("stopped")
 
     monkeypatch.setattr(accuracy, "images", lambda *_: folder)
     monkeypatch.setattr(accuracy, "arm", no_time)
@@ -153,11 +155,11 @@ def test_minutes_are_those_of_training():
         {"step": 30, "perf/step_time": 6.0},
         {"step": 30, "eval/knn_top1": 0.5},
     ]
-    assert accuracy.trained_minutes(lines) == 2.0
+    assert arms.trained_minutes(lines) == 2.0
 
 
 def test_a_run_is_finished_when_its_last_checkpoint_was_evaluated(tmp_path):
-    assert not accuracy.finished(tmp_path)
+    assert not arms.finished(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last").write_text("step_00000020\n")
     evaluated = lambda step: {"step": step, "eval/knn_top1": 0.1}
@@ -167,7 +169,7 @@ def test_a_run_is_finished_when_its_last_checkpoint_was_evaluated(tmp_path):
         ([evaluated(30)], False),
     ]:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        assert accuracy.finished(tmp_path) == want
+        assert arms.finished(tmp_path) == want
 
 
 def test_the_rows():
@@ -215,8 +217,8 @@ def test_linear_accuracy_of_features_that_tell_the_class_and_of_none(tmp_path):
         train=f"{tmp_path}/train", val=f"{tmp_path}/val", eval_resize=32, eval_size=32, threads=1
     )
     cfg = config.validate(dict(run=dict(name="x"), data=where), "here")
-    assert accuracy.linear(lambda x: x.mean((2, 3)), cfg, torch.device("cpu")) == 1
-    assert accuracy.linear(
+    assert scores.linear(lambda x: x.mean((2, 3)), cfg, torch.device("cpu")) == 1
+    assert scores.linear(
         lambda x: torch.ones(len(x), 2), cfg, torch.device("cpu")
     ) == pytest.approx(1 / 3)
 
@@ -224,7 +226,7 @@ def test_linear_accuracy_of_features_that_tell_the_class_and_of_none(tmp_path):
 @pytest.mark.slow
 def test_the_whole_bench_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(accuracy.PRESETS, "tiny", TINY)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     call = [
         "--preset",
         "tiny",
@@ -250,10 +252,10 @@ def test_the_whole_bench_goes_on_where_it_stopped(folder, tmp_path, monkeypatch)
     )
     monkeypatch.undo()
     monkeypatch.setitem(accuracy.PRESETS, "tiny", TINY)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
-    trained, train = [], accuracy.train
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    trained, train = [], arms.train
     monkeypatch.setattr(
-        accuracy,
+        arms,
         "train",
         lambda base, settings, end: trained.append(settings[0]) or train(base, settings, end),
     )

@@ -20,13 +20,17 @@ sys.path.insert(0, str(ROOT / "bench"))
 spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench/kernels.py")
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
+from harness import results  # noqa: E402
+from losses import contenders, exact, launches, on_cpu, on_gpu  # noqa: E402
+from losses.rows import summary  # noqa: E402
+
 SHAPE = (20, 512, 16)
 
 
 def paper(loss, z, other, queue):
     """Loss and gradient by autograd in float64, all logits at once."""
     z = z.double().requires_grad_()
-    temps = (bench.TEMP,) if loss == "moco" else (bench.TEMP_S, bench.TEMP_T)
+    temps = (contenders.TEMP,) if loss == "moco" else (contenders.TEMP_S, contenders.TEMP_T)
     value = dict(moco=reference.info_nce, seed=reference.seed)[loss](
         z, other.double(), queue.double(), *temps
     )
@@ -34,59 +38,57 @@ def paper(loss, z, other, queue):
 
 
 @pytest.mark.parametrize("rows", [None, 1, 100])
-@pytest.mark.parametrize("loss", bench.OURS)
+@pytest.mark.parametrize("loss", contenders.OURS)
 def test_the_reference_is_the_formula(loss, rows):
-    data = bench.inputs(loss, *SHAPE, "cpu")
-    value, grad = bench.exact(loss, *data, rows)
+    data = exact.inputs(loss, *SHAPE, "cpu")
+    value, grad = exact.exact(loss, *data, rows)
     want, gradient = paper(loss, *data)
     assert value.dtype == grad.dtype == torch.float64
     torch.testing.assert_close(value, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, gradient, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("loss", bench.OURS)
+@pytest.mark.parametrize("loss", contenders.OURS)
 def test_every_contender_computes_the_same(loss):
     """Also attention's output and log-sum-exp, in one piece and dealt out: exact in float32, to the
     queue's rounding in bfloat16."""
-    data = bench.inputs(loss, *SHAPE, "cpu")
+    data = exact.inputs(loss, *SHAPE, "cpu")
     want = paper(loss, *data)
-    runs = bench.contenders(loss, SHAPE, False, multiprocessors=132)
+    runs = contenders.contenders(loss, SHAPE, False, multiprocessors=132)
     assert list(runs) == ["ours", "eager fp32", "eager bf16", "sdpa", "sdpa split"]
     for name, (dtype, call) in runs.items():
-        for dtype, bound in (
-            (torch.float32, 2e-6),
-            (dtype, 2e-6 if dtype == torch.float32 else 1e-2),
-        ):
-            found = bench.errors(call(*data[:2], data[2].to(dtype)), want)
-            assert max(found.values()) < bound, (name, dtype, found)
-    assert [*bench.contenders(loss, SHAPE, True, 132)][-2:] == ["compile fp32", "compile bf16"]
+        bounds = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+        for given in {torch.float32, dtype}:
+            found = exact.errors(call(*data[:2], data[2].to(given)), want)
+            assert max(found.values()) < bounds[given], (name, given, found)
+    assert [*contenders.contenders(loss, SHAPE, True, 132)][-2:] == ["compile fp32", "compile bf16"]
 
 
 def test_the_data_has_rivals():
     """Without rows near the teacher's own feature SEED at a low temperature is MoCo, and shows
     nothing of the teacher's distribution."""
-    zs, zt, queue = (x.double() for x in bench.inputs("seed", *SHAPE, "cpu"))
+    zs, zt, queue = (x.double() for x in exact.inputs("seed", *SHAPE, "cpu"))
     zs, zt = reference.unit(zs), reference.unit(zt)
-    own = 1 / (1 + torch.exp((zt @ queue.T - 1) / bench.TEMP_T).sum(1))
+    own = 1 / (1 + torch.exp((zt @ queue.T - 1) / contenders.TEMP_T).sum(1))
     assert own.median() < 0.95 and ((zs * zt).sum(1) - 0.7).abs().mean() < 0.2
     assert (queue.norm(dim=1) - 1).abs().max() < 1e-6
 
 
 def test_flash_attention_is_dealt_to_a_batch_that_fills_the_chip(monkeypatch):
     seen = []
-    monkeypatch.setitem(bench.SDPA, "moco", lambda *x, splits=1: seen.append(splits))
+    monkeypatch.setitem(contenders.SDPA, "moco", lambda *x, splits=1: seen.append(splits))
     # A block has 128 rows; a part at least 256 keys.
     for b, k, want in ((1024, 65536, 32), (64, 65536, 256), (4096, 65536, 8), (64, 4096, 16)):
-        bench.contenders("moco", (b, k, 128), False, 132)["sdpa split"][1](None)
+        contenders.contenders("moco", (b, k, 128), False, 132)["sdpa split"][1](None)
         assert seen.pop() == want and k % want == 0
-    assert "sdpa split" not in bench.contenders("moco", (128 * 132, 65536, 128), False, 132)
+    assert "sdpa split" not in contenders.contenders("moco", (128 * 132, 65536, 128), False, 132)
 
 
 def test_floors():
     """The design's table: 4.3 TB/s, 790 TFLOP/s and 3.87 T exponentials a second at B=1024,
     K=65536, d=128."""
     ceilings = dict(bytes_per_s=4.3e12, flop_per_s=790e12, exp_per_s=3.87e12)
-    moco, seed = (bench.floors(loss, 1024, 65536, 128, ceilings) for loss in ("moco", "seed"))
+    moco, seed = (exact.floors(loss, 1024, 65536, 128, ceilings) for loss in ("moco", "seed"))
     assert (
         moco["tensor"] == pytest.approx(43.5, abs=0.1)
         and moco["exp"] == pytest.approx(17.4, abs=0.1)
@@ -126,7 +128,7 @@ def found():
 
 
 def test_the_rows():
-    rows = {r["name"]: r for r in bench.summary(found(), gpu=True)}
+    rows = {r["name"]: r for r in summary(found(), gpu=True)}
     assert [*rows] == [
         f"{loss}_{what}"
         for loss in ("moco", "seed")
@@ -165,17 +167,17 @@ def test_the_rows():
     aims = [2, 10, 2, 3, 10, 4, 2, 1.3, 50]
     assert [r["aim"] for r in rows.values()] == aims + aims
     assert {n for n, r in rows.items() if r["better"] == "lower"} == {
-        f"{x}_over_floor_b{b}" for x in bench.OURS for b in (1024, 256)
+        f"{x}_over_floor_b{b}" for x in contenders.OURS for b in (1024, 256)
     }
     lost = found()
     lost["shapes"][0]["contenders"]["eager fp32"] = dict(oom=True)
-    assert {r["name"]: r.get("reason") for r in bench.summary(lost, True)}[
+    assert {r["name"]: r.get("reason") for r in summary(lost, True)}[
         "moco_vs_eager_b1024"
     ] == "eager fp32: oom"
 
 
 def test_without_a_gpu_its_rows_say_so():
-    rows = bench.summary(dict(found(), shapes=[]), gpu=False)
+    rows = summary(dict(found(), shapes=[]), gpu=False)
     assert {r["reason"] for r in rows if r["value"] is None and "cpu" not in r["name"]} == {
         "no GPU has run this"
     }
@@ -184,17 +186,17 @@ def test_without_a_gpu_its_rows_say_so():
 
 def test_the_shapes_with_aims_come_first_and_none_is_left_out():
     assert (
-        bench.SHAPES[:2] == [(1024, 65536, 128), (256, 65536, 128)]
-        and len(set(bench.SHAPES)) == len(bench.SHAPES) == 4 * 3 + 1
+        on_gpu.SHAPES[:2] == [(1024, 65536, 128), (256, 65536, 128)]
+        and len(set(on_gpu.SHAPES)) == len(on_gpu.SHAPES) == 4 * 3 + 1
     )
-    assert {s[:2] for s in bench.SHAPES} == {
+    assert {s[:2] for s in on_gpu.SHAPES} == {
         (b, k) for b in (64, 256, 1024, 4096) for k in (4096, 65536, 1 << 20)
     }
 
 
 def test_the_cpu_part():
     parts = {}
-    bench.on_cpu(parts, time.monotonic() + 100, shape=(64, 4096, 32), rounds=3)
+    on_cpu.on_cpu(parts, time.monotonic() + 100, shape=(64, 4096, 32), rounds=3)
     for one in parts.values():
         assert len(one["plain"]["times_s"]) == len(one["ours"]["times_s"]) == 3
         assert (
@@ -203,7 +205,7 @@ def test_the_cpu_part():
         )
         # One matrix of logits at least: the method sees them.
         assert one["plain"]["memory_bytes"] > 64 * 4096 * 4
-    assert parts.keys() == bench.OURS.keys()
+    assert parts.keys() == contenders.OURS.keys()
 
 
 def test_a_contender_that_does_not_fit_or_fails_is_recorded(monkeypatch):
@@ -213,12 +215,12 @@ def test_a_contender_that_does_not_fit_or_fails_is_recorded(monkeypatch):
         raise error
 
     result = {}
-    assert bench.attempt(result, lambda: None) and not result
-    assert not bench.attempt(result, lambda: fails(torch.OutOfMemoryError("2 GiB"))) and result == {
-        "oom": True
-    }
+    assert on_gpu.attempt(result, lambda: None) and not result
+    assert not on_gpu.attempt(
+        result, lambda: fails(torch.OutOfMemoryError("2 GiB"))
+    ) and result == {"oom": True}
     assert (
-        not bench.attempt(result, lambda: fails(RuntimeError("unsupported")))
+        not on_gpu.attempt(result, lambda: fails(RuntimeError("unsupported")))
         and result["failed"] == "RuntimeError: unsupported"
     )
 
@@ -227,10 +229,10 @@ def test_rounds_are_interleaved_and_their_median_counts(monkeypatch):
     clock, calls = random.Random(0), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(
-        bench, "elapsed_ms", lambda run, repeats: repeats * run() * clock.uniform(0.9, 1.1)
+        on_gpu, "elapsed_ms", lambda run, repeats: repeats * run() * clock.uniform(0.9, 1.1)
     )
     results = {"a": {}, "b": {}, "c": {"oom": True}}
-    bench.interleave(
+    on_gpu.interleave(
         results,
         "graph",
         {"a": lambda: calls.append("a") or 1.0, "b": lambda: calls.append("b") or 2.0},
@@ -285,16 +287,16 @@ def test_the_gpu_part_on_a_pretended_gpu(monkeypatch, tmp_path):
     ).items():
         monkeypatch.setattr(torch.cuda, name, what)
     small = [(128, 2048, 16), (8, 256, 16), (8, 255, 16)]
-    monkeypatch.setattr(bench, "SHAPES", small)
-    monkeypatch.setattr(bench, "AIMED", small[:1])
-    monkeypatch.setattr(bench, "ROUNDS", {True: 3, False: 2})
-    monkeypatch.setattr(bench, "ROUND_MS", 1)
+    monkeypatch.setattr(on_gpu, "SHAPES", small)
+    monkeypatch.setattr(on_gpu, "AIMED", small[:1])
+    monkeypatch.setattr(on_gpu, "ROUNDS", {True: 3, False: 2})
+    monkeypatch.setattr(on_gpu, "ROUND_MS", 1)
     monkeypatch.setattr(
-        bench, "measure_ceilings", lambda: dict(bytes_per_s=1e12, flop_per_s=1e14, exp_per_s=1e12)
+        on_gpu, "measure_ceilings", lambda: dict(bytes_per_s=1e12, flop_per_s=1e14, exp_per_s=1e12)
     )
-    inputs = bench.inputs
+    inputs = exact.inputs
     monkeypatch.setattr(
-        bench,
+        on_gpu,
         "inputs",
         lambda loss, b, k, d, device, seed=0: inputs(
             loss, b, k, d, "cpu" if k != 255 else "nowhere", seed
@@ -308,7 +310,7 @@ def test_the_gpu_part_on_a_pretended_gpu(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(bench.signal, "signal", nothing)
     monkeypatch.setattr(sys, "argv", ["bench/kernels.py"])
-    monkeypatch.setitem(bench.write.__globals__, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "moco [8, 255, 16]: RuntimeError" in bench.main()  # the data of a shape that cannot be
     kept = json.loads((tmp_path / "kernels-gpu.json").read_text())
@@ -409,7 +411,7 @@ def test_a_real_spill_is_refused():
 
 def test_the_fastest_by_the_median_wins():
     clock = {"slow": iter([9, 2, 9, 9, 9]), "fast": iter([8, 8, 30, 8, 8])}
-    assert tune.winner(
+    assert launches.winner(
         ["slow", "fast"], lambda how: how, lambda how: next(clock[how]), rounds=5
     ) == ("fast", 8)
 
@@ -429,8 +431,8 @@ def test_the_tuner_on_a_pretended_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(
         tune, "fits_of", lambda arch, bits, d, running, how: [] if how.keys == 64 else [how]
     )
-    monkeypatch.setattr(tune, "prepared", lambda name, how: None if how.stages == 4 else how)
-    monkeypatch.setattr(tune, "clocked", lambda how: 100.0 - how.rows / 10 - how.stages)
+    monkeypatch.setattr(launches, "prepared", lambda name, how: None if how.stages == 4 else how)
+    monkeypatch.setattr(launches, "clocked", lambda how: 100.0 - how.rows / 10 - how.stages)
     monkeypatch.setattr(sys, "argv", ["bench/tune.py"])
     assert tune.main() is None
     after = {n: launch.Launch(**row) for n, row in json.loads(file.read_text()).items()}
@@ -452,6 +454,6 @@ def test_the_tuner_on_a_pretended_gpu(monkeypatch, tmp_path):
 
 def test_the_loop_of_exponentials_is_nothing_else():
     found = tune.compiled(
-        bench.exponentials(), 90, dict(x="*fp32"), dict(LOOPS=64, BLOCK=1024), dict(num_warps=4)
+        on_gpu.exponentials(), 90, dict(x="*fp32"), dict(LOOPS=64, BLOCK=1024), dict(num_warps=4)
     )
     assert found["ptx"].count("ex2.approx") >= 8 and found["stack"] == 0

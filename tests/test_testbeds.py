@@ -11,12 +11,12 @@ from fastdisco.teacher import formats
 
 sys.path.insert(0, str(ROOT / "bench"))
 import testbeds
-from throughput import random_teacher
+from harness.synthetic import random_teacher
 
 
 def test_every_student_of_the_paper_and_every_method_is_run_at_its_real_resolution():
     found = {}
-    for name, (settings, kind, differs) in testbeds.RUNS.items():
+    for name, (settings, _, differs) in testbeds.RUNS.items():
         cfg = config.load(ROOT / f"configs/{settings}.yaml", differs)
         found.setdefault(cfg.method.name, set()).add(cfg.student.arch)
         assert (

@@ -23,6 +23,10 @@ from fastdisco.models import heads
 sys.path.insert(0, str(ROOT / "bench"))
 import official
 import throughput
+from harness import synthetic
+from step import measure, roofline
+from step.ours import Ours
+from step.verdict import REMEDY, verdict
 
 CPU = torch.device("cpu")
 
@@ -160,7 +164,7 @@ def test_the_bench_runs_the_training_step(folder, tmp_path):
 def _bench_losses(args):
     cfg = config.load(args[1], args[2:])
     device = engine.start(cfg.engine)
-    ours = throughput.Ours(cfg, data.listing(cfg.data.train), 8, device)
+    ours = Ours(cfg, data.listing(cfg.data.train), 8, device)
     return [ours.step(next(ours.loader).views).item() for _ in range(4)]
 
 
@@ -200,19 +204,19 @@ PARTS = dict(teacher=0.4, student=0.5, ema=0.05, loss=0.03, optimizer=0.02)
     ],
 )
 def test_what_bounds_and_what_next(rates, full, bound, share, part, ceiling):
-    v = throughput.verdict(rates, PARTS, full)
+    v = verdict(rates, PARTS, full)
     assert (v.bound, v.part, v.ceiling[0]) == (bound, part, ceiling[0])
     assert v.share == pytest.approx(share) and v.ceiling[1] == pytest.approx(ceiling[1])
     assert (
         f"The {bound} bounds" in v.text
-        and throughput.REMEDY[part] in v.text
+        and REMEDY[part] in v.text
         and f"{ceiling[1]:.0f} images/s" in v.text
     )
     assert ("wait for each other" in v.text) == (share < 0.9)
 
 
 def test_a_large_teacher_is_to_be_recorded():
-    v = throughput.verdict(dict(loader=1000, compute=400), PARTS | dict(teacher=0.9), 390)
+    v = verdict(dict(loader=1000, compute=400), PARTS | dict(teacher=0.9), 390)
     assert (
         v.part == "teacher"
         and "teacher.cache" in v.text
@@ -224,18 +228,18 @@ def test_a_large_teacher_is_to_be_recorded():
 
 
 def test_synthetic_images_are_like_photographs_from_the_web(tmp_path):
-    throughput.jpegs(tmp_path, 40)
+    synthetic.jpegs(tmp_path, 40)
     files = sorted(tmp_path.rglob("*.jpg"))
-    assert len(files) == 40 and {f.parent.name for f in files} == set(throughput.PHOTOS)
+    assert len(files) == 40 and {f.parent.name for f in files} == set(synthetic.PHOTOS)
     assert statistics.median(f.stat().st_size for f in files) == pytest.approx(107_000, rel=0.25)
     sizes = [Image.open(f).size for f in files]
-    assert set(sizes) <= set(throughput.SIZES) and statistics.mode(sizes) == (500, 375)
+    assert set(sizes) <= set(synthetic.SIZES) and statistics.mode(sizes) == (500, 375)
     assert len({f.read_bytes() for f in files}) == 40
 
 
 def test_more_images_than_distinct_ones_are_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "DISTINCT", 3)
-    throughput.jpegs(tmp_path, 7, scale=0.2)
+    monkeypatch.setattr(synthetic, "DISTINCT", 3)
+    synthetic.jpegs(tmp_path, 7, scale=0.2)
     files = sorted(tmp_path.rglob("*.jpg"))
     assert len(files) == 7 and len({f.stat().st_ino for f in files}) == 3
     assert len(data.listing(tmp_path).files) == 7
@@ -312,14 +316,14 @@ def test_operations_are_counted():
     net = models.create("resnet50", lambda dim: torch.nn.Identity()).eval()
     loader = SimpleNamespace(crops=(Crop(), Crop()))
     twin = models.create("test_efficientnet", lambda dim: torch.nn.Identity())
-    found = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 2)
+    found = roofline.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 2)
     # Two views, two operations each.
     assert found["flops"]["teacher"] == pytest.approx(2 * 2 * 4.1e9, rel=0.02)
-    alone = throughput.work(SimpleNamespace(loader=loader, twin=net), twin, CPU, 2)
+    alone = roofline.work(SimpleNamespace(loader=loader, twin=net), twin, CPU, 2)
     # But for the images' gradient.
     assert alone["flops"]["student"] == pytest.approx(3 * found["flops"]["teacher"], rel=0.05)
     models.split_bn(twin, 4)  # takes 4 images and more
-    again = throughput.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 8)
+    again = roofline.work(SimpleNamespace(loader=loader, twin=twin), net, CPU, 8)
     assert again["flops"] == pytest.approx(found["flops"]) and again["traffic"] == pytest.approx(
         found["traffic"]
     )
@@ -334,7 +338,7 @@ def test_ones_own_images_are_measured(folder, tmp_path):
     (tmp_path / "list.txt").replace(folder / "list.txt")
     listing = data.listing(folder / "list.txt")
     few = listing._replace(left_out=listing.kept[5:])
-    plain = data.listing(throughput.plain_folder(few, tmp_path))
+    plain = data.listing(measure.plain_folder(few, tmp_path))
     assert (
         sorted(map(plain.read, range(5))) == sorted(map(listing.read, range(5)))
         and len(plain.files) == 5

@@ -1,0 +1,82 @@
+"""Tables of results: Markdown for README.md and docs/, rich tables and plain lines for a
+terminal."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+MARKED = re.compile(r"(<!-- bench:(\w+)(?: full:(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def fill(text: str, results: Path) -> str:
+    """The text, with each marked table made anew from the results in the folder.
+
+    A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->; NAME is the bench.  With
+    <!-- bench:NAME full:PAGE --> it has the measured rows alone, and a link to PAGE, which has
+    all."""
+    return MARKED.sub(lambda m: m[1] + markdown(m[2], results, m[3]) + m[4], text)
+
+
+def markdown(bench: str, results: Path, full: str | None = None) -> str:
+    """The summaries of a bench's results, one device after another."""
+    found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
+    return "\n".join(_one(result, full) for result in found) or "Not measured yet.\n"
+
+
+def _one(result: dict, full: str | None) -> str:
+    hardware = ", ".join(result["gpus"]) or f"{result['cpu']}, {result['cores']} cores"
+    lines = [
+        f"{hardware}; torch {result['versions']['torch']}; commit {result['commit']}; "
+        f"{result['date']}; `{result['command']}`",
+        "",
+        "| row | value | unit | aim |",
+        "|---|---|---|---|",
+    ]
+    rows = [r for r in result["summary"] if r["value"] is not None or not full]
+    for r in rows:
+        aim = "" if r["aim"] is None else _number(r["aim"])
+        lines.append(f"| {r['name']} | {_value(r)} | {r['unit']} | {aim} |")
+    if left := len(result["summary"]) - len(rows):
+        lines += ["", f"Rows not measured yet: {left}, see [{full}]({full})."]
+    return "\n".join(lines) + "\n"
+
+
+def _value(r: dict) -> str:
+    return f"not measured: {r['reason']}" if r["value"] is None else _number(r["value"])
+
+
+def _number(x: float) -> str:
+    return f"{x:.4g}"
+
+
+def show_rows(summary: list[dict]) -> None:
+    """Prints a line for each row: name, value, unit, quartiles and aim."""
+    for r in summary:
+        line = f"{r['name']:32} {_value(r)}"
+        if r["value"] is not None:
+            line += f" {r['unit']}"
+        if "quartiles" in r:
+            line += ", quartiles {} and {}".format(*r["quartiles"])
+        if r["aim"] is not None:
+            line += f" (aim {_number(r['aim'])})"
+        print(line)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a rich table; all but the first column are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=120).print(table)
+
+
+def percent(values: list[float]) -> str:
+    """Mean and standard deviation of shares, in per cent; the mean alone where there is one."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
