@@ -16,10 +16,10 @@ triton = pytest.importorskip(
     "triton", reason="gpu: Triton is not installed, which comes with torch for CUDA"
 )
 sys.path.insert(0, str(ROOT / "bench"))
-import tune  # noqa: E402
-from fastdisco.kernels import launch  # noqa: E402
-from fastdisco.kernels import queue as triton_queue  # noqa: E402
-from tune import SHARED_MEMORY, compiled, faults  # noqa: E402
+import tune
+from fastdisco.kernels import launch
+from fastdisco.kernels import queue as triton_queue
+from tune import SHARED_MEMORY, compiled, faults
 
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
