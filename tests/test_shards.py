@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ranks, tiny
 from PIL import Image
-from test_data import CPU, SMALL, WAYS, make, one_sentence, serialised, stream
+from test_data import CPU, SMALL, PLACEMENTS, make, one_sentence, serialised, stream
 from test_train import losses, metrics
 
 from fastdisco import cli, data
@@ -722,20 +722,20 @@ def test_an_evil_cifar_archive_runs_nothing(tmp_path):
 # --- GPU
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_the_gpu_graphs_of_tars_serialise_and_every_operator_exists_for_its_device(
     name, packed, tmp_path
 ):
-    assert ("readers__Webdataset", "cpu") in serialised(packed, str(tmp_path), WAYS[name])
+    assert ("readers__Webdataset", "cpu") in serialised(packed, str(tmp_path), PLACEMENTS[name])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_gpu_views_of_tars_are_those_of_the_folder(name, few, packed):
     gpu = torch.device("cuda", 0)
     # Of one image: one decoder each.
     a, b = (
-        stream(data.TrainLoader(x, SMALL[:1], 1, 0, 3, 1, 1, gpu, way=WAYS[name]))
+        stream(data.TrainLoader(x, SMALL[:1], 1, 0, 3, 1, 1, gpu, way=PLACEMENTS[name]))
         for x in (few, packed)
     )
     assert a[0] == b[0]
