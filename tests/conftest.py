@@ -1,6 +1,7 @@
 """What all tests share: skips for an absent GPU or absent data, a small folder of images, the real
 command, and several ranks."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -120,6 +121,27 @@ def launch(n, *args, **options):
     raise AssertionError("three ports in a row were taken")
 
 
+@contextlib.contextmanager
+def nan_filled():
+    """New memory holds NaN, or the largest integer, so that an element that nothing writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    # The only switch that torch has for it; what has no deterministic form runs as it does.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+@pytest.fixture(scope="module")
+def unwritten():
+    """nan_filled() for a module's tests, in the ranks that they start, too."""
+    with nan_filled():
+        yield
+
+
 def ranks(n, function, *args, timeout=HANGS):
     """[function(*args) on rank 0, 1, ...], each in a process of its own with the launcher's
     variables; an error there is raised here."""
@@ -132,11 +154,12 @@ def ranks(n, function, *args, timeout=HANGS):
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT=0,
     )
+    filled = torch.are_deterministic_algorithms_enabled()
     pipes, processes = [], []
     for r in range(n):
         here, there = _forks().Pipe(duplex=False)
         env = dict(RANK=r, LOCAL_RANK=r, **shared)
-        p = _forks().Process(target=_child, args=(there, env, function, args), daemon=True)
+        p = _forks().Process(target=_child, args=(there, env, filled, function, args), daemon=True)
         p.start()
         there.close()
         pipes.append(here)
@@ -171,11 +194,12 @@ def _forks():
     return context
 
 
-def _child(pipe, env, function, args):
+def _child(pipe, env, filled, function, args):
     os.environ.update({k: str(v) for k, v in env.items()})
     torch.set_num_threads(1)
     try:
-        pipe.send((True, function(*args)))
+        with nan_filled() if filled else contextlib.nullcontext():
+            pipe.send((True, function(*args)))
     except BaseException:
         pipe.send((False, f"rank {env['RANK']}:\n{traceback.format_exc()}"))
     pipe.close()

@@ -13,7 +13,10 @@ import torch
 from fastdisco.kernels import queue as triton_queue
 
 # Exp2 and log2 in lanes that a mask discards.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("unwritten"),
+]
 # RMS(error) / RMS(reference) at a temperature of 0.2 and more.
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 DTYPES = list(BOUND)

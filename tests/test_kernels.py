@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from fastdisco import kernels
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DEVICES = [CPU, pytest.param(CUDA, marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -19,6 +19,8 @@ from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress, spread
 from fastdisco.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 GOLDEN = Path(__file__).parent / "golden"
 DIM, HIDDEN, SIZE = 6, 10, 8
 # Larger than the recipe's, so that a wrong order or a forgotten term shows.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ranks, tiny
 from PIL import Image
-from test_data import CPU, SMALL, PLACEMENTS, make, one_sentence, serialised, stream
+from test_data import CPU, PLACEMENTS, SMALL, make, one_sentence, serialised, stream
 from test_train import losses, metrics
 
 from fastdisco import cli, data

@@ -14,6 +14,8 @@ from fastdisco.common import dist
 from fastdisco.config import Crop, UserError
 from fastdisco.data import pack
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 SEED, MICRO = 3, 4
 CROPS = Crop(size=24), Crop(size=24, blur_p=1.0), Crop(size=16, scale=(0.1, 0.3))
 
