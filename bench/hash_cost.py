@@ -20,7 +20,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from fastdisco import data
 from fastdisco.config import Crop
-from fastdisco.data import demo, draws, graph, loader
+from fastdisco.data import demo, draws, graph, pipelines
 
 CPU = torch.device("cpu")
 BATCH = 64
@@ -88,9 +88,9 @@ def measure(
     files = hashed._order(0)
     native = _native(
         crops,
-        loader._reader(listing, files, ""),
+        pipelines.reader(listing, files, ""),
         hashed.placement,
-        **loader._pipe(BATCH, threads, CPU, hashed.placement),
+        **pipelines.settings(BATCH, threads, CPU, hashed.placement),
     )
     run = {"hashed": lambda: next(hashed), "native": native.run}
     for f in run.values():

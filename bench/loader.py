@@ -31,7 +31,7 @@ from PIL import Image, ImageFilter
 
 from fastdisco import data
 from fastdisco.config import Crop
-from fastdisco.data import draws, loader, pack
+from fastdisco.data import draws, pack, pipelines
 from fastdisco.data.decoder import graphs
 from fastdisco.data.placement import Placement
 
@@ -364,7 +364,7 @@ def profile(root: Path, batch: int, rounds: int) -> dict[str, list[float]]:
     graph, listing = graphs(), data.listing(root)
     files = np.random.default_rng(0).permutation(len(listing.files))
     files = files[: len(files) // batch * batch] if len(files) >= batch else np.resize(files, batch)
-    reader, words = loader._reader(listing, files, ""), draws.words(files, 0).reshape(-1, batch)
+    reader, words = pipelines.reader(listing, files, ""), draws.words(files, 0).reshape(-1, batch)
     plain = dict(jitter_p=0, gray_p=0, blur_p=0)
     steps = {
         "plain": plain,
@@ -396,7 +396,7 @@ def profile(root: Path, batch: int, rounds: int) -> dict[str, list[float]]:
     def fed(crops):
         return lambda i: draws.feed(crops, 0, words[i % len(words)], "cpu")
 
-    pipe = loader._pipe(batch, 1, torch.device("cpu"), CPU)
+    pipe = pipelines.settings(batch, 1, torch.device("cpu"), CPU)
     pipes = {s: upto(s, **pipe) for s in STAGES[:4]}
     for name, change in steps.items():
         crops = (Crop(**change),) * 2

@@ -31,6 +31,7 @@ import triton
 from common import elapsed_ms
 from fastdisco.kernels import launch
 from fastdisco.kernels import queue as triton_queue
+from fastdisco.kernels.triton_sweep import moments_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -194,9 +195,7 @@ def compiled(kernel, arch: int, types: dict[str, str], constants: dict, options:
 def sweep(how: launch.Launch, arch: int, dtype: torch.dtype, d: int, k: int, running: bool) -> dict:
     """`compiled` of the sweep under a launch configuration."""
     constants = triton_queue.sweep(how, d, k, running, True)
-    options = {
-        n: constants.pop(n) for n in list(constants) if n not in triton_queue._moments.arg_names
-    }
+    options = {n: constants.pop(n) for n in list(constants) if n not in moments_kernel.arg_names}
     rows = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     types = (
         dict(units=rows, queue=rows)
@@ -204,7 +203,7 @@ def sweep(how: launch.Launch, arch: int, dtype: torch.dtype, d: int, k: int, run
         | dict.fromkeys(("n", "rows", "k", "span"), "i32")
     )
     return compiled(
-        triton_queue._moments,
+        moments_kernel,
         arch,
         types | dict(c_first="fp32", c_second="fp32"),
         constants,

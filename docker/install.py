@@ -1,18 +1,21 @@
-"""Installs what fastdisco needs on top of a base image's Python, leaving alone what the base built
-for itself.
+"""Installs what fastdisco needs on top of a base image's Python, and leaves alone what the base
+built for itself.
 
-    python3 docker/install.py     in the root of a checkout: the Dockerfile's step before the
-    source, so that only new dependencies repeat it
+    python3 docker/install.py
+
+runs in the root of a checkout.  It is the Dockerfile's step before the source is copied, so that
+only new dependencies repeat it.
 
 NVIDIA's PyTorch images hold builds of their own (26.04: torch 2.12.0a0+0291f960b6.nv26.4.48445190,
 torchvision 0.26.0a0+...), compiled against one another, and bind pip by the constraint file in
-PIP_CONSTRAINT.  A plain `pip install fastdisco` goes wrong there in three ways: - pip counts
-0.26.0a0+... as older than 0.26 and takes PyPI's, and PyPI's torch with it.  Here the base's alpha
-of a release counts as it. - The constraint file does not name everything, in some images nothing.
-Here each of the base's own builds is pinned to itself. - It may pin a package to less than
-fastdisco needs: 26.07 has DALI 2.2.  Here such a package, with what it depends on, is set free: pip
-changes of these what it must.  One that the base built itself is an error, as nothing but another
-base can cure it.
+PIP_CONSTRAINT.  A plain `pip install fastdisco` goes wrong there in three ways:
+- pip counts 0.26.0a0+... as older than 0.26 and takes PyPI's, and PyPI's torch with it.  Here the
+  base's alpha of a release counts as that release.
+- The constraint file does not name everything, in some images nothing.  Here each of the base's own
+  builds is pinned to itself.
+- It may pin a package to less than fastdisco needs: 26.07 has DALI 2.2.  Here such a package, with
+  what it depends on, is freed: pip changes of these what it must.  If the base built it itself,
+  that is an error, which only another base can cure.
 A base without torch (python:3.12) gets PyPI's.
 """
 
@@ -25,124 +28,124 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Pip's own copy: a bare Python has no other.
+# Pip's own copy, since a bare Python has no other.
 from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
 from pip._vendor.packaging.utils import canonicalize_name
 from pip._vendor.packaging.version import InvalidVersion, Version
 
 PIP = [sys.executable, "-m", "pip"]
-# Belong together even where their versions do not show it.
+# These belong together even where their versions do not show it.
 TORCH = {"torch", "torchvision", "triton"}
 
 
-def main():
+def main() -> None:
+    """Installs what is missing and verifies the result.  Exits with a sentence where it cannot."""
     base, depends = installed()
     wanted = requirements(cuda(base))
-    given = [
-        line
-        for path in os.environ.get("PIP_CONSTRAINT", "").split()
-        for line in Path(path).read_text().splitlines()
-    ]
+    files = os.environ.get("PIP_CONSTRAINT", "").split()
+    given = [line for path in files for line in Path(path).read_text().splitlines()]
     missing, constraints = plan(wanted, base, depends, given)
     if missing:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "constraint.txt"
-            path.write_text("\n".join(constraints) + "\n")
-            print(
-                f"to install: {', '.join(missing)}; {len(constraints)} constraints, from the "
-                f"{len(given)} of the base",
-                flush=True,
+        print(
+            f"to install: {', '.join(missing)}; {len(constraints)} constraints, from the "
+            f"{len(given)} of the base",
+            flush=True,
+        )
+        if pip_install(missing, constraints):
+            sys.exit(
+                "pip failed, see above; where it names a constraint, that is the base's: take "
+                "another base (--build-arg BASE=...)"
             )
-            if subprocess.run(
-                [*PIP, "install", "--no-cache-dir", *missing],
-                env={**os.environ, "PIP_CONSTRAINT": str(path)},
-            ).returncode:
-                sys.exit(
-                    "pip failed, see above; where it names a constraint, that is the base's: take "
-                    "another base (--build-arg BASE=...)"
-                )
     verify(wanted, base, installed()[0])
 
 
-def plan(wanted, base, depends, given) -> tuple[list[str], list[str]]:
+def plan(
+    wanted: list[Requirement], base: dict[str, str], depends: dict[str, list[str]], given: list[str]
+) -> tuple[list[str], list[str]]:
     """What pip is to install, and the lines of its constraint file.
 
-    wanted   Requirement of each package that fastdisco imports
+    wanted   requirement of each package that fastdisco imports
     base     {name: version} of what is installed
-    depends  {name: names of all that its metadata mentions}
+    depends  {name: names of all packages that its metadata mentions}
     given    lines of the base's own constraint file
     Exits where one of the base's own builds does not serve."""
     missing = [r for r in wanted if not serves(r, base)]
     own = builds(base)
     for r in missing:
-        if (name := canonicalize_name(r.name)) in own:
+        name = canonicalize_name(r.name)
+        if name in own:
             sys.exit(
                 f"{name}: the base has its own build {base[name]}, fastdisco needs {r.specifier}; "
                 "take another base: docker build --build-arg BASE=..."
             )
-    free, todo = set(), [name for r in missing if (name := canonicalize_name(r.name)) in base]
-    while todo:  # what is too old, and all that it stands on
-        if (name := todo.pop()) not in free | own:
+    # Freed: what is too old, and all that it depends on.
+    free: set[str] = set()
+    todo = [canonicalize_name(r.name) for r in missing if canonicalize_name(r.name) in base]
+    while todo:
+        name = todo.pop()
+        if name not in free | own:
             free.add(name)
             todo += depends.get(name, ())
     kept = [line for line in given if constrains(line) not in free | own]
-    return [f"{r.name}{r.specifier}" for r in missing], kept + [
-        f"{name}=={base[name]}" for name in sorted(own)
-    ]
+    pinned = [f"{name}=={base[name]}" for name in sorted(own)]
+    return [f"{r.name}{r.specifier}" for r in missing], kept + pinned
 
 
-def serves(requirement, have: dict) -> bool:
-    """Is it there, in a version that will do?  An alpha counts as its release, see above."""
+def pip_install(packages: list[str], constraints: list[str]) -> int:
+    """Runs pip under these constraints alone; returns its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "constraint.txt"
+        path.write_text("\n".join(constraints) + "\n")
+        command = [*PIP, "install", "--no-cache-dir", *packages]
+        return subprocess.run(command, env={**os.environ, "PIP_CONSTRAINT": str(path)}).returncode
+
+
+def serves(requirement: Requirement, have: dict[str, str]) -> bool:
+    """Whether the package is there, in a version that will do.  An alpha counts as its release, see
+    above."""
     version = have.get(canonicalize_name(requirement.name))
     return version is not None and requirement.specifier.contains(Version(version).base_version)
 
 
-def builds(base: dict) -> set[str]:
+def builds(base: dict[str, str]) -> set[str]:
     """Names of what the base built itself: a local version label (+nv26.8, +cu130) never comes from
     PyPI."""
     return {name for name, version in base.items() if name in TORCH or Version(version).local}
 
 
 def constrains(line: str) -> str | None:
-    """The package that a line of a constraint file is about."""
+    """The package that a line of a constraint file is about; None for a comment or an option."""
     try:
         return canonicalize_name(Requirement(line.split(" #")[0].strip()).name)
-    except InvalidRequirement:  # a comment, an option
+    except InvalidRequirement:
         return None
 
 
-def installed() -> tuple[dict, dict]:
-    """{name: version} and {name: names of its dependencies} of everything on sys.path, the first of
-    a name as Python finds it."""
+def installed() -> tuple[dict[str, str], dict[str, list[str]]]:
+    """{name: version} and {name: names of its dependencies} of everything on sys.path.  Of several
+    with one name the first counts, as for Python's import."""
     versions, depends = {}, {}
     for dist in importlib.metadata.distributions():
         try:
             name, version = canonicalize_name(dist.metadata["Name"]), str(Version(dist.version))
-        except (TypeError, InvalidVersion):  # a broken or an ancient one; none of ours
+        # A broken or an ancient package; none of ours.
+        except (TypeError, InvalidVersion):
             continue
-        if versions.setdefault(name, version) is version:
-            depends[name] = [
-                canonicalize_name(re.match(r"[\w.-]+", r).group()) for r in dist.requires or ()
-            ]
+        if name not in versions:
+            versions[name] = version
+            names = [re.match(r"[\w.-]+", r).group() for r in dist.requires or ()]
+            depends[name] = [canonicalize_name(n) for n in names]
     return versions, depends
 
 
-def requirements(cuda: str) -> list:
-    """What the checkout in the working directory declares, asked of pip, with its extra for that
-    CUDA version."""
-    ask = [
-        *PIP,
-        "install",
-        "--dry-run",
-        "--no-deps",
-        "--ignore-installed",
-        "--quiet",
-        "--report=-",
-        ".",
-    ]
-    metadata = json.loads(subprocess.run(ask, stdout=subprocess.PIPE, check=True).stdout)[
-        "install"
-    ][0]["metadata"]
+def requirements(cuda: str) -> list[Requirement]:
+    """What the checkout in the working directory declares, with its extra for that CUDA version.
+
+    pip is asked, so that setup.py stays the only list."""
+    options = ["--dry-run", "--no-deps", "--ignore-installed", "--quiet", "--report=-"]
+    report = subprocess.run([*PIP, "install", *options, "."], stdout=subprocess.PIPE, check=True)
+    (package,) = json.loads(report.stdout)["install"]
+    metadata = package["metadata"]
     extra = f"cuda{cuda}"
     if extra not in metadata["provides_extra"]:
         sys.exit(
@@ -153,9 +156,9 @@ def requirements(cuda: str) -> list:
     return [r for r in every if r.marker is None or r.marker.evaluate({"extra": extra})]
 
 
-def cuda(base: dict) -> str:
-    """Major version of the CUDA that torch is built with; 13, as PyPI's torch, where there is no
-    torch or one without CUDA."""
+def cuda(base: dict[str, str]) -> str:
+    """Major version of the CUDA that torch is built with.  13, as PyPI's torch has, where there is
+    no torch or one without CUDA."""
     if "torch" not in base:
         return "13"
     import torch
@@ -163,14 +166,16 @@ def cuda(base: dict) -> str:
     return (torch.version.cuda or "13").split(".")[0]
 
 
-def verify(wanted, base: dict, now: dict):
-    """Exits unless every requirement is met and every build of the base is still the base's; prints
-    what changed."""
-    changed = [
-        f"{name} {base[name]} -> {now.get(name)}"
-        for name in sorted(builds(base))
-        if now.get(name) != base[name]
-    ]
+def verify(wanted: list[Requirement], base: dict[str, str], now: dict[str, str]) -> None:
+    """Exits unless every requirement is met and every build of the base is still the base's.
+    Prints what changed."""
+    own = sorted(builds(base))
+    other = {
+        name: f"{name} {version} -> {now.get(name)}"
+        for name, version in sorted(base.items())
+        if now.get(name) != version
+    }
+    changed = [other[name] for name in own if name in other]
     unmet = [
         f"{r.name}{r.specifier} (found {now.get(canonicalize_name(r.name))})"
         for r in wanted
@@ -181,15 +186,8 @@ def verify(wanted, base: dict, now: dict):
             f"after the install: changed builds of the base: {changed}; unmet requirements: {unmet}"
         )
     row = lambda title, items: print(f"{title:9} {', '.join(items) or 'nothing'}")
-    row("kept", [f"{name} {base[name]}" for name in sorted(builds(base))])
-    row(
-        "replaced",
-        [
-            f"{name} {base[name]} -> {now.get(name)}"
-            for name in sorted(base)
-            if now.get(name) != base[name]
-        ],
-    )
+    row("kept", [f"{name} {base[name]}" for name in own])
+    row("replaced", other.values())
     row("added", [f"{name} {now[name]}" for name in sorted(now.keys() - base)])
 
 

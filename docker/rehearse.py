@@ -1,14 +1,15 @@
 """Carries out the Dockerfile without Docker, on a throw-away overlay over this machine's files,
 then trains two steps as a foreign user.
 
-    python docker/rehearse.py     by the Python of the project's .venv; Linux and root, for the
-    overlay and for changing users
+    python docker/rehearse.py
 
-The base it stands on is no NVIDIA image but made to look like one where that matters to
-docker/install.py: this .venv, with torch, torchvision and triton labelled as NVIDIA labels its
-builds (26.04's), DALI as an older one (26.07's), a constraint file that pins all of it, and without
-fastdisco, deepspeed, timm and scikit-image.  Not rehearsed: what a real base holds, its entry
-point, GPUs.
+runs by the Python of the project's .venv and needs Linux and root, for the overlay and for changing
+users.
+
+The base is no NVIDIA image.  It is made to look like one where that matters to docker/install.py:
+this .venv, with torch, torchvision and triton labelled as NVIDIA labels its builds (26.04's), DALI
+as an older one (26.07's), a constraint file that pins all of it, and without fastdisco, deepspeed,
+timm and scikit-image.  Not rehearsed: what a real base holds, its entry point, GPUs.
 """
 
 import json
@@ -31,8 +32,9 @@ OLD = {"nvidia-dali-cuda130": "2.2.0"}
 ABSENT = ["fastdisco", "deepspeed", "timm", "scikit-image"]
 COMMIT = "0123abc"
 USER = "12345:12345"  # in no password file
-# No folder that the build has left closed to others.
+# What the user of the image runs.
 TRY = [
+    # No folder is left that the build has closed to others.
     "! find $HOME -type d ! -perm -777 | grep .",
     "python3 docker/check.py",
     "fastdisco data demo /tmp/demo",
@@ -42,16 +44,15 @@ TRY = [
 
 
 def main() -> int:
-    # The mounts are made in a name space of their own and end with it, so nothing here can ever
-    # delete through one.
+    """Without an argument starts itself in a mount name space; there the argument is the overlay's
+    folder."""
+    # The mounts end with the name space, so nothing here can ever delete through one.
     if len(sys.argv) == 1:
         with tempfile.TemporaryDirectory() as folder:
-            return subprocess.run(
-                ["unshare", "--mount", sys.executable, __file__, folder]
-            ).returncode
+            command = ["unshare", "--mount", sys.executable, __file__, folder]
+            return subprocess.run(command).returncode
     root = overlay(Path(sys.argv[1]))
-    env = base(root)
-    env, workdir = build(root, env, dict(COMMIT=COMMIT))
+    env, workdir = build(root, base(root), dict(COMMIT=COMMIT))
     for command in TRY:
         print(f"--- as user {USER}: {command}", flush=True)
         run(root, command, env, USER, workdir)
@@ -69,14 +70,8 @@ def overlay(folder: Path) -> Path:
         (folder / name).mkdir(mode=0o755)
     folder.chmod(0o755)
     root = folder / "root"
-    mount(
-        "-t",
-        "overlay",
-        "overlay",
-        "-o",
-        f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work",
-        root,
-    )
+    layers = f"lowerdir=/,upperdir={folder}/upper,workdir={folder}/work"
+    mount("-t", "overlay", "overlay", "-o", layers, root)
     mount("-t", "proc", "proc", root / "proc")
     mount("--rbind", "/dev", root / "dev")
     mount("--bind", "/sys", root / "sys")
@@ -84,13 +79,13 @@ def overlay(folder: Path) -> Path:
     return root
 
 
-def base(root: Path) -> dict:
-    """Turns the overlay's copy of this .venv into what docker/install.py meets in an NVIDIA image;
-    returns its environment."""
+def base(root: Path) -> dict[str, str]:
+    """Turns the overlay's copy of this .venv into what docker/install.py meets in an NVIDIA image.
+    Returns its environment."""
     venv = Path(sys.prefix).resolve()
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     env |= dict(PATH=f"{venv}/bin:{os.environ['PATH']}", HOME="/root")
-    # A Python under /root, as pyenv's, is closed to other users.
+    # A Python under /root, as pyenv installs it, is closed to other users.
     for path in (Path(sys.executable).resolve(), venv / "bin"):
         for parent in path.parents:
             (root / str(parent)[1:]).chmod(0o755)
@@ -103,11 +98,13 @@ def base(root: Path) -> dict:
     return env | dict(PIP_CONSTRAINT="/etc/pip/constraint.txt")
 
 
-def relabel(venv: Path, name: str, version: str):
-    """Gives an installed package another version, and none of the dependencies that tie it to its
+def relabel(venv: Path, name: str, version: str) -> None:
+    """Gives an installed package another version, and removes the dependencies that tie it to its
     true one."""
-    (old,) = venv.glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info")
-    new = old.with_name(f"{name.replace('-', '_')}-{version}.dist-info")
+    stem = name.replace("-", "_")
+    (old,) = venv.glob(f"lib/python*/site-packages/{stem}-*.dist-info")
+    new = old.with_name(f"{stem}-{version}.dist-info")
+    # A copy, since a folder of the overlay's lower layer cannot be renamed.
     shutil.copytree(old, new)
     shutil.rmtree(old)
     metadata = (new / "METADATA").read_text()
@@ -118,17 +115,18 @@ def relabel(venv: Path, name: str, version: str):
     (new / "RECORD").write_text((new / "RECORD").read_text().replace(old.name, new.name))
 
 
-def build(root: Path, env: dict, args: dict) -> tuple[dict, str]:
-    """Each instruction in turn; returns the image's environment and working directory."""
+def build(root: Path, env: dict[str, str], args: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Carries out each instruction in turn.  Returns the image's environment and working
+    directory."""
     env, user, workdir = dict(env), "0:0", "/"
     for word, rest in instructions((CHECKOUT / "Dockerfile").read_text()):
         print(f"--- {word} {rest}", flush=True)
         if word in ("ARG", "ENV"):
             for pair in shlex.split(rest):
                 key, _, value = pair.partition("=")
-                env[key] = (
-                    args.get(key, expand(value, env)) if word == "ARG" else expand(value, env)
-                )
+                env[key] = expand(value, env)
+                if word == "ARG" and key in args:
+                    env[key] = args[key]
         elif word == "WORKDIR":
             workdir = rest
             (root / workdir[1:]).mkdir(parents=True)
@@ -139,93 +137,91 @@ def build(root: Path, env: dict, args: dict) -> tuple[dict, str]:
         elif word == "RUN":
             run(root, rest, env, user, workdir)
         else:
-            assert word in ("FROM", "LABEL", "CMD"), (
-                f"{word}: teach docker/rehearse.py what it does"
-            )
+            known = word in ("FROM", "LABEL", "CMD")
+            assert known, f"{word}: teach docker/rehearse.py what it does"
     return env, workdir
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(word, rest) of a Dockerfile, comments gone and continued lines joined."""
+    """(word, rest) of each instruction of a Dockerfile, without comments and with continued lines
+    joined."""
     text = re.sub(r"(?m)^\s*#.*\n", "", text).replace("\\\n", " ")
-    return [
-        tuple(re.split(r"\s+", line.strip(), maxsplit=1))
-        for line in text.splitlines()
-        if line.strip()
-    ]
+    found = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        word, rest = re.split(r"\s+", line, maxsplit=1)
+        found.append((word, rest))
+    return found
 
 
-def expand(value: str, env: dict) -> str:
+def expand(value: str, env: dict[str, str]) -> str:
+    """Replaces ${NAME} by its value."""
     return re.sub(r"\$\{(\w+)\}", lambda m: env[m[1]], value)
 
 
-def copy(words: list[str], workdir: Path):
-    """COPY a b folder/, COPY . . : of what .dockerignore lets through; fails, as Docker does, where
-    that is nothing."""
+def copy(words: list[str], workdir: Path) -> None:
+    """COPY a b folder/, and COPY . . : what .dockerignore lets through.  Fails, as Docker does,
+    where that is nothing."""
     *sources, target = words
     every = context()
     for source in sources:
-        files = [
-            f for f in every if source == "." or f == Path(source) or Path(source) in f.parents
-        ]
+        inside = lambda f, source=Path(source): f == source or source in f.parents
+        files = [f for f in every if source == "." or inside(f)]
         assert files, f"COPY {source}: not in the build context, see .dockerignore"
         for f in files:
             to = workdir / target / (f.name if f == Path(source) else f.relative_to(source))
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(CHECKOUT / f, to)
-            to.chmod(0o600)  # a checkout may be closed to others
+            # A checkout may be closed to others.
+            to.chmod(0o600)
 
 
 def context() -> list[Path]:
     """The files of the checkout that .dockerignore lets through: of the patterns that match a file
     or a folder above it, the last decides."""
-    rules = [
-        (line.lstrip("!"), line.startswith("!"))
-        for line in (CHECKOUT / ".dockerignore").read_text().splitlines()
-        if line and line[0] != "#"
-    ]
-    whole = [
-        (re.compile(re.escape(p).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")), keep)
-        for p, keep in rules
-    ]
-    # Else a folder that is left out may not be skipped as below.
-    assert not any(keep and "/" in p for p, keep in rules)
+    rules = []
+    for line in (CHECKOUT / ".dockerignore").read_text().splitlines():
+        if line and line[0] != "#":
+            rules.append((pattern(line.lstrip("!")), line.startswith("!")))
+            # A pattern that lets a part of a folder in could not be found by the walk below, which
+            # skips folders that are left out.
+            assert not (line.startswith("!") and "/" in line), line
 
     def kept(path: Path) -> bool:
         names = [str(path), *map(str, path.parents)][:-1]
-        return next(
-            (keep for p, keep in reversed(whole) if any(p.fullmatch(n) for n in names)), True
-        )
+        for rule, keep in reversed(rules):
+            if any(rule.fullmatch(name) for name in names):
+                return keep
+        return True
 
     found, todo = [], [Path()]
     while todo:
         for path in sorted((CHECKOUT / todo.pop()).iterdir()):
-            if kept(relative := path.relative_to(CHECKOUT)):
-                (todo if path.is_dir() and not path.is_symlink() else found).append(relative)
+            relative = path.relative_to(CHECKOUT)
+            if kept(relative):
+                is_folder = path.is_dir() and not path.is_symlink()
+                (todo if is_folder else found).append(relative)
     return found
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A pattern of .dockerignore: `**/` is any folders, `*` anything within a name."""
+    escaped = re.escape(text)
+    return re.compile(escaped.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*"))
 
 
 def run(
     root: Path,
     command: str,
-    env: dict,
+    env: dict[str, str],
     user: str = "0:0",
     workdir: str = "/",
     capture: bool = False,
 ) -> str | None:
-    """In the overlay, by sh as Docker does."""
-    enter = [
-        "chroot",
-        f"--userspec={user}",
-        "--groups=",
-        root,
-        "/bin/sh",
-        "-c",
-        f"cd {workdir} && {command}",
-    ]
-    return subprocess.run(
-        enter, env=env, text=True, check=True, stdout=subprocess.PIPE if capture else None
-    ).stdout
+    """Runs a command in the overlay, by sh as Docker does.  capture: return what it printed."""
+    script = ["/bin/sh", "-c", f"cd {workdir} && {command}"]
+    enter = ["chroot", f"--userspec={user}", "--groups=", root, *script]
+    stdout = subprocess.PIPE if capture else None
+    return subprocess.run(enter, env=env, text=True, check=True, stdout=stdout).stdout
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""The training loop: `deepspeed fastdisco/train.py --config configs/mobv3.yaml`, or `fastdisco
-train`."""
+"""The training loop.
+
+deepspeed fastdisco/train.py --config configs/mobv3.yaml     one process for each GPU
+fastdisco train --config configs/mobv3.yaml                  one process
+
+Level 4: nobody but the command (commands/train.py) imports it."""
 
 import sys
 from pathlib import Path
 
-# As a script this file only starts the command, which reads arguments and configuration, and then
-# imports it.
+# Run as a script, this file only starts the command.  The command reads arguments and configuration
+# before it imports torch, and then imports this file again, as fastdisco.train.
 if __name__ == "__main__":
-    # Else sys.path holds this folder instead of the root.
     if not __package__:
+        # Python has put this folder on sys.path; the package is found from the root above it.
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from fastdisco.commands.train import main
 
     sys.exit(main())
-
-import math
 
 import torch
 
@@ -27,143 +29,166 @@ from fastdisco.evals import knn
 from fastdisco.methods import Progress
 from fastdisco.run import checkpoint, students
 from fastdisco.run.folder import claim, describe
-from fastdisco.run.log import Log, Meter, named
+from fastdisco.run.log import Log
+from fastdisco.run.meter import Meter, named
 from fastdisco.run.signals import Stop
 from fastdisco.run.students import TrainState
 
 
-def train(cfg: Config, overwrite: bool = False):
-    """One run, from its last checkpoint if it has one to its last step."""
+def train(cfg: Config, overwrite: bool = False) -> None:
+    """Trains one run to its last step; continues from its last checkpoint if it has one.
+
+    overwrite: deletes the run that is in the folder, and starts over."""
+    # ------------------------------------------------------------ device, data, students, teacher
     device = engine.start(cfg.engine)
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
-    listing = data.listing(cfg.data.train, cfg.data.quarantine)
-    if val := cfg.data.val and data.listing(cfg.data.val, cfg.data.quarantine):
-        data.same_classes(listing, val)
-
-    states = [
-        students.create(name, own, micro, device) for name, own in config.students(cfg).items()
-    ]
-    loader = students.loader(cfg, listing, micro, device, states[0].method.permuted)
-    targets = cfg.teacher and teacher.create(
-        cfg.teacher,
-        cfg.student.dim,
-        cfg.engine.precision,
-        loader,
-        cfg.perf.graphs,
-        states[0].method.teacher_views,
-    )
-    recorded = isinstance(targets, teacher.CachedTeacher)
-    # What a network draws in training differs by rank.
+    listing, val = _listings(cfg)
+    # One student is a list of one, named ''.
+    alone = config.students(cfg).items()
+    states = [students.create(name, own, micro, device) for name, own in alone]
+    first = states[0].method
+    loader = students.loader(cfg, listing, micro, device, first.permuted)
+    targets = _teacher(cfg, loader, first.teacher_views)
+    replayed = targets if isinstance(targets, teacher.CachedTeacher) else None
+    # From here on networks draw (dropout, for example), and each rank draws its own.
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
 
+    # ------------------------------------------------------------ the run's folder; resume
     folder = claim(cfg, overwrite)
-    state = {
-        k: item
-        for p in states
-        for k, item in checkpoint.items(p.engine, p.ema, p.method, loader, p.name).items()
-    }
+    items = {}
+    for s in states:
+        items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
     meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
-    start = checkpoint.restore(folder, state, meta)
+    start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
-    if recorded:
-        targets.complete()
-    steps = min(cfg.run.max_steps or math.inf, loader.steps_per_epoch * cfg.run.epochs)
+    if replayed:
+        replayed.complete()
+    steps = loader.steps_per_epoch * cfg.run.epochs
+    steps = min(steps, cfg.run.max_steps or steps)
     _announce(cfg, listing, states, micro, steps, start, folder)
-
     if start < steps:
         states = students.prepare(states, targets, loader)
+
+    # ------------------------------------------------------------ the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):
             epoch = step / loader.steps_per_epoch
-            rates = {p.name: optim.rate(cfg.optim, p.lr, epoch, cfg.run.epochs) for p in states}
-            for p in states:
-                optim.move(
-                    p.optimizer, rates[p.name], optim.decay(cfg.optim, epoch, cfg.run.epochs)
-                )
+            rates = {s.name: optim.rate(cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
+            decay = optim.decay(cfg.optim, epoch, cfg.run.epochs)
+            for student in states:
+                optim.move(student.optimizer, rates[student.name], decay)
+
             for _ in range(cfg.data.accumulate):
                 progress = Progress(loader.position, epoch / cfg.run.epochs, epoch, step)
                 with meter.waiting():
                     batch = next(loader)
-                if recorded:
-                    targets.at(batch.index, batch.epoch)
-                scalars, shared = {}, targets and students.once(targets)
-                for p in states:
-                    terms = p.method.step(p.nets(shared), batch.views, progress)
-                    loss = p.method.loss(terms)
-                    p.engine.backward(loss)
-                    optim.freeze(p.net, p.method.frozen(progress))
-                    p.engine.step()
-                    scalars |= named({"loss": loss, **terms}, p.method.weights, p.name)
+                if replayed:
+                    replayed.at(batch.index, batch.epoch)
+                # One forward of the teacher serves all students.
+                shared = students.once(targets) if targets else None
+                scalars = {}
+                for student in states:
+                    method = student.method
+                    terms = method.step(student.nets(shared), batch.views, progress)
+                    loss = method.loss(terms)
+                    student.engine.backward(loss)
+                    optim.freeze(student.net, method.frozen(progress))
+                    # Moves the weights after the last micro batch of the step only.
+                    student.engine.step()
+                    scalars |= named({"loss": loss, **terms}, method.weights, student.name)
                 meter.add(scalars)
-            for p in states:
-                if p.ema:
-                    with engine.gathered(p.engine):
-                        # arXiv:1911.05722, equation 2, for the next step's keys.
-                        models.ema_update(p.ema, p.net, p.method.momentum(progress))
-                p.method.after_step()
 
+            for student in states:
+                momentum = student.method.momentum(progress)
+                if student.ema and momentum is not None:
+                    # The mean student (EMA), for the next step's keys: arXiv:1911.05722, equation 2.
+                    with engine.gathered(student.engine):
+                        models.ema_update(student.ema, student.net, momentum)
+                student.method.after_step()
+
+            # -------------------------------------------------- log, evaluate, save
             done, asked = step + 1, False
             last = done == steps
             save = last or done % cfg.checkpoint.every == 0
             if save or done % cfg.log.every == 0:
-                values = meter.read(done, steps) | {
-                    k: v
-                    for name, r in rates.items()
-                    for k, v in named({"lr": r}, student=name).items()
-                }
+                # Only here does the loop wait for the device.
+                values = meter.read(done, steps)
+                for name, rate in rates.items():
+                    values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
+                # A rank may be asked alone; all stop together.
                 asked = dist.any_rank(stop.asked)
                 save = save or asked
             if val and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
                 with meter.paused():
-                    log.write(
-                        done,
-                        {
-                            k: v
-                            for p in states
-                            for k, v in evaluate(p, listing, val, device).items()
-                        },
-                    )
+                    log.write(done, evaluate(states, listing, val, device))
             if save:
                 with meter.paused():
-                    checkpoint.save(folder, done, state, meta, cfg.checkpoint.keep)
-                if asked and not last:
-                    say(
-                        f"stopped as asked after step {done}; the same command continues from there"
-                    )
-                    break
+                    checkpoint.save(folder, done, items, meta, cfg.checkpoint.keep)
+            if asked and not last:
+                say(f"stopped as asked after step {done}; the same command continues from there")
+                break
         else:
             say(f"done: {steps} steps, outputs in {folder}")
     engine.stop()
 
 
 def evaluate(
-    p: TrainState, listing: data.Listing, val: data.Listing, device: torch.device
+    states: list[TrainState], listing: data.Listing, val: data.Listing, device: torch.device
 ) -> dict[str, float]:
-    """kNN of the student's features, with the weights and batch-norm statistics that a checkpoint
-    holds: the mean over ranks."""
-    with torch.random.fork_rng(devices=[]):  # drawn and overwritten
-        net = models.of(p.cfg)
-    net.load_state_dict(engine.weights(p.engine) | models.mean_buffers(p.net))
-    net.to(device, memory_format=torch.channels_last)
-    encode = engine.autocast(p.cfg.engine.precision, device)(net.eval().features)
-    scores = knn.score(
-        encode, listing, val, p.cfg.data, p.cfg.view, p.cfg.eval, p.cfg.run.seed, device
-    )
-    return named({f"eval/{k}": v for k, v in scores.items()}, student=p.name)
+    """kNN accuracy of every student's features, 0..1, as eval/[<student>/]knn_top1.
+
+    The network has the weights and batch-norm statistics that a checkpoint would hold: statistics
+    are the mean over ranks."""
+    scores = {}
+    for s in states:
+        # What is drawn here is overwritten: it must not shift the training's random stream.
+        with torch.random.fork_rng(devices=[]):
+            net = models.of(s.cfg)
+        net.load_state_dict(engine.weights(s.engine) | models.mean_buffers(s.net))
+        net.to(device).to(memory_format=torch.channels_last).eval()
+        encode = engine.autocast(s.cfg.engine.precision, device)(net.features)
+        cfg = s.cfg
+        found = knn.score(encode, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
+        scores |= named({f"eval/{k}": v for k, v in found.items()}, student=s.name)
+    return scores
+
+
+def _listings(cfg: Config) -> tuple[data.Listing, data.Listing | None]:
+    """The images of training and validation, whose classes must be the same."""
+    listing = data.listing(cfg.data.train, cfg.data.quarantine)
+    if cfg.data.val is None:
+        return listing, None
+    val = data.listing(cfg.data.val, cfg.data.quarantine)
+    data.same_classes(listing, val)
+    return listing, val
+
+
+def _teacher(
+    cfg: Config, loader: data.TrainLoader, views: int | None
+) -> teacher.Teacher | teacher.CachedTeacher | None:
+    if cfg.teacher is None:
+        return None
+    precision, graphs = cfg.engine.precision, cfg.perf.graphs
+    return teacher.create(cfg.teacher, cfg.student.dim, precision, loader, graphs, views)
 
 
 def _announce(
-    cfg: Config, listing, states: list[TrainState], micro: int, steps: int, start: int, folder: Path
-):
-    for p in states:
-        say(
-            f"{folder}: {p.name and f'{p.name}: '}{p.cfg.student.arch} ({p.size / 1e6:.1f} M "
-            "weights with its head), "
-            f"{f'teacher {cfg.teacher.file}' if cfg.teacher else 'no teacher'}"
-        )
+    cfg: Config,
+    listing: data.Listing,
+    states: list[TrainState],
+    micro: int,
+    steps: int,
+    start: int,
+    folder: Path,
+) -> None:
+    """Says what will be trained, before the first step."""
+    taught = f"teacher {cfg.teacher.file}" if cfg.teacher else "no teacher"
+    for s in states:
+        size = f"{s.size / 1e6:.1f} M weights with its head"
+        say(f"{folder}: {_titled(s.name)}{s.cfg.student.arch} ({size}), {taught}")
     say(
         f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = "
         f"{dist.world()} ranks x {micro} images x {cfg.data.accumulate} accumulated, {steps} steps, "
@@ -181,10 +206,14 @@ def _announce(
         )
     if cfg.optim.lr_scale != "none":
         rates = ", ".join(
-            f"{p.name and f'{p.name}: '}lr {p.lr:.4g} for optim.lr {p.cfg.optim.lr:.4g} at batch "
-            "256"
-            for p in states
+            f"{_titled(s.name)}lr {s.lr:.4g} for optim.lr {s.cfg.optim.lr:.4g} at batch 256"
+            for s in states
         )
         say(f"optim.lr_scale: {cfg.optim.lr_scale}, {rates}")
     if start:
         say(f"continuing after step {start}")
+
+
+def _titled(name: str) -> str:
+    """A student's name before what is said of it; '' where there is one student."""
+    return f"{name}: " if name else ""

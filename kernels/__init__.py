@@ -1,6 +1,17 @@
-"""The losses that people call, with their checks.  One definition for all devices: torch.library
-ops whose CUDA form is Triton (queue.py) and whose other form is chunked torch (chunked.py); the
-specification is reference.py."""
+"""The losses that methods call, with the checks of their inputs.
+
+Level 0: imports nothing of fastdisco.  Only this package imports Triton, and only on a GPU.
+Others import the functions below; tests and benches also look at the modules:
+
+  reference.py       every loss in plain torch, as its paper writes it: the specification
+  ops.py             torch.library ops, one definition for all devices
+  chunked.py         their form in torch, in chunks of the queue
+  queue.py           their form in Triton, on CUDA;  triton_kernels.py its kernels
+  launch.py          the table of launch configurations, launch.json
+  views.py, rkd.py   losses that need no queue: SwAV's and DINO's, and relational distillation
+  checks.py          what the losses refuse
+
+Shapes: V views, B images on this rank, d embedding, K rows of the queue, P prototypes."""
 
 import torch
 from fastdisco.kernels import checks, ops, reference
@@ -22,13 +33,14 @@ def moco(
     k      [B,d] raw or unit rows; k[b] is the positive of z[0,b]
     queue  [K,d] unit rows in bfloat16, float16 or float32, the negatives; may be overwritten before
            backward
-    temp   > 0; divides the cosine.  On CUDA the query is rounded to the queue's dtype before it
-           meets the queue
+    temp   > 0; divides the cosine.  On CUDA the query is rounded to the queue's dtype before the
+           two are multiplied
     t      [V,B,d] raw rows, the teacher's views; None for no distillation
     Returns two float32 scalars (float64 if z is float64): `info_nce` of view 0, and `distill` of
     all views (0 without t).  An active autocast changes nothing.  Differentiable once.
     Raises ValueError when k, queue or t requires grad (they are targets), shapes or devices differ,
-    temp is not positive, or the queue is not contiguous or, at its first use, not of unit rows."""
+    temp is not positive, or the queue is not contiguous.  The first use of a queue also checks that
+    its rows are unit rows."""
     if z.ndim != 3 or z.shape[1:] != k.shape:
         raise ValueError(
             f"moco: z {list(z.shape)} must be [V,B,d] and k {list(k.shape)} alike in B and d"
@@ -39,7 +51,9 @@ def moco(
             "in one width"
         )
     checks.of_queue("moco", z, queue, dict(temp=temp), dict(k=k, queue=queue, t=t))
-    return ops.moco(z, k, t, queue, temp, torch.is_grad_enabled() and z.requires_grad)[0].unbind()
+    differentiate = torch.is_grad_enabled() and z.requires_grad
+    contrast, distance = ops.moco(z, k, t, queue, temp, differentiate)[0].unbind()
+    return contrast, distance
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
@@ -59,9 +73,9 @@ def seed(
     """Cross-entropy of the student's similarities to the queue against the teacher's.  SEED,
     arXiv:2101.04731, equation 4.
 
-    zs, zt  [B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
-    queue   [K,d] unit rows of the teacher; may be overwritten before backward.  zt[b] itself is
-            scored beside them
+    zs, zt  [B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype.  zt[b]
+            itself is one more candidate beside the queue's rows
+    queue   [K,d] unit rows of the teacher; may be overwritten before backward
     temp_*  > 0; divides the cosine.  temp_t below 0.01 only with a float32 queue
     Returns a float32 scalar, the mean over B in nats (float64 if zs is float64).  Differentiable
     once.
@@ -78,7 +92,8 @@ def seed(
             "a cosine by some 1e-4 to 1e-3 and so the teacher's probabilities by orders of "
             "magnitude; take a float32 queue or temp_t of 0.01 and more"
         )
-    return ops.seed(zs, zt, queue, temp_s, temp_t, torch.is_grad_enabled() and zs.requires_grad)[0]
+    differentiate = torch.is_grad_enabled() and zs.requires_grad
+    return ops.seed(zs, zt, queue, temp_s, temp_t, differentiate)[0]
 
 
 def distill(zs: Tensor, zt: Tensor) -> Tensor:
@@ -87,8 +102,8 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
 
     zs, zt  [V,B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
     Returns a float32 scalar, the sum over V of the mean over B, within 0..4V (float64 if zs is
-    float64); an active autocast changes nothing. Raises ValueError when zt requires grad (detach
-    the teacher) or the shapes differ."""
+    float64).  An active autocast changes nothing.
+    Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
     if zs.shape != zt.shape:
         raise ValueError(
             f"distill: zs {list(zs.shape)} and zt {list(zt.shape)} differ; student and teacher "
@@ -100,23 +115,23 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor):
-    """Writes the keys [n,d], raw rows in any dtype, as unit rows over queue[ptr], queue[ptr+1], ...
-    of [K,d], round and round, and moves ptr.
+def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    """Writes keys as unit rows into the ring buffer `queue` from row `ptr` on, and moves `ptr`.
 
-    queue, ptr ([] int64) are changed in place and on their device: nothing waits for it, and
-    captured graphs may hold their addresses. Raises ValueError for more keys than rows (which of
-    them stay would be left to chance) and for another width or device."""
+    queue  [K,d], changed in place
+    ptr    [] int64, changed in place: the row that is written next
+    keys   [n,d] raw rows in any dtype
+    Everything stays on the queue's device: nothing waits for it, and captured CUDA graphs may hold
+    the addresses.
+    Raises ValueError for more keys than rows (which of them stay would be left to chance), another
+    width or another device."""
     if len(keys) > len(queue):
         raise ValueError(
             f"the queue holds {len(queue)} keys and cannot take {len(keys)} at once; enlarge "
             "method.queue or lower data.batch"
         )
-    if (
-        keys.shape[1:] != queue.shape[1:]
-        or not keys.device == ptr.device == queue.device
-        or not queue.is_contiguous()
-    ):
+    one_device = keys.device == ptr.device == queue.device
+    if keys.shape[1:] != queue.shape[1:] or not one_device or not queue.is_contiguous():
         raise ValueError(
             f"enqueue: keys {list(keys.shape)} on {keys.device} do not fit a contiguous queue "
             f"{list(queue.shape)} on {queue.device}, ptr on {ptr.device}"

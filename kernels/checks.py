@@ -1,17 +1,24 @@
-"""What the losses refuse, with a sentence."""
+"""What the losses refuse.  Each check raises a ValueError of one sentence that begins with the
+loss's name."""
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+# Queues whose rows were found to be unit rows; `enqueue` keeps them so.
+_checked = WeakIdKeyDictionary()
 
-def positive(loss: str, temps: dict[str, float]):
+
+def positive(loss: str, temps: dict[str, float]) -> None:
+    """Refuses temperatures, given by name, that are not above 0."""
     for name, temp in temps.items():
-        if not temp > 0:  # nor nan
+        # Written so that nan fails, too.
+        if not temp > 0:
             raise ValueError(f"{loss}: {name} is {temp} and must be positive")
 
 
-def targets(loss: str, inputs: dict[str, Tensor | None]):
+def targets(loss: str, inputs: dict[str, Tensor | None]) -> None:
+    """Refuses targets, given by name, that require grad; None is passed over."""
     for name, x in inputs.items():
         if x is not None and x.requires_grad:
             raise ValueError(f"{loss}: {name} requires grad but is a target; detach it")
@@ -19,8 +26,12 @@ def targets(loss: str, inputs: dict[str, Tensor | None]):
 
 def of_queue(
     loss: str, z: Tensor, queue: Tensor, temps: dict[str, float], inputs: dict[str, Tensor | None]
-):
-    """inputs: the targets, among them the queue."""
+) -> None:
+    """All checks of a loss over a queue.
+
+    z       [...,d] the student's rows
+    queue   [K,d]
+    inputs  the targets by name, the queue among them"""
     positive(loss, temps)
     if queue.ndim != 2 or not len(queue) or queue.shape[1] != z.shape[-1] or not z.numel():
         raise ValueError(
@@ -43,19 +54,17 @@ def of_queue(
         _unit_rows(loss, queue)
 
 
-# Queues whose rows were found to be unit rows; `enqueue` keeps them so.
-_seen = WeakIdKeyDictionary()
+def _unit_rows(loss: str, queue: Tensor) -> None:
+    """Refuses a queue that was never normalised.
 
-
-def _unit_rows(loss: str, queue: Tensor):
-    """Raises ValueError for a queue that was never normalised.  Once per tensor: on a GPU the
-    answer has to be waited for."""
-    if queue in _seen or (queue.is_cuda and torch.cuda.is_current_stream_capturing()):
+    Looks once at each tensor, since on a GPU the host must wait for the answer."""
+    if queue in _checked or (queue.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     worst = max((part.float().norm(dim=1) - 1).abs().max().item() for part in queue.split(1 << 16))
-    if not worst < 0.02:  # bfloat16 rounds a length by less than 0.004
+    # Rounding to bfloat16 changes a length by less than 0.004.
+    if not worst < 0.02:
         raise ValueError(
             f"{loss}: queue holds a row whose length is off by {worst:.2g} from 1; fill it with "
             "F.normalize(rows, dim=1) or `enqueue`"
         )
-    _seen[queue] = True
+    _checked[queue] = True

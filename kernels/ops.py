@@ -1,9 +1,15 @@
-"""The queue losses as torch.library ops: what the dispatcher, autograd, torch.compile and CUDA
-graphs see of them.
+"""The queue losses as torch.library ops, which is what the dispatcher, autograd, torch.compile and
+CUDA graphs see of them.
 
-Each op returns the loss and, where it is asked for (`differentiate`), the gradient beside it, for
-both come from the same pass over the queue; backward only scales.  On CUDA a width of up to 256
-takes the Triton kernels, everything else chunked torch."""
+Each op returns the loss and, with `differentiate`, the gradient beside it, since both come from the
+same pass over the queue; backward only scales.  On CUDA a width of up to 256 takes the Triton
+kernels (queue.py), everything else chunked torch (chunked.py).
+
+An op is four functions: the op, its fake (shapes alone, for torch.compile), what the forward saves,
+and the backward.  Shapes: V views, B images, d embedding, K rows of the queue."""
+
+from types import ModuleType
+from typing import Any
 
 import torch
 from fastdisco.kernels import chunked
@@ -13,13 +19,14 @@ from torch import Tensor
 WIDEST = 256  # the accumulator of a wider row does not fit the registers
 
 
-def _form(z: Tensor, queue: Tensor):
+def _form(z: Tensor, queue: Tensor) -> ModuleType:
+    """The module whose functions compute the ops for these rows."""
     if z.device.type != "cuda" or z.shape[-1] > WIDEST or torch.float64 in (z.dtype, queue.dtype):
         return chunked
-    # Triton is no dependency of a machine without a GPU.
-    from fastdisco.kernels import queue as swept
+    # Imported here, since a machine without a GPU need not have Triton.
+    from fastdisco.kernels import queue as triton_queue
 
-    return swept
+    return triton_queue
 
 
 # ---- MoCo and DisCo
@@ -29,28 +36,30 @@ def _form(z: Tensor, queue: Tensor):
 def moco(
     z: Tensor, k: Tensor, t: Tensor | None, queue: Tensor, temp: float, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(contrast, distill) [2], and where `differentiate` contrast's gradient to z[0] [B,d] and,
-    with t, distill's to z [V,B,d]; else empty."""
+    """Arguments as of `fastdisco.kernels.moco`.
+
+    Returns (contrast, distill) [2], contrast's gradient to z[0] [B,d], and distill's to z [V,B,d].
+    The gradients are empty unless `differentiate`, the last also without t."""
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
         return _form(z, queue).moco(z, k, t, queue, temp, differentiate)
 
 
 @moco.register_fake
-def _(z, k, t, queue, temp, differentiate):
-    new = lambda shape, wanted: z.new_empty(shape if wanted else 0, dtype=wide(z))
-    return (
-        new(2, True),
-        new(z.shape[1:], differentiate),
-        new(z.shape, differentiate and t is not None),
-    )
+def _(
+    z: Tensor, k: Tensor, t: Tensor | None, queue: Tensor, temp: float, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    terms = z.new_empty(2, dtype=wide(z))
+    contrast = z.new_empty(z.shape[1:] if differentiate else 0, dtype=wide(z))
+    wanted = differentiate and t is not None
+    return terms, contrast, z.new_empty(z.shape if wanted else 0, dtype=wide(z))
 
 
-def _keep_moco(ctx, inputs, output):
+def _keep_moco(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.like = inputs[0].shape, inputs[0].dtype
 
 
-def _moco_backward(ctx, upstream, *_):
+def _moco_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     _once("moco")
     (shape, dtype), (contrast, distill) = ctx.like, ctx.saved_tensors
     if distill.numel():
@@ -58,7 +67,8 @@ def _moco_backward(ctx, upstream, *_):
         grad[0].addcmul_(contrast, upstream[0])
     else:
         grad = (contrast * upstream[0])[None]
-        if shape[0] > 1:  # nothing was asked of the other views
+        # Without t, only view 0 enters the loss.
+        if shape[0] > 1:
             grad = torch.cat([grad, grad.new_zeros(shape[0] - 1, *shape[1:])])
     return grad.to(dtype), None, None, None, None, None
 
@@ -73,24 +83,27 @@ moco.register_autograd(_moco_backward, setup_context=_keep_moco)
 def seed(
     zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss [], and where `differentiate` its gradient to zs [B,d]; else empty."""
+    """Arguments as of `fastdisco.kernels.seed`.
+
+    Returns the loss [] and its gradient to zs [B,d], empty unless `differentiate`."""
     with torch.no_grad(), torch.autocast(zs.device.type, enabled=False), torch.cuda.device_of(zs):
         return _form(zs, queue).seed(zs, zt, queue, temp_s, temp_t, differentiate)
 
 
 @seed.register_fake
-def _(zs, zt, queue, temp_s, temp_t, differentiate):
-    return zs.new_empty((), dtype=wide(zs)), zs.new_empty(
-        zs.shape if differentiate else 0, dtype=wide(zs)
-    )
+def _(
+    zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float, differentiate: bool
+) -> tuple[Tensor, Tensor]:
+    loss = zs.new_empty((), dtype=wide(zs))
+    return loss, zs.new_empty(zs.shape if differentiate else 0, dtype=wide(zs))
 
 
-def _keep_seed(ctx, inputs, output):
+def _keep_seed(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1])
     ctx.dtype = inputs[0].dtype
 
 
-def _seed_backward(ctx, upstream, _):
+def _seed_backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     _once("seed")
     return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None, None, None, None
 
@@ -98,8 +111,9 @@ def _seed_backward(ctx, upstream, _):
 seed.register_autograd(_seed_backward, setup_context=_keep_seed)
 
 
-def _once(loss: str):
-    if torch.is_grad_enabled():  # create_graph=True
+def _once(loss: str) -> None:
+    # Gradients are on in a backward only with create_graph=True.
+    if torch.is_grad_enabled():
         raise RuntimeError(
             f"{loss} is differentiable once: its gradient is computed in the forward"
         )
@@ -110,11 +124,12 @@ def _once(loss: str):
 
 @torch.library.custom_op("fastdisco::enqueue", mutates_args=("queue", "ptr"))
 def enqueue(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
-    """Unit rows of keys [n,d] over queue [K,d] from row ptr on, which moves past them; n <= K."""
+    """Writes keys [n,d] as unit rows over queue [K,d] from row ptr on, and moves ptr past them;
+    n <= K."""
     with torch.cuda.device_of(queue):
         _form(keys, queue).enqueue(queue, ptr, keys)
 
 
 @enqueue.register_fake
-def _(queue, ptr, keys):
+def _(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     return None

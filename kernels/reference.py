@@ -1,11 +1,14 @@
 """Every loss in plain torch, as its paper writes it: the specification that the fast forms are
-tested against."""
+tested against.
+
+Shapes: V views, G of them with a target, B images, d embedding, K rows of the queue, P
+prototypes."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # shortest length that a row is divided by
+EPS = 1e-12  # rows shorter than this are divided by this
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
@@ -19,13 +22,14 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temp: float) -> Tensor:
     Returns a scalar, the mean over B in nats; float64 if q is, else float32."""
     q, k = unit(q), unit(k.detach()).to(wide(q))
     positive = (q * k).sum(1, keepdim=True)  # [B,1]
-    logits = torch.cat([positive, q @ queue.detach().to(q.dtype).T], 1) / temp  # [B,1+K]
+    negatives = q @ queue.detach().to(q.dtype).T  # [B,K]
+    logits = torch.cat([positive, negatives], 1) / temp  # [B,1+K]
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
 def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float) -> Tensor:
     """Cross-entropy between the distributions of student and teacher over the teacher's own feature
-    and the queue.  SEED, arXiv:2101.04731, eq. 4.
+    and the queue.  SEED, arXiv:2101.04731, equation 4.
 
     zs, zt  [B,d] raw rows, normalised here; the gradient goes to zs only
     queue   [K,d] unit rows
@@ -55,18 +59,21 @@ def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
     targets  [G,B,P] probabilities, of views 0..G-1
     temp     > 0; divides the scores
     Returns a scalar, the mean over the G (V-1) pairs and B in nats."""
-    pairs = [(g, v) for g in range(len(targets)) for v in range(len(scores)) if v != g]
-    return sum(
-        F.cross_entropy(scores[v].to(wide(scores)) / temp, targets[g].detach().to(wide(scores)))
-        for g, v in pairs
-    ) / len(pairs)
+    dtype = wide(scores)
+    terms = [
+        F.cross_entropy(mine.to(dtype) / temp, target.detach().to(dtype))
+        for g, target in enumerate(targets)
+        for v, mine in enumerate(scores)
+        if v != g
+    ]
+    return torch.stack(terms).mean()
 
 
 def unit(x: Tensor) -> Tensor:
-    """The rows at length 1, in float64 if x is, else in float32."""
+    """The rows scaled to length 1, in float64 if x is, else in float32."""
     return F.normalize(x.to(wide(x)), dim=-1, eps=EPS)
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What x is computed in."""
+    """The dtype in which x is computed: float64 if x is, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

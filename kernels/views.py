@@ -1,7 +1,12 @@
-"""The cross-view loss of SwAV and DINO in plain torch: it keeps the scores and their log-sum-exp,
-no probabilities of the student.
+"""The cross-view loss of SwAV and DINO in plain torch.  For the backward it keeps the scores and
+their log-sum-exp, and no probabilities of the student.
 
-The prototypes need a gradient themselves, so there is no one-pass form as for a queue."""
+The prototypes need a gradient themselves, so there is no one-pass form as for a queue.
+
+Shapes: V views, G of them with a target, B images, P prototypes."""
+
+import functools
+from typing import Any
 
 import torch
 from fastdisco.kernels import checks
@@ -21,12 +26,9 @@ def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
     float64).
     Raises ValueError when targets requires grad, the shapes do not fit, there is only one view or
     temp is not positive."""
-    if (
-        scores.ndim != 3
-        or scores.shape[1:] != targets.shape[1:]
-        or not 1 <= len(targets) <= len(scores)
-        or len(scores) < 2
-    ):
+    some_targets = 1 <= len(targets) <= len(scores)
+    alike = scores.ndim == 3 and scores.shape[1:] == targets.shape[1:]
+    if not (alike and some_targets and len(scores) > 1):
         raise ValueError(
             f"swapped: targets {list(targets.shape)} must be [G,B,P] of the first G of the V >= 2 "
             f"views of scores {list(scores.shape)}"
@@ -38,9 +40,11 @@ def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:
 
 
 class _Swapped(torch.autograd.Function):
+    """By hand, since autograd would keep every view's log-probabilities [B,P]."""
+
     @staticmethod
-    def forward(ctx, scores, targets, temp):
-        lse, loss = [], 0.0
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, temp: float) -> Tensor:
+        lse, loss = [], scores.new_zeros((), dtype=wide(scores))
         for v, mine in enumerate(scores):
             mine, target = mine.to(wide(scores)) / temp, _target(targets, v, scores)
             lse.append(mine.logsumexp(1))
@@ -49,27 +53,26 @@ class _Swapped(torch.autograd.Function):
         ctx.temp = temp
         return loss / _pairs(scores, targets)
 
+    # torch declares the arguments as *grad_outputs.
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
         scores, targets, lse = ctx.saved_tensors
         scale = upstream / (ctx.temp * scores.shape[1] * _pairs(scores, targets))
         grad = torch.empty_like(scores)
         for v, mine in enumerate(scores):
-            p, target = (
-                torch.exp(mine.to(wide(scores)) / ctx.temp - lse[v][:, None]),
-                _target(targets, v, scores),
-            )
+            p = torch.exp(mine.to(wide(scores)) / ctx.temp - lse[v][:, None])
+            target = _target(targets, v, scores)
             grad[v] = (target.sum(1, keepdim=True) * p - target) * scale
         return grad, None, None
 
 
 def _target(targets: Tensor, v: int, scores: Tensor) -> Tensor:
     """[B,P]: the sum of all views' targets but view v's own; cross-entropy is linear in it."""
-    others = [t for g, t in enumerate(targets) if g != v]
+    others = [target for g, target in enumerate(targets) if g != v]
     if not others:
         return torch.zeros_like(targets[0], dtype=wide(scores))
-    return sum(t.to(wide(scores)) for t in others)
+    return functools.reduce(torch.add, (target.to(wide(scores)) for target in others))
 
 
 def _pairs(scores: Tensor, targets: Tensor) -> int:

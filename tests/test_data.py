@@ -20,7 +20,7 @@ from torchvision.transforms import functional as F
 
 from fastdisco import config, data
 from fastdisco.config import Crop, UserError
-from fastdisco.data import draws, graph, loader
+from fastdisco.data import draws, graph, loader, pipelines
 from fastdisco.data.placement import Placement, default_placement
 
 CPU = torch.device("cpu")
@@ -879,7 +879,7 @@ def serialised(listing, folder, placement):
     registered for its device and the graphs serialise."""
     from nvidia.dali import backend
 
-    reader = loader._reader(listing, np.arange(40), folder)
+    reader = pipelines.reader(listing, np.arange(40), folder)
     pipe = dict(batch_size=4, num_threads=1, device_id=None)
     known = dict(
         cpu=set(backend.RegisteredCPUOps()),

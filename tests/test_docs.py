@@ -19,7 +19,7 @@ from conftest import ROOT
 
 import fastdisco
 from fastdisco import cli, config
-from fastdisco.commands import train
+from fastdisco.commands import arguments, train
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # A fenced block: its fence, language and body.
@@ -156,7 +156,7 @@ def check(words, whole, base):
     if tool == "make":
         check_make(rest)
     elif tool in ("fastdisco", "fastdisco.cli"):
-        check_config(parse(cli._parser(), rest, whole, cli._parse), base)
+        check_config(parse(cli._parser(rest), rest, whole, arguments.parse), base)
     elif tool in TRAIN and (tool != words[0] or (rest[:1] and rest[0].startswith("-"))):
         parser = argparse.ArgumentParser(prog="train.py")
         train.add(parser)

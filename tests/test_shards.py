@@ -22,7 +22,7 @@ from test_train import losses, metrics
 from fastdisco import cli, data
 from fastdisco.commands import train
 from fastdisco.config import UserError
-from fastdisco.data import loader, pack, shards
+from fastdisco.data import loader, pack, shards, tar_index
 
 MB = 30 / 1024  # tars of 30 KiB: the 43 images fill several
 
@@ -412,7 +412,9 @@ def test_tars_in_a_folder_that_cannot_be_written_are_read_all_the_same(
     few, tmp_path, monkeypatch, capsys
 ):
     foreign(tmp_path / "a.tar", samples_of(few, range(0, 43, 2)))
-    monkeypatch.setattr(shards, "write_whole", lambda *a: (_ for _ in ()).throw(PermissionError()))
+    monkeypatch.setattr(
+        tar_index, "write_whole", lambda *a: (_ for _ in ()).throw(PermissionError())
+    )
     assert len(data.listing(tmp_path).files) == 22 and list(tmp_path.iterdir()) == [
         tmp_path / "a.tar"
     ]
@@ -735,7 +737,7 @@ def test_gpu_views_of_tars_are_those_of_the_folder(name, few, packed):
     gpu = torch.device("cuda", 0)
     # Of one image: one decoder each.
     a, b = (
-        stream(data.TrainLoader(x, SMALL[:1], 1, 0, 3, 1, 1, gpu, way=PLACEMENTS[name]))
+        stream(data.TrainLoader(x, SMALL[:1], 1, 0, 3, 1, 1, gpu, placement=PLACEMENTS[name]))
         for x in (few, packed)
     )
     assert a[0] == b[0]

@@ -22,7 +22,7 @@ from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco.engine.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets, moco
 from fastdisco.models import Out
-from fastdisco.run import log, students
+from fastdisco.run import log, meter, students
 from fastdisco.teacher import Options, Teacher
 
 CUDA = torch.device("cuda")
@@ -396,7 +396,7 @@ def _here():
 def _between_log_points(args, begin, end):
     """Trains, with begin() called before the first batch after every log point, and end() at every
     log point."""
-    state, read, fetch = {"logged": False, "on": False}, log.Meter.read, data.TrainLoader.__next__
+    state, read, fetch = {"logged": False, "on": False}, meter.Meter.read, data.TrainLoader.__next__
 
     def at_the_log_point(self, *a):
         if state["on"]:
@@ -410,7 +410,7 @@ def _between_log_points(args, begin, end):
             state["on"] = True
         return fetch(self)
 
-    log.Meter.read, data.TrainLoader.__next__ = at_the_log_point, batch
+    meter.Meter.read, data.TrainLoader.__next__ = at_the_log_point, batch
     _train(args)
 
 

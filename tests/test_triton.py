@@ -14,10 +14,10 @@ triton = pytest.importorskip(
     "triton", reason="gpu: Triton is not installed, which comes with torch for CUDA"
 )
 sys.path.insert(0, str(ROOT / "bench"))
-import tune
-from fastdisco.kernels import launch
-from fastdisco.kernels import queue as triton_queue
-from tune import SHARED_MEMORY, compiled, faults
+import tune  # noqa: E402
+from fastdisco.kernels import launch, triton_rows, triton_sweep  # noqa: E402
+from fastdisco.kernels import queue as triton_queue  # noqa: E402
+from tune import SHARED_MEMORY, compiled, faults  # noqa: E402
 
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 # Many rows of the table are alike.
@@ -104,21 +104,21 @@ def test_the_other_kernels_compile_without_spills(arch):
         inverse_t="fp32",
     )
     for kernel, types, constants, warps in [
-        (triton_queue._moco_rows, moco, gather | dict(VIEWS=2), 4),
-        (triton_queue._seed_rows, seed, gather, 4),
+        (triton_rows.moco_rows_kernel, moco, gather | dict(VIEWS=2), 4),
+        (triton_rows.seed_rows_kernel, seed, gather, 4),
         (
-            triton_queue._units,
+            triton_sweep.units_kernel,
             dict(first="*fp32", second="*bf16", out="*bf16", n="i32"),
             dict(C=128, CP=128),
             1,
         ),
         (
-            triton_queue._enqueue,
+            triton_sweep.enqueue_kernel,
             dict(queue="*bf16", ptr="*i64", keys="*fp32", size="i32"),
             dict(C=128, CP=128),
             1,
         ),
-        (triton_queue._advance, dict(ptr="*i64", n="i32", size="i32"), {}, 1),
+        (triton_sweep.advance_kernel, dict(ptr="*i64", n="i32", size="i32"), {}, 1),
     ]:
         found = compiled(
             kernel, arch, types, constants, dict(num_warps=warps, **triton_queue.OPTIONS)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fastdisco.commands import arguments
 from fastdisco.common.console import say
 from fastdisco.common.limits import MAX_PIXELS, SHARD_MB
 
@@ -16,12 +17,18 @@ COMMANDS = {
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastdisco data`."""
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
-    p = sub.add_parser("demo", help=COMMANDS["demo"])
+    _add_demo(arguments.command(sub, "demo", COMMANDS["demo"], demo))
+    _add_pack(arguments.command(sub, "pack", COMMANDS["pack"], pack))
+    what = f"{COMMANDS['check']}; exit code 2 if there are any"
+    _add_check(arguments.command(sub, "check", what, check))
+
+
+def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("dst", type=Path)
     p.add_argument("--seed", type=int, default=0)
-    p.set_defaults(run=demo)
 
-    p = sub.add_parser("pack", help=COMMANDS["pack"])
+
+def _add_pack(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "src",
         type=Path,
@@ -43,9 +50,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="QUALITY",
         help="encode CIFAR's images as JPEG, not PNG",
     )
-    p.set_defaults(run=pack)
 
-    p = sub.add_parser("check", help=f"{COMMANDS['check']}; exit code 2 if there are any")
+
+def _add_check(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "src",
         type=Path,
@@ -72,16 +79,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="look at these images, named relative to the data's folder",
     )
-    p.set_defaults(run=check)
 
 
 def demo(args: argparse.Namespace) -> None:
+    """`fastdisco data demo`."""
     from fastdisco.data import demo
 
     demo.write(args.dst, seed=args.seed)
 
 
 def pack(args: argparse.Namespace) -> None:
+    """`fastdisco data pack`."""
     from fastdisco.data import pack
 
     for folder, m in pack.pack(args.src, args.dst, args.seed, args.shard_mb, args.jpeg).items():
@@ -92,11 +100,13 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
+    """`fastdisco data check`."""
     import torch
 
     from fastdisco.common import dist
     from fastdisco.data import check
 
+    # Decoders differ: an image that one of them reads may stop the other.
     devices = tuple({torch.device("cpu"), dist.device()})
     faults = check.check(
         args.src, args.fast, args.out, args.threads, args.max_pixels, args.only, devices

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from fastdisco.commands import arguments
 from fastdisco.common.errors import UserError
 
 COMMANDS = {"knn": "kNN accuracy of a run's last checkpoint, by the run's own configuration"}
@@ -12,27 +13,22 @@ COMMANDS = {"knn": "kNN accuracy of a run's last checkpoint, by the run's own co
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastdisco eval`."""
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
-    p = sub.add_parser("knn", help=COMMANDS["knn"])
+    p = arguments.command(sub, "knn", COMMANDS["knn"], knn)
     p.add_argument(
         "folder",
         type=Path,
         metavar="RUN",
         help="the run's folder, or one of its checkpoints/step_XXXXXXXX",
     )
-    p.add_argument("--net", choices=("student", "ema"), default="student")
     p.add_argument(
-        "--student", metavar="NAME", help="which one, where the run has several students"
+        "--net", choices=("student", "ema"), default="student", help="ema: the mean student"
     )
-    p.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="block.key=value",
-        help="for example eval.k=200 data.val=/data/other",
-    )
-    p.set_defaults(run=run_knn)
+    p.add_argument("--student", metavar="NAME", help="the name of one, for a run that has several")
+    arguments.overrides(p, "for example eval.k=200 data.val=/data/other")
 
 
-def run_knn(args: argparse.Namespace) -> None:
+def knn(args: argparse.Namespace) -> None:
+    """`fastdisco eval knn`."""
     import torch
 
     from fastdisco import data, models
@@ -47,9 +43,8 @@ def run_knn(args: argparse.Namespace) -> None:
         )
     device = dist.device()
     encode = autocast(cfg.engine.precision, device)(net.to(device).features)
-    train, val = (
-        data.listing(path, cfg.data.quarantine) for path in (cfg.data.train, cfg.data.val)
-    )
+    train = data.listing(cfg.data.train, cfg.data.quarantine)
+    val = data.listing(cfg.data.val, cfg.data.quarantine)
     with torch.no_grad():
         scores = knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
     print(json.dumps({f"eval/{k}": v for k, v in scores.items()}))

@@ -3,10 +3,16 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fastdisco import config
+from fastdisco.commands import arguments
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastdisco.data import Listing
 
 COMMANDS = {
     "show": "what a checkpoint is, and what of it is used",
@@ -18,6 +24,23 @@ COMMANDS = {
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastdisco teacher`."""
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
+    known = {"parents": [_checkpoint()]}
+    what = f"{COMMANDS['show']}; exit code 2 if it is no teacher"
+    arguments.command(sub, "show", what, show, **known)
+    what = f"{COMMANDS['check']}; exit code 2 if it has not"
+    _add_check(arguments.command(sub, "check", what, check, **known))
+    what = (
+        f"{COMMANDS['record']}; starts under torchrun or deepspeed too, and goes on where it was "
+        "stopped"
+    )
+    p = arguments.command(sub, "record", what, record)
+    p.add_argument("--config", required=True, help="of the training")
+    arguments.launched(p)
+    arguments.overrides(p, "those of the training")
+
+
+def _checkpoint() -> argparse.ArgumentParser:
+    """The arguments that name a checkpoint."""
     known = argparse.ArgumentParser(add_help=False)
     known.add_argument(
         "file",
@@ -28,17 +51,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--arch", help="the timm model that it belongs to, where the file does not say"
     )
     known.add_argument(
-        "--student", metavar="NAME", help="which one, of a run that has several students"
+        "--student", metavar="NAME", help="the name of one, for a run that has several"
     )
+    return known
 
-    p = sub.add_parser(
-        "show", parents=[known], help=f"{COMMANDS['show']}; exit code 2 if it is no teacher"
-    )
-    p.set_defaults(run=show)
 
-    p = sub.add_parser(
-        "check", parents=[known], help=f"{COMMANDS['check']}; exit code 2 if it has not"
-    )
+def _add_check(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
         type=Path,
@@ -59,43 +77,30 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of either at most, drawn at random (%(default)s)",
     )
-    p.add_argument(
-        "--resize",
-        type=int,
-        default=_default("eval_resize"),
-        help="of the short side (%(default)s)",
-    )
-    p.add_argument(
-        "--size", type=int, default=_default("eval_size"), help="of the centre crop (%(default)s)"
-    )
-    p.add_argument("--batch", type=int, default=_default("eval_batch"))
-    p.add_argument("--threads", type=int, default=_default("threads"))
-    p.set_defaults(run=check)
-
-    p = sub.add_parser(
-        "record",
-        help=f"{COMMANDS['record']}; starts under torchrun or deepspeed too, and goes on where it was stopped",
-    )
-    p.add_argument("--config", required=True, help="of the training")
-    # The deepspeed launcher passes it.
-    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    p.add_argument("overrides", nargs="*", metavar="block.key=value", help="those of the training")
-    p.set_defaults(run=record)
+    of_data = {
+        "--resize": ("eval_resize", "of the short side (%(default)s)"),
+        "--size": ("eval_size", "of the centre crop (%(default)s)"),
+        "--batch": ("eval_batch", "images at a time (%(default)s)"),
+        "--threads": ("threads", "of the CPU, to read images (%(default)s)"),
+    }
+    for option, (key, what) in of_data.items():
+        p.add_argument(option, type=int, default=_default(key), help=what)
 
 
 def show(args: argparse.Namespace) -> None:
+    """`fastdisco teacher show`."""
+    from torch import nn
+
     from fastdisco import models
     from fastdisco.teacher import formats, runtime
 
-    def count(m):
+    def count(m: nn.Module) -> str:
         return f"{models.size(m) / 1e6:.2f} M weights"
 
     found = formats.read(args.file, args.arch, student=args.student)
+    arch = f"{found.arch} {found.kwargs or ''}".rstrip()
     say(f"{args.file}: {found.format}")
-    say(
-        f"architecture  {found.arch} {found.kwargs or ''}".rstrip()
-        + f", {count(found.net.backbone)}"
-    )
+    say(f"architecture  {arch}, {count(found.net.backbone)}")
     say(f"head          {found.head}, {count(found.net.head)}; student.dim must be {found.dim}")
     say(f"used          {len(found.net.state_dict())} tensors, all that the network has")
     for why, names in found.ignored.items():
@@ -104,6 +109,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    """`fastdisco teacher check`."""
     import torch
 
     from fastdisco import data, models
@@ -114,30 +120,32 @@ def check(args: argparse.Namespace) -> None:
     quarantine, device = _default("quarantine"), dist.device()
     found = formats.read(args.file, args.arch, student=args.student)
     val = data.listing(args.data, quarantine)
+    # Whether it takes images of that size is known before any is read.
     runtime.of_noise(found.net, runtime.noise((args.size,)))
     train = data.listing(args.bank, quarantine) if args.bank else val
     data.same_classes(train, val)
     bank, queries = _drawn(train, val, args)
-    loaders = [
-        data.EvalLoader(
-            listing,
-            args.resize,
-            args.size,
-            args.batch,
-            args.threads,
-            device,
-            data.reading_order(listing, indices),
+
+    def loader(listing: data.Listing, indices: "np.ndarray") -> data.EvalLoader:
+        order = data.reading_order(listing, indices)
+        return data.EvalLoader(
+            listing, args.resize, args.size, args.batch, args.threads, device, order
         )
-        for listing, indices in ((train, bank), (val, queries))
-    ]
+
     torch.manual_seed(0)
-    untrained = models.create(found.arch, lambda features: torch.nn.Identity(), found.kwargs)
+    untrained = models.create(found.arch, lambda features: torch.nn.Identity(), dict(found.kwargs))
+    others = f"of {args.bank}" if args.bank else "others"
     say(
         f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among "
-        f"{len(bank)} {f'of {args.bank}' if args.bank else 'others'}"
+        f"{len(bank)} {others}"
     )
-    nets = (n.eval().to(device) for n in (found.net, untrained))
-    shares = probe.run(*nets, *loaders, len(val.classes))
+    shares = probe.run(
+        found.net.eval().to(device),
+        untrained.eval().to(device),
+        loader(train, bank),
+        loader(val, queries),
+        len(val.classes),
+    )
     print(json.dumps({f"teacher/{k}": v for k, v in shares.items()}))
     if against := probe.verdict(shares, len(queries)):
         raise UserError(
@@ -146,15 +154,19 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def _drawn(train, val, args: argparse.Namespace) -> tuple:
+def _drawn(
+    train: "Listing", val: "Listing", args: argparse.Namespace
+) -> "tuple[np.ndarray, np.ndarray]":
     """Indices, ascending, of the bank in train and of the queries in val: args.images of each at
     most."""
     import numpy as np
 
     draw = np.random.default_rng(0)
-    # Without a bank of its own, alternate images: whether sorted by class or mixed, both halves are
-    # alike.
-    bank, queries = (train.kept, val.kept) if args.bank else (val.kept[::2], val.kept[1::2])
+    if args.bank:
+        bank, queries = train.kept, val.kept
+    else:
+        # Alternate images: whether sorted by class or mixed, both halves are alike.
+        bank, queries = val.kept[::2], val.kept[1::2]
     bank, queries = (np.sort(draw.permutation(x)[: args.images]) for x in (bank, queries))
     if not len(bank) or not len(queries):
         raise UserError(
@@ -165,6 +177,9 @@ def _drawn(train, val, args: argparse.Namespace) -> tuple:
 
 
 def record(args: argparse.Namespace) -> None:
+    """`fastdisco teacher record`."""
+    from fastdisco import config
+
     cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
 
     from fastdisco import data, engine, methods, teacher
@@ -175,11 +190,17 @@ def record(args: argparse.Namespace) -> None:
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     loader = students.loader(cfg, listing, config.micro_batch(cfg, dist.world()), device)
     views = methods.kind(cfg.method.name).teacher_views
-    teacher.create(
+    assert cfg.teacher, "teacher.cache has made the block"
+    cached = teacher.create(
         cfg.teacher, cfg.student.dim, cfg.engine.precision, loader, teacher_views=views
-    ).complete()
+    )
+    assert isinstance(cached, teacher.CachedTeacher)
+    cached.complete()
     engine.stop()
 
 
-def _default(key: str):
+def _default(key: str) -> Any:
+    """The default of a key of the `data` block."""
+    from fastdisco import config
+
     return config.Data.model_fields[key].default

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastdisco import config
+from fastdisco.commands import arguments
 from fastdisco.common import launch
 from fastdisco.common.console import refuse, say
 from fastdisco.common.errors import UserError
@@ -11,11 +11,11 @@ COMMANDS = {"": "train a student, or go on with the run of the same command"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python fastdisco/train.py`; the exit code, 2 where a user's error stopped it."""
+    """`python fastdisco/train.py`; returns the exit code, 2 where a user's error stopped it."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     add(parser)
     try:
-        return run(parser.parse_intermixed_args(argv))
+        return run(arguments.parse(parser, argv))
     except UserError as e:
         return refuse(e)
 
@@ -32,16 +32,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="say what the run would be and what it lacks, and start nothing",
     )
-    # The deepspeed launcher passes it; LOCAL_RANK says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="block.key=value", help="for example optim.lr=0.06"
-    )
-    parser.set_defaults(run=run)
+    arguments.launched(parser)
+    arguments.overrides(parser, "for example optim.lr=0.06")
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Reads the configuration before torch is imported, so that a wrong key is answered at once."""
+    from fastdisco import config
+
     launch.defaults()
     cfg = config.load(args.config, args.overrides)
     if args.dry_run:

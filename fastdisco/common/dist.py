@@ -1,5 +1,6 @@
-"""Ranks: start-up without a launcher, gathering, and the batch shuffle of MoCo.  Everything works
-the same at one rank."""
+"""Communication between ranks, and MoCo's batch shuffle.
+
+Everything works the same with one rank, where nothing is sent.  Shapes: B images on each rank."""
 
 from collections.abc import Callable
 
@@ -27,11 +28,12 @@ __all__ = [
     "world",
 ]
 
-# Renamed in torch 2.14.
+# torch 2.14 renamed it.
 _GATHER = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 
 
 def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -41,15 +43,19 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
-    """`all_gather` under way while the caller goes on: what is returned waits for the rows, on a
-    GPU its current stream does."""
+    """Starts an `all_gather` and returns at once.
+
+    Calling the result waits for the rows and returns them.  On a GPU it makes the current stream
+    wait, not the host."""
     if world() == 1:
         return lambda: x
     x = x.contiguous()
     out = x.new_empty(world() * len(x), *x.shape[1:])
     work = _GATHER(out, x, async_op=True)
+    # None is for processes outside the group, and every rank is in it.
+    assert work is not None
 
-    def rows():
+    def rows() -> Tensor:
         work.wait()
         return out
 
@@ -57,19 +63,19 @@ def all_gather_async(x: Tensor) -> Callable[[], Tensor]:
 
 
 def all_mean(x: Tensor) -> Tensor:
-    """Mean over ranks, in place where there are several."""
+    """Mean over ranks.  With several ranks it is computed in place."""
     return all_sum(x).div_(world())
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum over ranks, in place where there are several."""
+    """Sum over ranks.  With several ranks it is computed in place."""
     if world() > 1:
         td.all_reduce(x)
     return x
 
 
 def all_min(n: int) -> int:
-    """The smallest of the ranks' numbers; waits for all."""
+    """The smallest of the ranks' numbers.  The host waits for all ranks."""
     x = torch.tensor(n, device=device())
     if world() > 1:
         td.all_reduce(x, op=td.ReduceOp.MIN)
@@ -77,46 +83,49 @@ def all_min(n: int) -> int:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank; waits for all."""
+    """Whether the flag is set on any rank.  The host waits for all ranks."""
     x = torch.tensor(float(flag), device=device())
     if world() > 1:
         td.all_reduce(x, op=td.ReduceOp.MAX)
     return bool(x.item())
 
 
-def barrier():
+def barrier() -> None:
+    """Waits until every rank has come here."""
     if world() > 1:
         td.barrier()
 
 
 class Shuffle:
-    """A permutation of the global batch, the same on every rank, by a seed: `split` hands each rank
-    its share, `join` undoes it.
+    """A permutation of the global batch that every rank draws from the same seed: `split` gives a
+    rank its share of the permuted batch, `join` brings the rows back into the original order.
 
-    MoCo, arXiv:1911.05722, section 3.3: keys normalised beside the queries they answer would leak
-    through the batch statistics."""
+    MoCo, arXiv:1911.05722, section 3.3: if a key were normalised together with the queries that it
+    answers, the batch statistics would reveal which key belongs to which query."""
 
-    def __init__(self, batch: int, seed: int):
-        """batch: images on each rank."""
+    def __init__(self, batch: int, seed: int) -> None:
+        """batch  images on each rank."""
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(batch * world(), generator=g)
         self.mine = order[rank() * batch :][:batch]
         self.undo = torch.argsort(order)
 
     def split(self, x: Tensor) -> Tensor:
-        """[B,C,...] -> [B,C,...]: this rank's share of the permuted global batch; images stay
-        channels_last."""
-        # As images lie in memory, so that nothing is rearranged.
+        """[B,C,...] -> [B,C,...], this rank's share of the permuted global batch.
+
+        Images stay channels_last."""
+        # With channels last the gathered rows already lie as channels_last images do, so that
+        # neither movedim copies anything.
         rows = all_gather(x.movedim(1, -1))
         return rows[_on(x.device, self.mine)].movedim(-1, 1)
 
     def join(self, x: Tensor) -> Callable[[], Tensor]:
-        """[B,...] of a shuffled share -> [B*ranks,...], once called: the whole global batch in its
-        own order, on every rank."""
+        """[B,...] of a shuffled share -> a function that waits for the other ranks and returns
+        [B*ranks,...], the whole global batch in its original order, the same on every rank."""
         rows, undo = all_gather_async(x), _on(x.device, self.undo)
         return lambda: rows()[undo]
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:
-    # Pageable memory would make the host wait.
+    # From pageable memory the copy would make the host wait for the device.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,7 +1,7 @@
-"""Defaults that a command's help shows and that its code uses, here so that help imports nothing
-heavy."""
+"""Defaults of commands that their help shows and their code uses.  They are here because help must
+not import the code."""
 
-# MiB of a packed tar at most.
+# Largest size of a packed tar, MiB.
 SHARD_MB = 1024
-# Width x height of an image at most: 300 MB decoded.  ImageNet's largest has 75 million.
+# Largest width x height of an image, which is 300 MB decoded.  ImageNet's largest has 75 million.
 MAX_PIXELS = 100_000_000

@@ -1,15 +1,20 @@
 """The configuration: YAML in, one validated `Config` out.
 
-Level 0: imports nothing of fastdisco but `common`.  The blocks and their defaults are in blocks.py
-and
-methods.py, what a method's authors trained with in recipes.py, the files' reader in reading.py."""
+blocks.py    the blocks, their keys, defaults and checks
+methods.py   the block `method`, for each method
+crops.py     a view and its augmentation
+recipes.py   the defaults of other blocks under a method, as its authors trained
+config.py    the whole, and what its blocks must agree on
+reading.py   files and overrides; the sentences about mistakes
+derived.py   each student's configuration, the crops one by one, the micro batch
+
+Level 0: imports nothing of fastdisco but `common`, and no torch."""
 
 from fastdisco.common.errors import UserError
 from fastdisco.config.block import Block
 from fastdisco.config.blocks import (
     Bn,
     Checkpoint,
-    Config,
     Data,
     Engine,
     Eval,
@@ -21,6 +26,7 @@ from fastdisco.config.blocks import (
     Student,
     Teacher,
 )
+from fastdisco.config.config import Config
 from fastdisco.config.crops import Crop, Crops
 from fastdisco.config.derived import crops, micro_batch, students
 from fastdisco.config.merge import flatten

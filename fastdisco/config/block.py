@@ -1,7 +1,7 @@
-"""What every block of the configuration has in common."""
+"""What all blocks of the configuration have in common."""
 
 from pydantic import BaseModel
 
 
 class Block(BaseModel, extra="forbid", frozen=True, validate_default=True):
-    pass
+    """A group of keys: fixed once made, and it refuses keys that it does not have."""

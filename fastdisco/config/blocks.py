@@ -1,56 +1,75 @@
-"""Every key of the configuration, its default and its check; those of the methods are in
-methods.py."""
+"""The blocks of the configuration: every key, its default, and the checks that need no other block.
+
+The block `method` is in methods.py, the crops (`view`, `views`) in crops.py, and the whole in
+config.py.  null in a file is None here."""
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastdisco.config.block import Block
-from fastdisco.config.crops import Crop, Crops
-from fastdisco.config.merge import overlay
-from fastdisco.config.methods import Dino, Moco, Seed, Swav
-from fastdisco.config.recipes import RECIPES
+
+_WORD = r"[\w.+-]+"
 
 
 class Run(Block):
-    name: str  # outputs go to out/name/
+    """The run: its name and its length."""
+
+    # The run's outputs go to the folder out/name/.
+    name: str
     out: Path = Path("out")
-    seed: int = Field(0, ge=0, lt=2**32)  # of weights, order, views and shuffles
+    # What all randomness comes from: initial weights, order of the images, views, shuffles.
+    seed: int = Field(0, ge=0, lt=2**32)
+    # Length of the training.  The schedules of learning rate and weight decay end with it.
     epochs: int = Field(200, ge=1)
-    # Stop here although the schedule is made for all epochs.
+    # Stop after so many steps.  The schedules stay those of all epochs.  null: train to the end.
     max_steps: int | None = Field(None, ge=1)
 
     @field_validator("name")
     @classmethod
-    def _one_folder(cls, name):
-        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+    def _one_folder(cls, name: str) -> str:
+        if not re.fullmatch(_WORD, name) or name.startswith("."):
             raise ValueError("one folder name of letters, digits and . _ + -")
         return name
 
 
 class Data(Block):
-    train: Path  # a folder of class folders, a list file, or tars: see docs/data.md
-    val: Path | None = None  # the same; needed by the kNN evaluation
-    # Names of images to leave out; looked for in the folders of train and val.  null: none.
+    """The images, the batch, and where images are decoded and augmented (docs/data.md)."""
+
+    # Training images: a folder of class folders, a list file, or tars.
+    train: Path
+    # Validation images, in the same forms; the kNN evaluation needs them.
+    val: Path | None = None
+    # A file that names images to leave out, as `fastdisco data check` writes it.  A relative name
+    # is looked for in the folders of train and val.  null: leave nothing out.
     quarantine: Path | None = Path("quarantine.txt")
     # Images per optimizer step, over all ranks and accumulated micro batches.
     batch: int = Field(256, ge=1)
-    accumulate: int = Field(1, ge=1)  # micro batches per step
-    threads: int = Field(4, ge=1)  # DALI's CPU threads on each rank
-    decode: Literal["auto", "gpu", "cpu"] = "auto"  # auto: where data.augment is
-    # Crop, colours, blur; auto: on the GPU where there is one.
+    # Micro batches per optimizer step: a rank's forward pass has
+    # data.batch / (ranks x data.accumulate) images.
+    accumulate: int = Field(1, ge=1)
+    # DALI's CPU threads on each rank.
+    threads: int = Field(4, ge=1)
+    # Where JPEGs are decoded; auto: where `augment` is.
+    decode: Literal["auto", "gpu", "cpu"] = "auto"
+    # Where crops, colours and blur are computed; auto: on the GPU where there is one.
     augment: Literal["auto", "gpu", "cpu"] = "auto"
-    # Share of the JPEGs for the GPU's decoding engine (A100, H100 ...), the rest to its cores.
+    # With decode on a GPU that has a JPEG decoding engine (A100, H100 ...): the share of the images
+    # that the engine decodes.  The GPU's cores decode the rest.
     hw_decoder_load: float = Field(0.65, ge=0, le=1)
-    prefetch: int = Field(2, ge=1)  # batches made ahead
-    eval_resize: int = Field(256, ge=8)  # short side before the centre crop
-    eval_size: int = Field(224, ge=8)  # side of the centre crop
-    eval_batch: int = Field(128, ge=1)  # images per rank
+    # How many batches are made ahead of the step.
+    prefetch: int = Field(2, ge=1)
+    # Evaluation: images are resized so that the short side has so many pixels.
+    eval_resize: int = Field(256, ge=8)
+    # Evaluation: side of the square that is then cut from the centre, pixels.
+    eval_size: int = Field(224, ge=8)
+    # Evaluation: images per batch on each rank.
+    eval_batch: int = Field(128, ge=1)
 
     @model_validator(mode="after")
-    def _nothing_goes_back(self):
+    def _nothing_goes_back(self) -> "Data":
         if self.decode == "gpu" and self.augment == "cpu":
             raise ValueError(
                 "decode: gpu with data.augment: cpu would copy every image back; take cpu for "
@@ -60,59 +79,80 @@ class Data(Block):
 
 
 class Student(Block):
-    arch: str = "mobilenetv3_large_100"  # any timm model
-    # Linear layers with ReLU, two; or with GELU, three: see heads.py.
+    """The network that is trained: a backbone and a projection head."""
+
+    # The backbone: any timm model, or resnet50w2, resnet50w4, resnet50w5.
+    arch: str = "mobilenetv3_large_100"
+    # mlp: two linear layers with a ReLU between them (MoCo-v2, SwAV); dino: three with GELUs.
     head: Literal["mlp", "dino"] = "mlp"
-    head_bn: bool = False  # batch norm in the head, as SwAV's has
-    hidden: int = Field(2048, ge=0)  # width of the head's hidden layers; 0: a single linear layer
-    dim: int = Field(128, ge=1)  # width of the embedding
-    kwargs: dict[str, Any] = {}  # handed to timm.create_model
+    # Batch norm after each hidden layer of the head, as in SwAV's.
+    head_bn: bool = False
+    # Width of the head's hidden layers.  0: the head is a single linear layer.
+    hidden: int = Field(2048, ge=0)
+    # Width of the embedding, which is the head's output.  It must equal the teacher's.
+    dim: int = Field(128, ge=1)
+    # Further arguments of timm.create_model for the backbone.
+    kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 class OneOfMany(Block):
-    """An entry of `students`: what differs from the student and optim blocks."""
+    """An entry of `students`: what differs from the blocks student and optim.
 
-    name: str | None = None  # in metrics, checkpoints and --student; null: the architecture's
-    arch: str | None = None  # null, here and below: as in the student block
+    null, which is the default of every key, means: as in those blocks."""
+
+    # The student's name in metrics, in checkpoints and for --student; null: the architecture's.
+    name: str | None = None
+    arch: str | None = None
     hidden: int | None = Field(None, ge=0)
+    # They replace student.kwargs as a whole.
     kwargs: dict[str, Any] | None = None
-    lr: float | None = Field(None, ge=0)  # null: optim.lr
+    lr: float | None = Field(None, ge=0)
 
     @field_validator("name")
     @classmethod
-    def _one_word(cls, name):
-        if name is not None and not re.fullmatch(r"[\w.+-]+", name):
+    def _one_word(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(_WORD, name):
             raise ValueError("a word of letters, digits and . _ + -")
         return name
 
 
 class Teacher(Block):
-    # A checkpoint as its training wrote it, or the folder of a fastdisco run: docs/teachers.md.
+    """The frozen network to distil (docs/teachers.md), and how it runs."""
+
+    # A checkpoint as its training wrote it, or the folder of a fastdisco run.
     file: Path
-    # The timm model that the file's backbone belongs to; null: told by the file.
+    # The timm model of the file's backbone; null: found by the names and shapes in the file.
     arch: str | None = None
-    kwargs: dict[str, Any] = {}  # handed to timm.create_model
-    student: str | None = None  # which of the students of a fastdisco run that has several
-    # Of weights and activations.  auto: fp16 on a GPU, engine.precision on a CPU.
+    # Further arguments of timm.create_model for the backbone.
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    # Which student teaches, where the fastdisco run has several.
+    student: str | None = None
+    # Of weights and activations; auto: fp16 on a GPU, engine.precision on a CPU.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # Batch: by the statistics of bn_group images of a view, as in the official code.
+    # What its batch norms normalise with.  eval: the statistics in the file; batch: the statistics
+    # of each `bn_group` images of a view, as in DisCo's official code.
     bn: Literal["eval", "batch"] = "eval"
     bn_group: int = Field(32, ge=2)
-    fold: bool = True  # batch norm into the layers before it, with bn: eval
-    graph: bool = True  # on a GPU its forward is a CUDA graph that runs beside the student's
-    # Replay: recorded embeddings, no teacher; record: the same, after what is missing.
+    # Fold each batch norm into the layer before it, which is faster.  Only with bn: eval.
+    fold: bool = True
+    # On a GPU: run the forward as a CUDA graph, beside the student's forward.
+    graph: bool = True
+    # off: the teacher runs in each step.  replay: its recorded embeddings are read instead.
+    # record: first record the embeddings that are missing, then replay (docs/teacher_cache.md).
     cache: Literal["off", "record", "replay"] = "off"
     cache_folder: Path = Path("out/teacher_cache")
-    # Epochs whose views are recorded; epoch e has the views of epoch e mod cache_rounds.
+    # Of how many epochs the views are recorded.  Epoch e then repeats the views of epoch
+    # e mod cache_rounds.
     cache_rounds: int = Field(10, ge=1)
 
     @field_validator("cache", mode="before")
     @classmethod
-    def _off_to_word(cls, value):
-        return "off" if value is False else value  # as YAML 1.1 reads off
+    def _off_to_word(cls, value: object) -> object:
+        # YAML 1.1 reads a bare off as false.
+        return "off" if value is False else value
 
     @model_validator(mode="after")
-    def _recordable(self):
+    def _recordable(self) -> "Teacher":
         if self.cache != "off" and self.bn == "batch":
             raise ValueError(
                 f"cache: {self.cache} needs bn: eval, for with batch an embedding depends on the "
@@ -122,22 +162,28 @@ class Teacher(Block):
 
 
 class Bn(Block):
-    # Batch-norm statistics over 1/groups of a rank's micro batch, as `groups` GPUs would have them.
+    """The batch norms of student and mean student (EMA) in training (docs/method.md)."""
+
+    # Compute statistics over 1/groups of a rank's micro batch, as if on `groups` GPUs.
     groups: int = Field(1, ge=1)
-    # How the key encoder sees the batch permuted over ranks and groups (MoCo, section 3.3): gather
-    # sends the images around, load has each rank load its share of the permuted batch instead, for
-    # all networks (docs/method.md); true and false are read as gather and off.
+    # How the key encoder (the mean student) gets a batch that is permuted over ranks and groups
+    # (MoCo, section 3.3).  gather: ranks send each other images; load: each rank loads the images
+    # of its share itself, and they are view B for all networks; off: no permutation.  true means
+    # gather, false means off.
     shuffle: Literal["gather", "load", "off"] = "gather"
-    sync: bool = False  # statistics over all ranks, GPUs only
+    # Compute statistics over all ranks.  On GPUs only.
+    sync: bool = False
 
     @field_validator("shuffle", mode="before")
     @classmethod
-    def _bool_to_word(cls, value):
-        # YAML reads a bare off as false.
-        return {True: "gather", False: "off"}[value] if isinstance(value, bool) else value
+    def _bool_to_word(cls, value: object) -> object:
+        # YAML 1.1 reads a bare off as false.
+        if isinstance(value, bool):
+            return "gather" if value else "off"
+        return value
 
     @model_validator(mode="after")
-    def _groups_or_sync(self):
+    def _groups_or_sync(self) -> "Bn":
         if self.sync and self.groups > 1:
             raise ValueError(
                 f"bn.sync: statistics over all ranks and in {self.groups} parts of each "
@@ -147,24 +193,39 @@ class Bn(Block):
 
 
 class Optim(Block):
-    name: str = "sgd"  # any name of timm.optim
+    """The optimizer, and the schedules of learning rate and weight decay."""
+
+    # Any optimizer of timm.optim.  sgd is plain momentum SGD, nesterov its Nesterov form.
+    name: str = "sgd"
+    # The learning rate that the schedule starts from, before lr_scale.
     lr: float = Field(0.03, ge=0)
-    lr_scale: Literal["none", "linear", "sqrt"] = "none"  # lr times (data.batch / 256), or its root
-    lr_min: float = Field(0.0, ge=0)  # where the cosine ends; not scaled
+    # What lr is multiplied by.  none: 1; linear: data.batch / 256; sqrt: the root of that.
+    lr_scale: Literal["none", "linear", "sqrt"] = "none"
+    # The learning rate at the end of the cosine.  It is not scaled.
+    lr_min: float = Field(0.0, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
-    # Where a cosine of its own ends; null: it stays.
+    # Weight decay at the end of the training, reached by a cosine; null: it stays as it is.
     weight_decay_end: float | None = Field(None, gt=0)
-    decay_norm_and_bias: bool = True  # as MoCo and DisCo do
-    clip: float = Field(0.0, ge=0)  # norm of the gradient; 0: off
-    clip_each: bool = False  # the norm is each weight tensor's own, as in DINO's code
+    # Whether biases and the weights of norms decay, too, as in MoCo and DisCo.
+    decay_norm_and_bias: bool = True
+    # The gradient is shortened to this norm where it is longer; 0: never.
+    clip: float = Field(0.0, ge=0)
+    # Clip each weight tensor's gradient by itself, as DINO's code does, instead of all together.
+    clip_each: bool = False
+    # How the learning rate falls.  cosine: to lr_min; step: to a tenth at each milestone; constant:
+    # not at all.
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    per: Literal["step", "epoch"] = "step"  # how often the schedule moves
+    # How often the schedule changes the learning rate.
+    per: Literal["step", "epoch"] = "step"
+    # For so many epochs from the start the learning rate rises linearly; the schedule begins
+    # after them.
     warmup_epochs: float = Field(0.0, ge=0)
-    milestones: tuple[int, ...] = (120, 160)  # epochs at which `step` multiplies lr by 0.1
+    # Epochs at which `schedule: step` multiplies the learning rate by 0.1.
+    milestones: tuple[int, ...] = (120, 160)
 
     @model_validator(mode="after")
-    def _schedules(self):
+    def _schedules(self) -> "Optim":
         if self.lr_min and self.schedule != "cosine":
             raise ValueError(
                 f"optim.lr_min: the schedule {self.schedule} does not end at {self.lr_min:g}; "
@@ -179,21 +240,26 @@ class Optim(Block):
 
 
 class Engine(Block):
-    # Of the forward passes; weights and statistics stay fp32.
+    """How the student is trained on several devices: precision and DeepSpeed (docs/engine.md)."""
+
+    # Of the forward passes, by autocast.  Weights and statistics stay fp32.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # On a GPU, float32 convolutions with 10 bits of mantissa; matrix products keep all 23.
+    # On a GPU: fp32 convolutions keep 10 bits of mantissa, which is faster.  Matrix products keep
+    # all 23.
     tf32: bool = True
-    # ZeRO, see docs/engine.md; 0: only gradients are exchanged, the fastest for students that fit
-    # (all do)
+    # ZeRO stage.  0: only gradients are exchanged, which is the fastest for students that fit, and
+    # all do; 1 and above divide optimizer state, then gradients, then weights among the ranks.
     stage: Literal[0, 1, 2, 3] = 0
-    # Gradients are exchanged while the backward runs: at stage 0 by fastdisco, at 1 and 2 on GPUs
+    # Exchange gradients while the backward still runs: at stage 0 by fastdisco, at 1 and 2 on GPUs
     # by DeepSpeed.
     overlap: bool = True
-    bucket_mb: float = Field(8.0, gt=0)  # MiB of gradients that are sent at once where they overlap
-    deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, laid over the generated ones
+    # With overlap: how many gradients are sent at once, MiB.
+    bucket_mb: float = Field(8.0, gt=0)
+    # DeepSpeed's own keys, laid over the settings that fastdisco makes.
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _fp16_at_stage_0(self):
+    def _fp16_at_stage_0(self) -> "Engine":
         if self.precision == "fp16" and self.stage:
             raise ValueError(
                 f"precision: fp16 works at stage 0 only, found {self.stage} (from stage 1 on "
@@ -204,170 +270,43 @@ class Engine(Block):
 
 
 class Perf(Block):
-    graphs: bool = True  # on a GPU, the forwards of mean student and teacher as CUDA graphs
-    # torch.compile of the backbones; what it costs and saves is measured and told.
+    """Speed (docs/speed.md)."""
+
+    # On a GPU: run the forwards of mean student and teacher as CUDA graphs.
+    graphs: bool = True
+    # Which backbones torch.compile compiles.  Its cost and its gain are measured and printed.
     compile: Literal[False, "student", "teacher", "both"] = False
-    backend: str = "inductor"  # of torch.compile
-    # cuDNN takes what is fastest here; then a resumed run on a GPU may round otherwise.
+    # torch.compile's backend.
+    backend: str = "inductor"
+    # cuDNN tries its algorithms and takes the fastest.  A resumed run on a GPU may then take others
+    # and round differently.
     cudnn_benchmark: bool = True
 
 
 class Eval(Block):
-    every: int = Field(0, ge=0)  # steps between kNN evaluations; 0: only after the last step
+    """The kNN evaluation during the training, which needs data.val."""
+
+    # Steps between evaluations.  0: only after the last step.
+    every: int = Field(0, ge=0)
+    # How many neighbours vote.
     k: int = Field(20, ge=1)
-    temp: float = Field(0.07, gt=0)  # of the neighbours' weights exp(cos / temp)
-    # Training images in the kNN bank, drawn by run.seed; null: all.
+    # Temperature of the votes: a neighbour's weight is exp(cosine / temp).
+    temp: float = Field(0.07, gt=0)
+    # How many training images neighbours are looked for in, drawn by run.seed; null: all.
     bank: int | None = Field(None, ge=1)
 
 
 class Log(Block):
-    every: int = Field(20, ge=1)  # steps; the loop waits for the device only then
+    """The metrics."""
+
+    # Steps between lines of metrics.  Only for these does the loop wait for the device.
+    every: int = Field(20, ge=1)
 
 
 class Checkpoint(Block):
-    every: int = Field(1000, ge=1)  # steps
-    keep: int = Field(2, ge=1)  # the last ones
+    """The checkpoints."""
 
-
-class Config(Block):
-    run: Run
-    data: Data
-    view: Crop = Crop()  # what all crops share
-    # The crops of an image, laid over `view`; by default the method's, see RECIPES.
-    views: tuple[Crops, ...] = Field(min_length=1)
-    student: Student = Student()
-    # Several, trained side by side from one teacher on the same views; see docs/method.md.
-    students: tuple[OneOfMany, ...] = ()
-    teacher: Teacher | None = None  # null: no distillation
-    bn: Bn = Bn()
-    method: Annotated[Moco | Swav | Dino | Seed, Field(discriminator="name")] = Moco()
-    optim: Optim = Optim()
-    engine: Engine = Engine()
-    perf: Perf = Perf()
-    eval: Eval = Eval()
-    log: Log = Log()
-    checkpoint: Checkpoint = Checkpoint()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _recipe(cls, raw):
-        given = raw.get("method", {}) if isinstance(raw, dict) else None
-        method = {"name": "moco"} | given if isinstance(given, dict) else {}
-        view = raw.get("view") if isinstance(raw, dict) else None
-        if (
-            not isinstance(method.get("name"), str)
-            or method["name"] not in RECIPES
-            or not isinstance(view, dict | None)
-        ):
-            return raw  # refused below
-        recipe = RECIPES[method["name"]]
-        if raw.get("views") is None:
-            own = {key for group in recipe["views"] for key in group}
-            if taken := sorted(own & set(view or ())):
-                raise ValueError(
-                    f"view.{taken[0]}: the crops of {method['name']} have a {taken[0]} of their "
-                    f"own; write them out as views, by default {recipe['views']}"
-                )
-            raw = {k: v for k, v in raw.items() if k != "views"}
-        return overlay(recipe, raw | {"method": method})
-
-    @field_serializer("views")
-    def _as_given(self, views):
-        # Else a group's defaults would hide `view` when read back.
-        return [group.model_dump(mode="json", exclude_unset=True) for group in views]
-
-    @model_validator(mode="after")
-    def _blocks_agree(self):
-        names = student_names(self)
-        if twice := [n for n in names if names.count(n) > 1]:
-            raise ValueError(
-                f"students: {len(twice)} are named {twice[0]}; give each its own, as in students: "
-                f"[{{name: ...}}]"
-            )
-        method, batch, crops = (
-            self.method,
-            self.data.batch,
-            sum(group.count for group in self.views),
-        )
-        need = {"moco": 2, "seed": 2 if method.name == "seed" and method.contrast else 1}.get(
-            method.name
-        )
-        fits = crops == need if need else crops >= 2
-        if not fits:
-            raise ValueError(
-                f"views: {method.name} takes {need or '2 or more'} crops of an "
-                f"image{' here' * bool(need)}, found {crops}; set views=[{{count: {need or 2}}}] "
-                "for example"
-            )
-        if method.name == "seed" and self.teacher is None:
-            raise ValueError("teacher.file: SEED learns from a teacher alone; give one")
-        if method.name in ("moco", "seed") and method.queue < batch:
-            raise ValueError(
-                f"method.queue: {method.queue} keys cannot hold one step's {batch} (data.batch); "
-                "enlarge it"
-            )
-        if method.name == "swav" and method.queue % batch:
-            raise ValueError(
-                f"method.queue: {method.queue} embeddings are no multiple of data.batch {batch}; "
-                f"nearest: {method.queue // batch * batch} or {(method.queue // batch + 1) * batch}"
-            )
-        if self.bn.shuffle == "load" and method.name not in ("moco", "seed"):
-            raise ValueError(
-                f"bn.shuffle: load hands out other images as view B, and {method.name} compares the "
-                "views of an image; set bn.shuffle=off"
-            )
-        if self.bn.shuffle == "load" and self.teacher and self.teacher.cache != "off":
-            raise ValueError(
-                "bn.shuffle: load hands out other images as view B, and "
-                f"teacher.cache={self.teacher.cache} replays embeddings of whole images; set "
-                "bn.shuffle=gather or off"
-            )
-        if (
-            self.engine.stage
-            and (freeze := {"swav": "freeze_steps", "dino": "freeze_epochs"}.get(method.name))
-            and getattr(method, freeze)
-        ):
-            raise ValueError(
-                f"method.{freeze}: at engine.stage {self.engine.stage} gradients are flat pieces of "
-                f"many tensors, and none can be left out of a step; set method.{freeze}=0 or "
-                "engine.stage=0"
-            )
-        if self.engine.stage and self.optim.clip_each:
-            raise ValueError(
-                f"optim.clip_each: at engine.stage {self.engine.stage} gradients are flat pieces "
-                "of many tensors; set it to false"
-            )
-        if self.data.eval_size > self.data.eval_resize:
-            raise ValueError(
-                f"data.eval_size: a crop of {self.data.eval_size} does not fit images resized to "
-                f"{self.data.eval_resize} (data.eval_resize)"
-            )
-        if self.optim.warmup_epochs >= self.run.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs: {self.optim.warmup_epochs:g} leave nothing of the "
-                f"{self.run.epochs} epochs (run.epochs); lower it"
-            )
-        if self.perf.compile in ("student", "both") and self.engine.stage == 3:
-            raise ValueError(
-                f"perf.compile: {self.perf.compile} works at engine.stage 0 to 2, for at 3 weights "
-                "come and go within the forward"
-            )
-        if self.perf.compile in ("teacher", "both") and self.teacher is None:
-            raise ValueError(
-                f"perf.compile: {self.perf.compile}, but there is no teacher; set teacher.file, or "
-                "student or false"
-            )
-        if self.perf.compile in ("teacher", "both") and self.teacher.cache != "off":
-            raise ValueError(
-                f"perf.compile: {self.perf.compile}, but with teacher.cache={self.teacher.cache} "
-                "no teacher runs; set student or false"
-            )
-        if self.eval.every and self.data.val is None:
-            raise ValueError(
-                "eval.every: the kNN evaluation needs data.val, a folder of class folders"
-            )
-        return self
-
-
-def student_names(cfg: Config) -> list[str]:
-    return [one.name or one.arch or cfg.student.arch for one in cfg.students]
+    # Steps between checkpoints.  There is one after the last step in any case.
+    every: int = Field(1000, ge=1)
+    # How many of the newest are kept.
+    keep: int = Field(2, ge=1)

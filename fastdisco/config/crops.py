@@ -1,4 +1,4 @@
-"""What a view is: one random crop of an image with its augmentation, as data."""
+"""What a view is: one random crop of an image and its augmentation, as values."""
 
 from typing import Annotated, Literal
 
@@ -11,36 +11,50 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-NotNegative, Positive = Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]
-Share, Hue = Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(ge=0, le=0.5)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
 
 
 class Crop(BaseModel, extra="forbid", frozen=True):
-    """One view.  The defaults are MoCo-v2's augmentation, arXiv:2003.04297; the data pipelines read
-    nothing else."""
+    """One view; a `*_p` is the chance that the step is applied.
 
-    size: int = Field(224, ge=8)  # output side, pixels
-    # Share of the image's area.
+    The defaults are MoCo-v2's augmentation, arXiv:2003.04297.  The data pipelines read nothing else
+    of the configuration."""
+
+    # Side of the square that comes out, pixels.
+    size: int = Field(224, ge=8)
+    # The crop's area as a share of the image's area: smallest and largest.
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.2, 1.0)
-    # Width / height.
+    # The crop's width / height: smallest and largest.
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
+    # Mirror left and right.
     flip_p: float = Field(0.5, ge=0, le=1)
+    # Change the colours.
     jitter_p: float = Field(0.8, ge=0, le=1)
-    # Brightness, contrast, saturation, hue (in turns)
+    # How strongly: brightness, contrast and saturation are multiplied by up to 1 +- this, hue is
+    # turned by up to this part of the colour circle.
     jitter: tuple[NotNegative, NotNegative, NotNegative, Hue] = (0.4, 0.4, 0.4, 0.1)
+    # Make it grey.
     gray_p: float = Field(0.2, ge=0, le=1)
+    # Blur with a Gaussian.
     blur_p: float = Field(0.5, ge=0, le=1)
-    # Pixels.
+    # The Gaussian's standard deviation, pixels: smallest and largest.
     blur_sigma: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.1, 2.0)
-    # Values from 128 on become 255 - value, the last step.
+    # Solarise, after all other steps: a value v of 0..255 that is 128 or more becomes 255 - v.
     solarize_p: float = Field(0.0, ge=0, le=1)
-    interpolation: Literal["linear", "cubic"] = "linear"  # of the resize, antialiased
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1
+    # How the crop is resized; both are antialiased.
+    interpolation: Literal["linear", "cubic"] = "linear"
+    # The view is normalised at the end: (v - mean) / std, with v in 0..1, for red, green, blue.
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 class Crops(Crop):
-    """`count` views alike.  What is not set here is as in the configuration's `view`, see
-    config.crops."""
+    """A group of `count` views of one kind.
+
+    What a group does not set is as in the configuration's block `view`: `config.crops` puts them
+    together."""
 
     count: int = Field(1, ge=1)

@@ -1,4 +1,8 @@
-"""The method blocks: one for each file in fastdisco/methods/."""
+"""The block `method`: one class for each file in fastdisco/methods/, with its keys, defaults and
+checks.
+
+"Mean student" is the exponential moving average (EMA) of the student's weights.  The weights of
+losses are explained in docs/method.md."""
 
 from typing import Literal
 
@@ -8,73 +12,111 @@ from fastdisco.config.block import Block
 
 
 class Rkd(Block):
-    """Relational distillation on view A (arXiv:1904.05068); the paper's comparison has both at 1
-    and method.distill at 0."""
+    """Weights of relational distillation's two losses, on the first view (arXiv:1904.05068).
+
+    For the comparison in DisCo's paper set both to 1, and method.distill to 0."""
 
     distance: float = Field(0.0, ge=0)
     angle: float = Field(0.0, ge=0)
 
 
 class Moco(Block):
+    """MoCo-v2 (arXiv:2003.04297), and DisCo (arXiv:2104.09124) on it where there is a teacher."""
+
     name: Literal["moco"] = "moco"
+    # Temperature of the contrastive loss: cosines are divided by it.
     temp: float = Field(0.2, gt=0)
-    queue: int = Field(65536, ge=1)  # keys
-    # Bf16 on a GPU, whose tensor cores want it, else fp32.
+    # How many past keys the queue holds; at least data.batch.
+    queue: int = Field(65536, ge=1)
+    # Precision of the queue; auto: bf16 on a GPU, whose tensor cores want it, otherwise fp32.
     queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    momentum: float = Field(0.999, ge=0, le=1)  # of the mean student (EMA)
-    contrast: float = Field(1.0, ge=0)  # weight of the InfoNCE term
-    # Weight of ||s-t||^2, mean over images, sum over views: the paper's, see docs/method.md.
+    # Of the mean student (EMA): how much of it each step keeps.
+    momentum: float = Field(0.999, ge=0, le=1)
+    # Weight of the contrastive loss (InfoNCE).
+    contrast: float = Field(1.0, ge=0)
+    # Weight of DisCo's distillation loss |student - teacher|^2, a mean over images and a sum over
+    # views.  32 is the paper's.
     distill: float = Field(32.0, ge=0)
-    rkd: Rkd = Rkd()  # weights of the relational terms
+    # Weights of the relational losses.
+    rkd: Rkd = Rkd()
 
 
 class Swav(Block):
+    """SwAV (arXiv:2006.09882), and DisCo on it where there is a teacher."""
+
     name: Literal["swav"] = "swav"
+    # Temperature of the student's predictions.
     temp: float = Field(0.1, gt=0)
+    # How many prototypes there are.
     prototypes: int = Field(3000, ge=2)
-    freeze_steps: int = Field(5005, ge=0)  # for which the prototypes stay as drawn
-    epsilon: float = Field(0.05, gt=0)  # smoothness of the codes
-    iterations: int = Field(3, ge=1)  # of Sinkhorn and Knopp
-    # Embeddings of each of the first two views that share in the codes; a multiple of data.batch.
-    # 0: none.
+    # For so many steps from the start the prototypes are not trained.
+    freeze_steps: int = Field(5005, ge=0)
+    # Smoothness of the codes: similarities are divided by it.
+    epsilon: float = Field(0.05, gt=0)
+    # Rounds of Sinkhorn-Knopp that balance the codes.
+    iterations: int = Field(3, ge=1)
+    # How many past embeddings of each of the first two views share in computing the codes; a
+    # multiple of data.batch, or 0 for none.
     queue: int = Field(3584, ge=0)
-    # At which they begin to be kept; used once there are that many.
+    # The epoch (from 0) from which embeddings are put into the queue.  It is used once it is full.
     queue_epoch: int = Field(15, ge=0)
-    # Weight of ||s-t||^2, mean over images, sum over views: 1/2 the mean over 8 x 128 elements.
+    # Weight of the distillation loss |student - teacher|^2, a mean over images and a sum over
+    # views.  1/2048 is half of a mean over 8 views and 128 dimensions.
     distill: float = Field(1 / 2048, ge=0)
 
 
 class Dino(Block):
+    """DINO (arXiv:2104.14294), and DisCo on it where there is a teacher.
+
+    What DINO's paper calls the teacher is the mean student here."""
+
     name: Literal["dino"] = "dino"
+    # Temperature of the student's softmax.
     temp: float = Field(0.1, gt=0)
-    temp_mean: float = Field(0.04, gt=0)  # of the mean student, which is DINO's teacher
+    # Temperature of the mean student's softmax, after the warm-up.
+    temp_mean: float = Field(0.04, gt=0)
+    # The same at the beginning of the warm-up.
     temp_mean_start: float = Field(0.04, gt=0)
-    temp_warmup_epochs: int = Field(0, ge=0)  # from temp_mean_start to temp_mean, once an epoch
-    prototypes: int = Field(65536, ge=2)  # outputs of the last layer
-    norm_last_layer: bool = True  # their lengths stay 1
-    freeze_epochs: int = Field(1, ge=0)  # for which the last layer stays as drawn
-    # Of the mean student at the start; 1 at the end, by a cosine.
+    # Length of the warm-up, in which the temperature changes once an epoch.  0: no warm-up.
+    temp_warmup_epochs: int = Field(0, ge=0)
+    # How many outputs the last layer has.
+    prototypes: int = Field(65536, ge=2)
+    # true: the last layer's weight rows have length 1; false: their lengths are trained.
+    norm_last_layer: bool = True
+    # For so many epochs from the start the last layer is not trained.
+    freeze_epochs: int = Field(1, ge=0)
+    # Of the mean student: how much of it each step keeps at the start.  It rises to 1 by a cosine.
     momentum: float = Field(0.996, ge=0, le=1)
-    centre: float = Field(0.9, ge=0, lt=1)  # momentum of the centre
-    # Weight of ||s-t||^2 of the bottlenecks, mean over images, sum over two views: ours, see
-    # docs/method.md.
+    # How much of the centre (the running mean of the mean student's outputs) each step keeps.
+    centre: float = Field(0.9, ge=0, lt=1)
+    # Weight of the distillation loss |student - teacher|^2 between bottlenecks, a mean over images
+    # and a sum over the first two views.  The paper gives no number; 1 is our choice.
     distill: float = Field(1.0, ge=0)
 
 
 class Seed(Block):
+    """SEED (arXiv:2101.04731): the teacher's similarities to a queue, learned by the student."""
+
     name: Literal["seed"] = "seed"
+    # Temperature of the student's similarities.
     temp: float = Field(0.2, gt=0)
-    temp_teacher: float = Field(0.01, gt=0)  # the paper's; its code's 1e-4 needs the queue in fp32
-    # Embeddings of the teacher; with contrast as many keys of the mean student.
+    # Temperature of the teacher's similarities.  0.01 is the paper's; the 1e-4 of its code needs a
+    # queue in fp32.
+    temp_teacher: float = Field(0.01, gt=0)
+    # How many past embeddings of the teacher the queue holds; at least data.batch.  With `contrast`
+    # there is a second queue, of as many keys of the mean student.
     queue: int = Field(65536, ge=1)
-    # Bf16 on a GPU where temp_teacher allows, else fp32.
+    # Precision of the queue; auto: bf16 on a GPU where temp_teacher allows it, otherwise fp32.
     queue_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    distill: float = Field(1.0, ge=0)  # weight of SEED's term
-    contrast: float = Field(0.0, ge=0)  # weight of MoCo's term beside it
-    momentum: float = Field(0.999, ge=0, le=1)  # of the mean student, which only contrast needs
+    # Weight of SEED's loss.
+    distill: float = Field(1.0, ge=0)
+    # Weight of MoCo's contrastive loss beside it.  Above 0 it needs two views and a mean student.
+    contrast: float = Field(0.0, ge=0)
+    # Of that mean student: how much of it each step keeps.
+    momentum: float = Field(0.999, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _queue_is_fine_enough(self):
+    def _queue_is_fine_enough(self) -> "Seed":
         if self.temp_teacher < 0.01 and self.queue_dtype in ("bf16", "fp16"):
             raise ValueError(
                 f"method.queue_dtype: {self.queue_dtype} is too coarse for method.temp_teacher "

@@ -1,61 +1,77 @@
-"""YAML files and `block.key=value` overrides in, one validated Config out; every mistake told in
-one sentence."""
+"""Reading a configuration: a YAML file and `block.key=value` overrides in, one Config out.
+
+Every mistake is told in one sentence."""
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from fastdisco.common.errors import UserError
-from fastdisco.config.blocks import Config
+from fastdisco.config.config import Config
 from fastdisco.config.merge import flatten, overlay
 from fastdisco.config.recipes import RECIPES
 
 
-def load(path: Path | str, overrides: list[str] = ()) -> Config:
-    """Config of a YAML file with `block.key=value` overrides laid over it; value is YAML (`1e-3` is
-    a number, `null` is none).
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a YAML file with `block.key=value` overrides laid over it.
 
-    A key `base` names a file, relative to this one, that the file itself is laid over; one level,
-    so that two files tell all. Raises UserError naming the file or override, the key, what is wrong
-    and, for an unknown key, the nearest right one."""
+    A value is YAML: `1e-3` is a number, `null` is none.  The file's key `base` names another file,
+    relative to this one, that this one is laid over.  A base has no base itself, so that two files
+    tell all.
+
+    Raises UserError naming the file or override, the key, what is wrong with it and, for an unknown
+    key, the nearest known one."""
     path = Path(path)
     raw = _read(path)
     if "base" in raw:
-        if not isinstance(base := raw.pop("base"), str):
-            raise UserError(
-                f"{path}: base: the name of a YAML file beside it is expected (found {base!r})"
-            )
-        below = _read(path.parent / base, f"correct `base` in {path}")
-        if "base" in below:
-            raise UserError(
-                f"{path.parent / base}: is the base of {path} and names one itself; write what it "
-                "needs into one of the two"
-            )
-        raw = overlay(below, raw)
+        raw = _over_base(raw, path)
     for item in overrides:
         _override(raw, item)
     return validate(raw, path)
 
 
-def validate(raw: dict, source: Path | str) -> Config:
-    """Config of nested dicts; `source` is named in the error."""
+def validate(raw: dict[str, Any], source: Path | str) -> Config:
+    """The Config of nested dicts.  Raises UserError, which names `source`."""
     try:
         return Config.model_validate(raw)
     except ValidationError as e:
-        # The method would have brought them.
+        # The views are missing only where the method is wrong, which would have brought them; that
+        # is the mistake to tell.
         errors = [err for err in e.errors() if (err["loc"], err["type"]) != (("views",), "missing")]
-        raise UserError(f"{source}: " + "; ".join(map(_sentence, errors))) from None
+        raise UserError(f"{source}: " + "; ".join(_sentence(err) for err in errors)) from None
 
 
 def dump(cfg: Config) -> str:
-    """The whole resolved configuration as YAML that `load` reads back to an equal Config."""
+    """The whole configuration, defaults included, as YAML that `load` reads back to an equal
+    Config."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict:
+# ---- files and overrides
+
+
+def _over_base(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    base = raw.pop("base")
+    if not isinstance(base, str):
+        raise UserError(
+            f"{path}: base: the name of a YAML file beside it is expected (found {base!r})"
+        )
+    below = _read(path.parent / base, f"correct `base` in {path}")
+    if "base" in below:
+        raise UserError(
+            f"{path.parent / base}: is the base of {path} and names one itself; write what it "
+            "needs into one of the two"
+        )
+    return overlay(below, raw)
+
+
+def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(), Loader=_Loader) or {}
     except OSError as e:
@@ -67,83 +83,26 @@ def _read(path: Path, remedy: str = "give --config an existing YAML file") -> di
     return raw
 
 
-def _override(raw: dict, item: str):
+def _override(raw: dict[str, Any], item: str) -> None:
+    """Sets one `block.key=value` in the nested dicts, in place."""
     key, eq, value = item.partition("=")
     if not eq or not key:
         raise UserError(f"override '{item}': expected block.key=value, for example optim.lr=0.06")
     *blocks, last = key.split(".")
     node = raw
-    for b in blocks:
-        if not isinstance(node.get(b), dict):  # absent, or null as in `teacher: null`
-            node[b] = {}
-        node = node[b]
+    for block in blocks:
+        # Absent, or null as in `teacher: null`.
+        if not isinstance(node.get(block), dict):
+            node[block] = {}
+        node = node[block]
     try:
         node[last] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"override '{item}': the value is not valid YAML") from None
 
 
-def _sentence(err: dict) -> str:
-    loc, name = [str(p) for p in err["loc"]], ""
-    if loc[:1] == ["method"] and len(loc) > 1:  # pydantic puts the method's name into the way
-        name = f" for method {loc.pop(1)}"
-    where = ".".join(loc)
-    if err["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1], name.split()[-1:])
-        if (
-            loc[0] == "method"
-            and (others := [m for m in RECIPES if loc[-1] in _keys_at(["method"], [m])])
-            and len(loc) == 2
-        ):
-            return f"unknown key {where}{name}, which is one of {' and '.join(others)}; known here: {', '.join(known)}"
-        # The right key in the wrong block.
-        near = [k for k in flatten(_tree(Config)) if k.split(".")[-1] == loc[-1]]
-        near = near or [
-            ".".join(loc[:-1] + [k]) for k in difflib.get_close_matches(loc[-1], known, 1, 0.5)
-        ]
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {where}; {hint}"
-    if err["type"] == "union_tag_invalid":
-        near = difflib.get_close_matches(err["ctx"]["tag"], RECIPES, 1, 0.5)
-        return f"{where}.name: no method is called {err['ctx']['tag']!r}; " + (
-            f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPES)}"
-        )
-    msg = err["msg"].removeprefix("Value error, ")
-    if err["type"] == "missing":
-        return f"{where} is required"
-    return (
-        f"{where}: {msg} (found {err['input']!r})"
-        if where and not msg.startswith(f"{loc[0]}.")
-        else msg
-    )
-
-
-def _models_of(field) -> list[type[BaseModel]]:
-    kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
-    return [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-
-
-def _keys_at(loc: list[str], method: list[str] = ()) -> list[str]:
-    model = Config
-    for part in loc:
-        if not part.isdigit():  # an item of a list
-            model = next(
-                m
-                for m in _models_of(model.model_fields[part])
-                if part != "method" or [m.model_fields["name"].default] == list(method)
-            )
-    return list(model.model_fields)
-
-
-def _tree(model: type[BaseModel]) -> dict:
-    return {
-        k: {n: t for m in found for n, t in _tree(m).items()} if (found := _models_of(f)) else None
-        for k, f in model.model_fields.items()
-    }
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; here it is a number."""
+    """PyYAML reads 1e-3 as text, by YAML 1.1; here it is a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -151,3 +110,78 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+# ---- one sentence for each of pydantic's errors
+
+
+def _sentence(err: Mapping[str, Any]) -> str:
+    """pydantic's error as a sentence that names the key as the user writes it."""
+    loc, method = [str(part) for part in err["loc"]], None
+    # Within the block `method` pydantic names the method beside the key, as in method.moco.temp.
+    if loc[:1] == ["method"] and len(loc) > 1:
+        method = loc.pop(1)
+    where = ".".join(loc)
+    if err["type"] == "extra_forbidden":
+        return _unknown_key(loc, method)
+    if err["type"] == "union_tag_invalid":
+        return _unknown_method(where, err["ctx"]["tag"])
+    if err["type"] == "missing":
+        return f"{where} is required"
+    says = err["msg"].removeprefix("Value error, ")
+    # Our own checks name the key themselves.
+    if not where or says.startswith(f"{loc[0]}."):
+        return says
+    return f"{where}: {says} (found {err['input']!r})"
+
+
+def _unknown_key(loc: list[str], method: str | None) -> str:
+    *blocks, key = loc
+    where, known = ".".join(loc), _keys_at(blocks, method)
+    if blocks == ["method"]:
+        others = [name for name in RECIPES if key in _keys_at(blocks, name)]
+        if others:
+            return (
+                f"unknown key {where} for method {method}, which is one of {' and '.join(others)}; "
+                f"known here: {', '.join(known)}"
+            )
+    # The right key in the wrong block, or else a similar one in this block.
+    near = [name for name in flatten(_tree(Config)) if name.split(".")[-1] == key]
+    if not near:
+        near = [".".join([*blocks, k]) for k in difflib.get_close_matches(key, known, 1, 0.5)]
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown key {where}; {hint}"
+
+
+def _unknown_method(where: str, name: str) -> str:
+    near = difflib.get_close_matches(name, RECIPES, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(RECIPES)}"
+    return f"{where}.name: no method is called {name!r}; {hint}"
+
+
+def _keys_at(loc: Sequence[str], method: str | None) -> list[str]:
+    """The keys of the block at `loc`; `method` says which of the method blocks is meant."""
+    model: type[BaseModel] = Config
+    for part in loc:
+        # A number is the position in a list of blocks, whose model is already at hand.
+        if not part.isdigit():
+            found = _models_of(model.model_fields[part])
+            if part == "method":
+                found = [m for m in found if m.model_fields["name"].default == method]
+            model = found[0]
+    return list(model.model_fields)
+
+
+def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The blocks that a field may hold: those of `Teacher | None`, of `tuple[Crops, ...]`."""
+    kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _tree(model: type[BaseModel]) -> dict[str, Any]:
+    """All keys of a block and of those in it, as nested dicts; None for a value."""
+    tree: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        blocks = _models_of(field)
+        tree[name] = {k: v for block in blocks for k, v in _tree(block).items()} or None
+    return tree

@@ -1,8 +1,12 @@
-"""What each method's authors trained with: the defaults of the other blocks under `method.name`."""
+"""What the authors of each method trained with: under `method.name`, the defaults of the other
+blocks.
 
-# What other blocks default to under a method, as its authors trained; what a configuration says
-# itself goes over it.
-RECIPES = {
+A block's own default (blocks.py) holds where a recipe says nothing, and a configuration's own value
+goes over both.  docs/method.md has the sources."""
+
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
     "moco": {"views": [{"count": 2}]},
     "swav": {
         "run": {"epochs": 200},

@@ -1,4 +1,16 @@
-"""Images into batches of views: listings, and loaders on DALI."""
+"""Images on disk into batches of views on the network's device.
+
+Level 1: imports fastdisco.common and fastdisco.config.  Only this package imports DALI, in graph.py
+and decoder.py, at the first use.  From outside, import the names below; the commands also use
+pack.py, check.py and demo.py, and the plan of a run shards.py.
+
+  source.py      opens a data set by its path: folder.py class folders and list files, shards.py
+                 tars with their index (tar_index.py)
+  loader.py      which image comes when; pipelines.py runs DALI, graph.py defines its graphs,
+                 draws.py draws the views, placement.py says on which device each step runs
+  pack.py        writes tars, also from CIFAR's archives (cifar.py)
+  check.py       finds bad images, with the decoder of the training (decoder.py)
+  demo.py        writes the demo's images"""
 
 from fastdisco.data.folder import Listing
 from fastdisco.data.loader import Batch, EvalLoader, TrainLoader

@@ -1,11 +1,12 @@
-"""Which encoded images the decoder of the training refuses, or takes with a complaint."""
+"""Which encoded images the decoder of the training refuses, or decodes with a complaint."""
 
 import contextlib
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,10 +15,22 @@ from fastdisco.common.errors import UserError
 from fastdisco.data.folder import Listing
 from fastdisco.data.placement import default_placement, kind
 
+BATCH = 64  # images that `unreadable` decodes at a time
 
-def graphs():
-    """The module of DALI graphs; DALI is an extra, so it is imported where it is first used."""
-    # Buffers are kept, else the kernel clears new pages for every batch.
+# What libjpeg and libtiff say of damage in the picture itself.  They also speak of colour profiles,
+# unknown tags and the like.
+COMPLAINT = re.compile(
+    r"Corrupt JPEG data(?!: bad ICC)|premature end|inconsistent progression|not enough data"
+    r"|code not yet in table|not terminated with EOI|read error",
+    re.IGNORECASE,
+)
+
+
+def graphs() -> ModuleType:
+    """The module of DALI graphs, imported at the first use, since DALI is an extra.
+
+    Raises UserError where DALI is not installed."""
+    # DALI keeps its buffers, else the kernel clears new pages for every batch.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "4M")
     try:
         import nvidia.dali  # noqa: F401
@@ -31,66 +44,63 @@ def graphs():
     return graph
 
 
-# of libjpeg and libtiff about the picture itself; they also speak of colour profiles, unknown tags
-# and the like
-COMPLAINT = re.compile(
-    r"Corrupt JPEG data(?!: bad ICC)|premature end|inconsistent progression|not enough data|code "
-    r"not yet in table|"
-    r"not terminated with EOI|read error",
-    re.IGNORECASE,
-)
-
-
 class Decoder:
-    """Decodes batches, one at a time, for nothing but their faults."""
+    """Decodes batches, one at a time, only to find their faults."""
 
-    def __init__(self, device: torch.device, batch: int, threads: int):
-        """batch: images at most."""
-        device = torch.device(device)
-        self._make = lambda: graphs().decode(
+    def __init__(self, device: torch.device, batch: int, threads: int) -> None:
+        """batch: the most images that `faults` may be given."""
+        self._device, self._batch, self._threads = torch.device(device), batch, threads
+        self._images: list[np.ndarray] = []
+        self._start()
+
+    def _start(self) -> None:
+        on_gpu = kind(self._device) == "gpu"
+        self._pipe = graphs().decode(
             lambda: self._images,
-            default_placement(device),
-            batch_size=batch,
-            num_threads=threads,
+            default_placement(self._device),
+            batch_size=self._batch,
+            num_threads=self._threads,
             prefetch_queue_depth=1,
-            device_id=(device.index or 0) if kind(device) == "gpu" else None,
-            # So that what DALI prints is of this very batch.
+            device_id=(self._device.index or 0) if on_gpu else None,
+            # Nothing runs ahead, so that what DALI prints is about this very batch.
             exec_async=False,
             exec_pipelined=False,
         )
-        self._start()
-
-    def _start(self):
-        self._pipe = self._make()
         self._pipe.build()
 
     def faults(self, images: Sequence[bytes], complaints: bool) -> dict[int, str]:
-        """{position: the decoder's words} of images that it refuses, found by halving.
+        """{position: the decoder's words} of images that it refuses.  DALI refuses whole batches,
+        so the images are found by halving.
 
-        complaints: also of those that it decodes while saying that the data is corrupt, which
-        libjpeg does on the process's stderr: the only sign of damage inside a JPEG, which otherwise
-        is decoded to a damaged picture."""
-        self._images = [np.frombuffer(x, np.uint8) for x in images]
-        with _stderr() as said:
-            try:
-                self._pipe.run()
-                words = ""
-            except RuntimeError as e:
-                words = _sentence(str(e))
-                self._start()  # a pipeline is dead after an error
-        printed = _plain(said(), COMPLAINT)
+        complaints: also images that it decodes while saying that the data is corrupt.  libjpeg says
+        so on the process's stderr, and it is the only sign of damage inside a JPEG, which otherwise
+        becomes a damaged picture."""
+        words, printed = self._run(images)
         if not words and not (complaints and printed):
             return {}
         if len(images) == 1:
             return {0: printed or words}
         half = len(images) // 2
-        return self.faults(images[:half], complaints) | {
-            half + i: w for i, w in self.faults(images[half:], complaints).items()
-        }
+        first = self.faults(images[:half], complaints)
+        second = self.faults(images[half:], complaints)
+        return first | {half + i: said for i, said in second.items()}
+
+    def _run(self, images: Sequence[bytes]) -> tuple[str, str]:
+        """The decoder's error and its complaint about a batch, empty where there is none."""
+        self._images = [np.frombuffer(x, np.uint8) for x in images]
+        words = ""
+        with _stderr() as said:
+            try:
+                self._pipe.run()
+            except RuntimeError as e:
+                words = _sentence(str(e))
+                # A pipeline is dead after an error.
+                self._start()
+        return words, _first_line(said(), COMPLAINT)
 
 
 def unreadable(listing: Listing, indices: np.ndarray, device: torch.device) -> list[int]:
-    """Those of the images that cannot be read or decoded."""
+    """Those of the images that cannot be read or decoded, ascending."""
     bad, found, images = [], [], []
     for i in indices.tolist():
         try:
@@ -102,15 +112,16 @@ def unreadable(listing: Listing, indices: np.ndarray, device: torch.device) -> l
             images.append(content)
         else:
             bad.append(i)
-    decoder = Decoder(device, 64, 1)
-    for at in range(0, len(images), 64):
-        bad += [found[at + j] for j in decoder.faults(images[at : at + 64], complaints=False)]
+    decoder = Decoder(device, BATCH, 1)
+    for start in range(0, len(images), BATCH):
+        faults = decoder.faults(images[start : start + BATCH], complaints=False)
+        bad += [found[start + j] for j in faults]
     return sorted(bad)
 
 
 @contextlib.contextmanager
-def _stderr():
-    """Takes what the process writes to its stderr, C libraries included; yields a function that
+def _stderr() -> Iterator[Callable[[], str]]:
+    """Catches what the process writes to its stderr, C libraries included.  Yields a function that
     returns it afterwards."""
     sys.stderr.flush()
     keep = os.dup(2)
@@ -127,15 +138,14 @@ def _stderr():
             text.append(f.read().decode(errors="replace"))
 
 
-def _plain(printed: str, of: re.Pattern) -> str:
-    """The first line of the kind, without colours and the decoder's name."""
+def _first_line(printed: str, of: re.Pattern[str]) -> str:
+    """The first line that matches, without colours and the decoder's name."""
     line = next((x for x in printed.splitlines() if of.search(x)), "")
     return re.sub(r"\x1b\[[\d;]*m|\[\w+\]", "", line).strip()
 
 
 def _sentence(error: str) -> str:
     """What DALI's error says after `encountered:`."""
-    text = error.split("encountered:")[-1].replace(
-        "Current pipeline object is no longer valid.", ""
-    )
+    text = error.split("encountered:")[-1]
+    text = text.replace("Current pipeline object is no longer valid.", "")
     return " ".join(text.split()) or "refused by DALI"

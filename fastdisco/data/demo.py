@@ -1,5 +1,7 @@
 """The demo's images: "which photograph is this patch from", cut from photographs that scikit-image
-and scikit-learn ship."""
+and scikit-learn ship.  This is `fastdisco data demo`.
+
+Patches for train and for val come from different cells of a photograph, so they never overlap."""
 
 import hashlib
 import importlib.util
@@ -7,6 +9,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +17,8 @@ from rich.progress import track
 
 from fastdisco.common.errors import UserError
 
-# Class -> file in an installed package, opened as a file: the packages' own loaders may download.
+# Class -> file in an installed package.  We open the file itself, since the packages' own loaders
+# may download.
 PHOTOS = {
     "astronaut": "skimage/data/astronaut.png",
     "brick": "skimage/data/brick.png",
@@ -36,51 +40,38 @@ PHOTOS = {
     "rocket": "skimage/data/rocket.jpg",
 }
 LONG = 640  # pixels, long side of a photograph before it is cut
-CELL = 96  # pixels; a cell gives patches to train or to val, never to both
+CELL = 96  # pixels, side of a cell, which gives patches to train or to val, never to both
 PATCH = 32, 80  # pixels, shortest and longest side of a patch before it is resized
 SIZE = 32  # pixels, side of the images written
 MANIFEST = "demo.json"
 
 
-def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> dict:
-    """dst/{train,val}/<photograph>/NNNN.jpg, `train` and `val` patches of each photograph; returns
-    the manifest.
+def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> dict[str, Any]:
+    """Writes dst/{train,val}/<photograph>/NNNN.jpg, `train` and `val` patches of each photograph.
+    Returns the manifest.
 
-    The same bytes for the same seed.  A folder that holds this very data set is kept as it is.
-    UserError for a folder with anything else in it, or a missing photograph."""
+    The same seed gives the same bytes.  A folder that holds this very data set is kept as it is.
+    Raises UserError for a folder with anything else in it, or a missing photograph."""
     dst = Path(dst)
     photos = {name: find(file) for name, file in PHOTOS.items()}
+    counts = dict(train=train, val=val)
     wanted = dict(
         seed=seed,
-        train=train,
-        val=val,
+        **counts,
         long=LONG,
         cell=CELL,
         patch=list(PATCH),
         size=SIZE,
-        photos={
-            name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in photos.items()
-        },
+        photos={name: _sha256(path.read_bytes()) for name, path in photos.items()},
     )
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         return _reuse(dst, wanted)
-    # Renamed at the end: a killed run leaves no half a data set under the name.
+    # Renamed at the end, so that a killed run leaves no half of a data set under the name.
     part = dst.with_name(f".{dst.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    for number, (name, path) in enumerate(
-        track(photos.items(), "cutting photographs", len(photos), transient=True)
-    ):
-        image = photo(path)
-        rng = np.random.default_rng([seed, number])
-        cells = dict(zip(("train", "val"), split_cells(image.size, rng)))
-        for half, count in dict(train=train, val=val).items():
-            folder = part / half / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                patch = image.resize(
-                    (SIZE, SIZE), Image.Resampling.BICUBIC, box=draw_box(cells[half], rng)
-                )
-                patch.save(folder / f"{i:04}.jpg", quality=90)
+    steps = track(photos.items(), "cutting photographs", len(photos), transient=True)
+    for number, (name, path) in enumerate(steps):
+        _cut(part, name, photo(path), counts, np.random.default_rng([seed, number]))
     manifest = wanted | {"sha256": _digest(part)}
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     part.rename(dst)
@@ -88,23 +79,22 @@ def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> di
 
 
 def photo(path: Path) -> Image.Image:
-    """RGB, long side LONG pixels."""
+    """A photograph in RGB, its long side LONG pixels."""
     image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
     scale = LONG / max(image.size)
-    return image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    size = round(image.width * scale), round(image.height * scale)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def split_cells(size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Upper left corners [n,2] (x, y) of the whole cells of a width x height image: those for
-    train, and a quarter (at least 2) for val."""
-    corners = np.stack(
-        np.meshgrid(*(np.arange(n // CELL) * CELL for n in size), indexing="ij"), -1
-    ).reshape(-1, 2)
+    train, and a quarter of all (at least 2) for val."""
+    # A strip that is narrower than a cell is left out, at the right and below.
+    sides = [np.arange(n // CELL) * CELL for n in size]
+    corners = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 2)
     rng.shuffle(corners)
-    held = max(2, len(corners) // 4)
-    return corners[held:], corners[:held]
+    held_out = max(2, len(corners) // 4)
+    return corners[held_out:], corners[:held_out]
 
 
 def draw_box(cells: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -117,7 +107,10 @@ def draw_box(cells: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int
 def find(file: str) -> Path:
     """Where a photograph of PHOTOS is installed.  Raises UserError where it is not."""
     package, inside = file.split("/", 1)
-    path = Path(importlib.util.find_spec(package).origin).parent / inside
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{package}: is not installed, and has photographs of the demo; install it")
+    path = Path(spec.origin).parent / inside
     if not path.is_file():
         raise UserError(
             f"{path}: this photograph is not in the installed {package}, nor is it fetched; install "
@@ -126,7 +119,22 @@ def find(file: str) -> Path:
     return path
 
 
-def _reuse(dst: Path, wanted: dict) -> dict:
+def _cut(
+    root: Path, name: str, image: Image.Image, counts: dict[str, int], rng: np.random.Generator
+) -> None:
+    """Writes the patches of one photograph, as many as `counts` says for train and for val."""
+    cells = dict(zip(counts, split_cells(image.size, rng)))
+    for half, count in counts.items():
+        folder = root / half / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            box = draw_box(cells[half], rng)
+            patch = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+            patch.save(folder / f"{i:04}.jpg", quality=90)
+
+
+def _reuse(dst: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder that holds this very data set.  Raises UserError for any other."""
     try:
         found = json.loads((dst / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -147,8 +155,12 @@ def _reuse(dst: Path, wanted: dict) -> dict:
     return found
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _digest(root: Path) -> str:
-    """sha256 over the names and bytes of all images under root."""
+    """SHA-256 over the names and bytes of all images under root."""
     h = hashlib.sha256()
     for path in sorted(root.rglob("*.jpg")):
         h.update(path.relative_to(root).as_posix().encode() + b"\0")

@@ -1,12 +1,15 @@
 """The images of a data set in their fixed order, and where each one's bytes are: class folders and
-list files."""
+list files.  Tars are in shards.py.
+
+N is the number of images."""
 
 import hashlib
 import io
 import os
+from collections import Counter
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,14 +25,15 @@ class Places(NamedTuple):
 
     tars: list[str]  # relative to the listing's root
     tar: np.ndarray  # [N] int64, which of them
-    offset: np.ndarray  # [N] int64, of the first byte
+    offset: np.ndarray  # [N] int64, of the image's first byte
     size: np.ndarray  # [N] int64, bytes
 
 
+# A base of its own, since a NamedTuple has no place for the cached properties of Listing.
 class _Listing(NamedTuple):
     source: Path  # what was asked for: the root, or a list file or tars in it
     root: Path
-    # Relative to root, `/` between the parts; of an image in a tar, the tar and then its member.
+    # Relative to root, `/` between the parts.  An image in a tar is the tar, then its member.
     files: list[str]
     labels: np.ndarray  # [N] int64
     classes: list[str]
@@ -38,15 +42,15 @@ class _Listing(NamedTuple):
 
 
 class Listing(_Listing):
-    """Images in their fixed order: the position of an image here is its index everywhere, whatever
-    is left out."""
+    """Images in their fixed order.  An image's position here is its index everywhere, whatever the
+    quarantine leaves out."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names, labels and places in tars, not over the root: a moved folder is the
+        """SHA-256 over names, labels and places in tars, not over the root: a moved folder is the
         same data."""
         text = "\0".join(self.files) + "\0" + " ".join(map(str, self.labels.tolist()))
-        # Names are bytes, not always UTF-8.
+        # File names are bytes, not always UTF-8.
         h = hashlib.sha256(text.encode(errors="surrogateescape"))
         if self.places:
             h.update(self.places.offset.tobytes())
@@ -63,15 +67,15 @@ class Listing(_Listing):
         return {name: i for i, name in enumerate(self.files)}
 
     def open(self, index: int) -> BinaryIO:
-        """An image's bytes as a file; raises OSError."""
+        """An image's bytes as a file.  Raises OSError."""
         if self.places is None:
             return open(self.root / self.files[index], "rb")
         p = self.places
-        return io.BufferedReader(
-            _Slice(self.root / p.tars[p.tar[index]], int(p.offset[index]), int(p.size[index]))
-        )
+        tar = self.root / p.tars[p.tar[index]]
+        return io.BufferedReader(_Slice(tar, int(p.offset[index]), int(p.size[index])))
 
     def read(self, index: int) -> bytes:
+        """An image's bytes.  Raises OSError."""
         with self.open(index) as f:
             return f.read()
 
@@ -79,50 +83,46 @@ class Listing(_Listing):
 class _Slice(io.RawIOBase):
     """`size` bytes of a file from `offset` on, as a file."""
 
-    def __init__(self, path: Path, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = (
-            open(path, "rb", buffering=0),
-            offset,
-            size,
-            0,
-        )
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        # It stays open until close().
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._offset, self._size, self._at = offset, size, 0
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def seek(self, to, whence=os.SEEK_SET):
-        self._at = max(
-            0, to + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        )
+    def seek(self, to: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, start + to)
         return self._at
 
-    def readinto(self, buffer):
-        want = min(len(buffer), max(0, self._size - self._at))
-        found = (
-            os.preadv(self._file.fileno(), [memoryview(buffer)[:want]], self._offset + self._at)
-            if want
-            else 0
-        )
-        if want and not found:
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)
+        want = min(len(view), max(0, self._size - self._at))
+        if not want:
+            return 0
+        found = os.preadv(self._file.fileno(), [view[:want]], self._offset + self._at)
+        if not found:
             raise OSError(f"ends {self._size - self._at} bytes before the image does")
         self._at += found
         return found
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
         super().close()
 
 
 def class_folders(root: Path) -> Listing:
-    """The images of root/<class>/**, classes and the files of a class sorted by name, which are
-    torchvision's labels.
+    """The images of root/<class>/**, with classes and the files of a class sorted by name, which
+    gives torchvision's labels.
 
-    Names that begin with a dot are passed over, as are files without an image's extension; links to
-    files are followed, links to folders are refused, since they can lead out of the root or round
-    in a circle.  Raises UserError naming the path and the remedy."""
+    Names that begin with a dot are passed over, as are files without an image's extension.  Links
+    to files are followed.  Links to folders are refused, since they can lead out of the root or
+    round in a circle.
+    Raises UserError naming the path and the remedy."""
     classes, flat = _scan(root)
     if not classes:
         found = f"{len(flat)} images lie in it directly" if flat else "it is empty of images"
@@ -152,41 +152,19 @@ def class_folders(root: Path) -> Listing:
 
 
 def list_file(path: Path) -> Listing:
-    """The images that a text file names, one `<path> <class>` a line in the order of the file;
-    empty lines and lines from `#` on are passed over.
+    """The images that a text file names, one `<path> <class>` a line, in the order of the file.
+    Empty lines and lines from `#` on are passed over.
 
     Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0
-    on.  Raises UserError naming file and line."""
-    root, files, names = path.parent, [], []
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text "
-            "file with a line `<image> <class>` for each image, or tars"
-        ) from None
-    for number, line in enumerate(lines, 1):
-        if not (line := line.strip()) or line.startswith("#"):
-            continue
-        name, *rest = line.rsplit(maxsplit=1)
-        if not rest:
-            raise UserError(
-                f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both"
-            )
-        files.append(name)
-        names += rest
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise UserError(
-                f"{path}: line {number} leads out of {root}: {name}; list images of that folder by "
-                "relative paths without `..`"
-            )
+    on.
+    Raises UserError naming file and line."""
+    root = path.parent
+    files, names = _lines(path)
     if not files:
         raise UserError(f"{path}: lists no image; write a line `<image> <class>` for each")
-    if len(set(files)) < len(files):
-        raise UserError(
-            f"{path}: lists {next(f for f in files if files.count(f) > 1)} twice; remove one of "
-            "the lines"
-        )
+    name, count = Counter(files).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: lists {name} twice; remove one of the lines")
     inside = os.path.realpath(root)
     for folder in {os.path.dirname(name) for name in files}:
         if os.path.commonpath([inside, os.path.realpath(root / folder)]) != inside:
@@ -199,13 +177,44 @@ def list_file(path: Path) -> Listing:
 
 
 def classes_of(names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels [N] and class names: names sorted, or numbers, which are the labels themselves."""
+    """Labels [N] and class names, from the class of each image.
+
+    Names are sorted.  Where all are numbers, these are the labels themselves."""
     if all(n.isdecimal() and n.isascii() and len(n) < 7 for n in names):
         labels = np.array(names, np.int64)
         return labels, [str(i) for i in range(labels.max() + 1)]
     classes = sorted(set(names))
-    at = {name: i for i, name in enumerate(classes)}
-    return np.array([at[n] for n in names], np.int64), classes
+    label = {name: i for i, name in enumerate(classes)}
+    return np.array([label[n] for n in names], np.int64), classes
+
+
+def _lines(path: Path) -> tuple[list[str], list[str]]:
+    """Path and class of each line of a list file."""
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text "
+            "file with a line `<image> <class>` for each image, or tars"
+        ) from None
+    files, classes = [], []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        # Split from the right: a path may hold spaces, a class may not.
+        name, *rest = line.rsplit(maxsplit=1)
+        if not rest:
+            raise UserError(
+                f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both"
+            )
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise UserError(
+                f"{path}: line {number} leads out of {path.parent}: {name}; list images of that "
+                "folder by relative paths without `..`"
+            )
+        files.append(name)
+        classes += rest
+    return files, classes
 
 
 def _images(root: Path, folder: str) -> list[str]:
@@ -218,8 +227,8 @@ def _images(root: Path, folder: str) -> list[str]:
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of sub-folders and of images, each sorted; a directory entry knows its kind, so a file
-    costs no stat."""
+    """Names of sub-folders and of images, each sorted.  A directory entry knows its kind, so no
+    file is looked at by itself."""
     folders, files = [], []
     try:
         with os.scandir(folder) as entries:

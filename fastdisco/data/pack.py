@@ -1,8 +1,8 @@
 """Packs images into WebDataset tars in an order that is random over all of them, with an index of
-each tar and a manifest.
+each tar and a manifest.  This is `fastdisco data pack`.
 
-The same source, seed and size give the same bytes; what was killed goes on with the first tar that
-has no index."""
+The same source, seed and size give the same bytes.  A pack that was killed continues with the first
+tar that has no index."""
 
 import hashlib
 import io
@@ -11,9 +11,9 @@ import os
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,37 +22,42 @@ from rich.progress import Progress
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.common.limits import SHARD_MB
-from fastdisco.data import cifar, shards
+from fastdisco.data import cifar, shards, tar_index
 from fastdisco.data.folder import Listing
 from fastdisco.data.loader import permutation
 from fastdisco.data.source import listing, read_quarantine
+from fastdisco.data.tar_index import Row
 
 QUARANTINE = "quarantine.txt"
-FIRST = 2**63  # the order's epoch: none of the training
+FIRST = 2**63  # stands for the epoch in the order's key; no training reaches it
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Images(NamedTuple):
-    """What is packed; the position of an image is its index for good."""
+    """What is packed.  The position of an image is its stable index."""
 
     labels: np.ndarray  # [N] int64
     classes: list[str]
     read: Callable[[int], tuple[str, bytes]]  # index -> extension and encoded image
     fingerprint: str
-    # Of the quarantine; packed too, since indices stay, and named in the new one.
+    # {index: reason} of the source's quarantine.  These are packed, too, since indices stay, and
+    # named in the new quarantine.
     left_out: dict[int, str]
 
 
 def pack(
     src: Path, dst: Path, seed: int = 0, shard_mb: float = SHARD_MB, jpeg: int | None = None
-) -> dict[Path, dict]:
+) -> dict[Path, dict[str, Any]]:
     """Packs class folders, a list file or tars into dst, or CIFAR's python archive into dst/train
-    and dst/val; returns {folder: manifest}.
+    and dst/val.  Returns {folder: manifest}.
 
     shard_mb  a tar has at most so many MiB
     jpeg      quality of CIFAR's images; None: PNG, which loses nothing.  Encoded images are packed
               as they are.
     Raises UserError for a source or a folder that does not fit, and for an image file that is a
-    link: none is followed."""
+    link, since links are never followed."""
     src, dst = Path(src), Path(dst)
     if cifar.is_archive(src):
         parts = {dst / name: _cifar(*part, jpeg) for name, part in cifar.load(src).items()}
@@ -69,31 +74,28 @@ def pack(
                 "outside of it"
             )
         parts = {dst: _listed(found)}
-    return {
-        folder: _write(folder, images, seed, int(shard_mb * 2**20))
-        for folder, images in parts.items()
-    }
+    limit = int(shard_mb * 2**20)
+    return {folder: _write(folder, images, seed, limit) for folder, images in parts.items()}
+
+
+# ---- what is packed
 
 
 def _listed(found: Listing) -> Images:
+    """The images of a data set as they are."""
     if found.places is None:
-        if link := next((f for f in found.files if (found.root / f).is_symlink()), None):
-            raise UserError(
-                f"{found.root / link}: is a link, and none is followed; put the file itself there"
-            )
+        _refuse_links(found)
     path = found.root / QUARANTINE
-    left_out = {
-        found.number[n]: reason
-        for n, reason in (read_quarantine(path) if path.exists() else {}).items()
-        if n in found.number
-    }
+    reasons = read_quarantine(path) if path.exists() else {}
+    left_out = {found.number[n]: reason for n, reason in reasons.items() if n in found.number}
 
-    def read(i):
+    def read(i: int) -> tuple[str, bytes]:
         name = found.files[i]
         extension = name.rpartition(".")[2].lower()
         try:
             if found.places:
                 return extension, found.read(i)
+            # O_NOFOLLOW: the file may have become a link since it was looked at.
             with os.fdopen(os.open(found.root / name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as f:
                 return extension, f.read()
         except OSError as e:
@@ -105,25 +107,36 @@ def _listed(found: Listing) -> Images:
     return Images(found.labels, found.classes, read, found.fingerprint, left_out)
 
 
+def _refuse_links(found: Listing) -> None:
+    for name in found.files:
+        if (found.root / name).is_symlink():
+            raise UserError(
+                f"{found.root / name}: is a link, and none is followed; put the file itself there"
+            )
+
+
 def _cifar(pixels: np.ndarray, labels: np.ndarray, classes: list[str], jpeg: int | None) -> Images:
     """pixels: [N,32,32,3] uint8"""
-    extension, options = (
-        ("png", dict(format="PNG")) if jpeg is None else ("jpg", dict(format="JPEG", quality=jpeg))
-    )
+    extension = "png" if jpeg is None else "jpg"
 
-    def read(i):
-        out = io.BytesIO()
-        Image.fromarray(pixels[i]).save(out, **options)
+    def read(i: int) -> tuple[str, bytes]:
+        out, image = io.BytesIO(), Image.fromarray(pixels[i])
+        if jpeg is None:
+            image.save(out, format="PNG")
+        else:
+            image.save(out, format="JPEG", quality=jpeg)
         return extension, out.getvalue()
 
-    digest = hashlib.sha256(
-        pixels.tobytes() + labels.tobytes() + f"{extension} {jpeg}".encode()
-    ).hexdigest()
-    return Images(labels, classes, read, digest, {})
+    content = pixels.tobytes() + labels.tobytes() + f"{extension} {jpeg}".encode()
+    return Images(labels, classes, read, hashlib.sha256(content).hexdigest(), {})
 
 
-def _write(dst: Path, images: Images, seed: int, limit: int) -> dict:
-    """The tars of one set and their manifest."""
+# ---- a folder of tars
+
+
+def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
+    """Writes the tars of one set, at most `limit` bytes each, and returns their manifest.  Goes on
+    where an earlier call with the same arguments was killed."""
     wanted = dict(version=1, seed=seed, shard_bytes=limit, source=images.fingerprint)
     if (dst / shards.MANIFEST).exists():
         return _reuse(dst, shards.MANIFEST, wanted)
@@ -135,20 +148,34 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict:
         )
     dst.mkdir(parents=True, exist_ok=True)
     write_whole(dst / shards.BEGUN, json.dumps(wanted, indent=1))
-    order = permutation(seed, FIRST, len(images.labels))
+    tars = _tars(dst, images, permutation(seed, FIRST, len(images.labels)), limit)
+    if images.left_out:
+        _write_quarantine(dst, list(tars), images.left_out)
+    manifest = wanted | dict(
+        samples=len(images.labels),
+        bytes=sum(t["bytes"] for t in tars.values()),
+        classes=images.classes,
+        class_counts=np.bincount(images.labels, minlength=len(images.classes)).tolist(),
+        tars=tars,
+    )
+    write_whole(dst / shards.MANIFEST, json.dumps(manifest, indent=1))
+    # Left by attempts that were killed; the pattern finds hidden files, too.
+    for part in dst.glob("*.part"):
+        part.unlink()
+    (dst / shards.BEGUN).unlink()
+    return manifest
+
+
+def _tars(dst: Path, images: Images, order: np.ndarray, limit: int) -> dict[str, dict[str, Any]]:
+    """Writes the tars that are not there yet.  Returns {name: bytes, samples and SHA-256}."""
     tars, done = {}, 0
     with Progress(transient=True) as bar, ThreadPoolExecutor() as pool:
         task = bar.add_task(f"packing {dst}", total=len(order))
+        advance = lambda: bar.advance(task)
         while done < len(order):
             tar = dst / f"{len(tars):06}.tar"
-            about, rows = _finished(tar) or _tar(
-                tar,
-                order[done:],
-                images,
-                limit,
-                pool,
-                lambda n: bar.update(task, completed=done + n),
-            )
+            # A tar of an earlier attempt counts if its index is there; else it is written again.
+            about, rows = _finished(tar) or _tar(tar, order[done:], images, limit, pool, advance)
             if [row.index for row in rows] != order[done : done + len(rows)].tolist():
                 raise UserError(
                     f"{tar}: its index is of other samples than this command packs; remove it and "
@@ -157,30 +184,18 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict:
             done += len(rows)
             tars[tar.name] = dict(bytes=about["bytes"], samples=len(rows), sha256=about["sha256"])
             bar.update(task, completed=done)
-    if images.left_out:
-        names = {
-            row.index: f"{tar}/{row.name}" for tar in tars for row in shards.rows_of(dst / tar)
-        }
-        write_whole(
-            dst / QUARANTINE,
-            "".join(f"{names[i]}\t{reason}\n" for i, reason in sorted(images.left_out.items())),
-        )
-    counts = np.bincount(images.labels, minlength=len(images.classes)).tolist()
-    manifest = wanted | dict(
-        samples=len(order),
-        bytes=sum(t["bytes"] for t in tars.values()),
-        classes=images.classes,
-        class_counts=counts,
-        tars=tars,
-    )
-    write_whole(dst / shards.MANIFEST, json.dumps(manifest, indent=1))
-    for left in dst.glob("*.part"):  # of attempts that were killed; a glob finds hidden ones too
-        left.unlink()
-    (dst / shards.BEGUN).unlink()
-    return manifest
+    return tars
 
 
-def _reuse(dst: Path, name: str, wanted: dict) -> dict:
+def _write_quarantine(dst: Path, tars: list[str], reasons: dict[int, str]) -> None:
+    """reasons: {index: reason}"""
+    names = {row.index: f"{tar}/{row.name}" for tar in tars for row in tar_index.rows_of(dst / tar)}
+    lines = [f"{names[i]}\t{reason}\n" for i, reason in sorted(reasons.items())]
+    write_whole(dst / QUARANTINE, "".join(lines))
+
+
+def _reuse(dst: Path, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of that name, if it is of the same pack."""
     try:
         found = json.loads((dst / name).read_text())
     except (OSError, ValueError) as e:
@@ -195,13 +210,16 @@ def _reuse(dst: Path, name: str, wanted: dict) -> dict:
     return found
 
 
-def _finished(tar: Path) -> tuple[dict, list[shards.Row]] | None:
-    """The index of a tar that is complete."""
+def _finished(tar: Path) -> tuple[dict[str, Any], list[Row]] | None:
+    """The index of a tar that is complete, else None."""
     try:
-        about = shards.about(tar)
-        return (about, shards.rows_of(tar)) if tar.stat().st_size == about["bytes"] else None
+        about = tar_index.about(tar)
+        return (about, tar_index.rows_of(tar)) if tar.stat().st_size == about["bytes"] else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+# ---- a tar
 
 
 def _tar(
@@ -210,67 +228,76 @@ def _tar(
     images: Images,
     limit: int,
     pool: ThreadPoolExecutor,
-    seen: Callable[[int], None],
-) -> tuple[dict, list[shards.Row]]:
-    """Writes a tar of the first images of `order` that fit, then its index."""
-    part, rows, at, sha = tar.with_suffix(".part"), [], 0, hashlib.sha256()
-    part.unlink(missing_ok=True)  # so that nothing else is written through a link of that name
+    advance: Callable[[], None],
+) -> tuple[dict[str, Any], list[Row]]:
+    """Writes a tar of the first images of `order` that fit, then its index, which it returns.  It
+    calls advance() after each image."""
+    part, rows, size, sha = tar.with_suffix(".part"), [], 0, hashlib.sha256()
+    # With mode x below, nothing is written through a link of that name.
+    part.unlink(missing_ok=True)
     with open(part, "xb") as f:
-
-        def put(data: bytes):
-            nonlocal at
-            f.write(data)
-            sha.update(data)
-            at += len(data)
-
         for i, (extension, content) in zip(
             order.tolist(), ahead(pool, images.read, order.tolist())
         ):
-            label, stem = images.labels[i], f"{i:09}"
-            sample = [
-                _member(f"{stem}.{extension}", content),
-                _member(f"{stem}.cls", str(label).encode()),
-                _member(f"{stem}.idx", str(i).encode()),
-            ]
-            if _ended(at + sum(map(len, sample))) > limit:
+            label, name = images.labels[i], f"{i:09}.{extension}"
+            sample = _sample(i, label, name, content)
+            if _ended(size + len(sample)) > limit:
                 if rows:
                     break
                 raise UserError(
                     f"{tar}: image {i} has {len(content)} bytes, more than a tar may have "
                     f"({limit}); raise --shard-mb"
                 )
-            rows.append(
-                shards.Row(i, label, at + tarfile.BLOCKSIZE, len(content), f"{stem}.{extension}")
-            )
-            for member in sample:
-                put(member)
-            seen(len(rows))
-        put(bytes(_ended(at) - at))
+            # The image is the sample's first member, after its header block.
+            rows.append(Row(i, label, size + tarfile.BLOCKSIZE, len(content), name))
+            f.write(sample)
+            sha.update(sample)
+            size += len(sample)
+            advance()
+        end = bytes(_ended(size) - size)
+        f.write(end)
+        sha.update(end)
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, tar)
-    about = shards.header(at, sha.hexdigest())
-    write_whole(tar.with_suffix(".index"), shards.index_text(about, rows))
+    # The index comes last: a tar that has one is complete.
+    about = tar_index.header(size + len(end), sha.hexdigest())
+    write_whole(tar_index.path_of(tar), tar_index.index_text(about, rows))
     return about, rows
 
 
+def _sample(index: int, label: int, name: str, content: bytes) -> bytes:
+    """The bytes of a sample in a tar: image, class and index."""
+    return (
+        _member(name, content)
+        + _member(f"{index:09}.cls", str(label).encode())
+        + _member(f"{index:09}.idx", str(index).encode())
+    )
+
+
 def _member(name: str, content: bytes) -> bytes:
-    """A file in a tar, with nothing in its header that another machine or day would change."""
+    """The bytes of a file in a tar, with nothing in its header that another machine or day would
+    change."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 def _ended(size: int) -> int:
-    """Bytes of a tar with `size` bytes of members: two empty blocks more, in whole records."""
-    return -(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    """Bytes of a tar with `size` bytes of members: two empty blocks more, rounded up to whole
+    records."""
+    records = -(-(size + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE)
+    return records * tarfile.RECORDSIZE
 
 
 def ahead(
-    pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int = 64
-) -> Iterator:
-    """map() by threads that are at most `depth` items ahead."""
-    waiting = deque()
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    depth: int = 64,
+) -> Iterator[Result]:
+    """map() by threads that are at most `depth` items ahead of the caller."""
+    waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

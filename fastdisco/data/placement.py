@@ -10,21 +10,23 @@ from fastdisco.common.errors import UserError
 
 
 class Placement(NamedTuple):
-    """Devices are cpu or gpu; nothing goes back from the GPU.  All ways give the same views, up to
-    rounding and the decoder's last bit."""
+    """The device of each step, `cpu` or `gpu`.  Nothing returns from the GPU to the CPU.
+
+    All placements give the same views, up to rounding and the decoder's last bit."""
 
     decode: str
     augment: str
-    out: str  # where the network is; normalising, the last step, is done there
+    out: str  # where the network is; the last step, normalising, runs there
     half: bool  # views in float16, on a GPU
-    hw_load: float  # share of the JPEGs that the decoding engine takes where the GPU has one
+    hw_load: float  # share of the JPEGs for the GPU's decoding engine, where it has one
     prefetch: int  # batches made ahead
 
 
 def place(images: config.Data, device: torch.device, precision: str = "fp32") -> Placement:
-    """The way that the configuration asks for on this device.  precision: of the network's forward
-    passes; bf16 gets float16 too, which holds normalised pixels more exactly, and DALI has no bf16.
+    """The placement that the configuration asks for on this device.
 
+    precision  of the network's forward passes.  bf16 gets float16 views, too: float16 holds
+               normalised pixels more exactly, and DALI has no bf16.
     Raises UserError where a GPU is asked for and there is none."""
     out = kind(device)
     for key in ("decode", "augment"):
@@ -34,20 +36,15 @@ def place(images: config.Data, device: torch.device, precision: str = "fp32") ->
             )
     augment = out if images.augment == "auto" else images.augment
     decode = augment if images.decode == "auto" else images.decode
-    return Placement(
-        decode,
-        augment,
-        out,
-        out == "gpu" and precision != "fp32",
-        images.hw_decoder_load,
-        images.prefetch,
-    )
+    half = out == "gpu" and precision != "fp32"
+    return Placement(decode, augment, out, half, images.hw_decoder_load, images.prefetch)
 
 
 def default_placement(device: torch.device) -> Placement:
-    """With the defaults of the configuration."""
+    """The placement of the configuration's defaults on this device."""
     return place(config.Data.model_construct(), device)
 
 
 def kind(device: torch.device) -> str:
+    """DALI's word for the device, `cpu` or `gpu`."""
     return "gpu" if torch.device(device).type == "cuda" else "cpu"

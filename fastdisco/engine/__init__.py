@@ -1,7 +1,14 @@
-"""What runs a network: DeepSpeed, the exchange of gradients, the optimizer, CUDA graphs,
-compilation.
+"""What runs and trains a network.
 
-Level 1: imports config and common.  Only this package imports deepspeed and timm.optim."""
+deepspeed_engine.py  DeepSpeed around the student: start, engine, stop
+settings.py          DeepSpeed's configuration, made from ours
+zero.py              weights and optimizer state under the parameters' names, at any ZeRO stage
+exchange.py          gradients averaged over ranks while the backward runs
+optim.py             parameter groups, optimizers, schedules
+cudagraph.py         a forward as a CUDA graph on a stream of its own
+compiled.py          torch.compile of a backbone
+
+Level 1: imports config and common.  No other package imports deepspeed or timm.optim."""
 
 from fastdisco.common.precision import autocast
 from fastdisco.engine.deepspeed_engine import create, scaler, start, stop

@@ -4,6 +4,8 @@ configuration."""
 import logging
 import os
 from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +16,9 @@ from fastdisco.config import Engine
 from fastdisco.engine.exchange import Exchange
 from fastdisco.engine.settings import bucket_bytes, deepspeed_config
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 def start(cfg: Engine) -> torch.device:
     """Joins the ranks (NCCL on GPUs, gloo otherwise), sets how float32 is computed, and returns
@@ -22,14 +27,15 @@ def start(cfg: Engine) -> torch.device:
     Raises UserError where the precision cannot run."""
     dist.defaults()
     device = dist.device()
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cfg.tf32, False
+    torch.backends.cudnn.allow_tf32 = cfg.tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     if cfg.precision == "fp16" and device.type == "cpu":
         raise UserError(
             "engine.precision: fp16 needs a GPU (it overflows every step on CPU); take fp32 or bf16"
         )
     deepspeed = import_deepspeed()
-    # A compiled all-reduce that only inference uses: it would cost 40 s and a compiler at the first
-    # start, and a stale lock file hangs it.
+    # This all-reduce is used in inference only.  To compile it would take 40 s and a compiler at
+    # the first start, and a lock file left behind by a killed start hangs it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -37,8 +43,8 @@ def start(cfg: Engine) -> torch.device:
     return device
 
 
-def stop():
-    """Leaves the process group, so that the process ends without complaint."""
+def stop() -> None:
+    """Leaves the process group, so that torch prints no warning when the process ends."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -50,16 +56,54 @@ def create(
     micro_batch: int,
     accumulate: int,
     clip: float,
-):
-    """The DeepSpeed engine: called like `net`, with `backward(loss)` and `step()` once each micro
-    batch.
+) -> "DeepSpeedEngine":
+    """The DeepSpeed engine of a network: it is called like `net`, and its `backward(loss)` and
+    `step()` are called once per micro batch.
 
-    At stage 0 the net's weights become channels_last, and its gradients are exchanged while the
-    backward runs.
-    From stage 1 on the optimizer no longer holds the net's parameters, at stage 3 neither does the
-    net: see `gathered`.
-    Raises UserError for an optimizer or a net that DeepSpeed cannot take; optim.create and the
-    config have refused the others."""
+    micro_batch  images per rank and forward
+    accumulate   micro batches per optimizer step
+    clip         norm at which the gradients are clipped; 0: not at all
+    At stage 0 the network's weights become channels_last.  From stage 1 on the optimizer holds
+    other tensors than the network's parameters, and at stage 3 the network itself holds parts of
+    them only: see `gathered`.
+    Raises UserError for an optimizer or a network that DeepSpeed cannot take; others are refused
+    before, by optim.create and by the configuration."""
+    _refuse(net, optimizer, cfg)
+    # DeepSpeed's overlap needs several GPUs.  With one rank it would only wait for the device in
+    # each backward.
+    overlap = cfg.overlap and dist.device().type == "cuda" and dist.world() > 1
+    size = sum(p.numel() for p in net.parameters())
+    settings = deepspeed_config(cfg, micro_batch, accumulate, clip, size, overlap)
+    deepspeed = import_deepspeed()
+    # DeepSpeed's warning about an optimizer that it does not know: optim.create has tested it.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "untested optimizer" not in record.getMessage()
+    )
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
+    if cfg.stage == 0:
+        _prepare_stage_0(engine, net, cfg, clip)
+    return engine
+
+
+def scaler(engine: "DeepSpeedEngine") -> torch.amp.GradScaler | None:
+    """The loss scaler of fp16, which only ZeRO stage 0 has; otherwise None."""
+    return engine.torch_autocast_z0_gradscaler
+
+
+def import_deepspeed() -> ModuleType:
+    """The module deepspeed, imported when it is first needed, without its complaints where there is
+    no GPU."""
+    if not torch.cuda.is_available():
+        # Without it, every rank prints that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # It warns "No CUDA runtime is found".
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import deepspeed
+
+    return deepspeed
+
+
+def _refuse(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine) -> None:
     if cfg.stage and isinstance(optimizer, torch.optim.Adagrad):
         raise UserError(
             f"optim.name: at ZeRO stage {cfg.stage} DeepSpeed makes a new Adagrad, without our "
@@ -70,46 +114,21 @@ def create(
             "student.arch: DeepSpeed cannot send a weight without dimension to the other ranks, "
             f"as {bare[0]} is; take another"
         )
-    # Alone it would only wait for the device in every backward.
-    overlap = cfg.overlap and dist.device().type == "cuda" and dist.world() > 1
-    settings = deepspeed_config(
-        cfg, micro_batch, accumulate, clip, sum(p.numel() for p in net.parameters()), overlap
-    )
-    deepspeed = import_deepspeed()
-    # optim.create has tested it.
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: "untested optimizer" not in record.getMessage()
-    )
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
-    # The same norm and factor; DeepSpeed's form takes a kernel or two for each weight, and waits
-    # for the device.
-    if clip and not cfg.stage:
+
+
+def _prepare_stage_0(engine: "DeepSpeedEngine", net: nn.Module, cfg: Engine, clip: float) -> None:
+    """What DeepSpeed does at stage 0 and we do better."""
+    if clip:
+        # The same norm and factor.  DeepSpeed's form takes a kernel or two for each weight, and
+        # waits for the device.
         engine.clip_fp32_gradients = partial(nn.utils.clip_grad_norm_, list(net.parameters()), clip)
-    # Else the weights are slices of one flat tensor, contiguous each; channels_last views suffice
-    # for activations.
-    if cfg.stage == 0:
-        # Not before: DeepSpeed broadcasts the weights as bytes, which needs them contiguous.
-        net.to(memory_format=torch.channels_last)
-        if cfg.overlap:
-            # What DeepSpeed calls at the end of each backward, where its own would reduce all
-            # gradients at once.
-            engine.allreduce_gradients = Exchange(
-                net, bucket_bytes(cfg), engine.is_gradient_accumulation_boundary
-            ).finish
-    return engine
-
-
-def scaler(engine) -> torch.amp.GradScaler | None:
-    """The loss scaler of fp16 at ZeRO stage 0, else None."""
-    return engine.torch_autocast_z0_gradscaler
-
-
-def import_deepspeed():
-    if not torch.cuda.is_available():
-        # Else it says on every rank that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # "No CUDA runtime is found".
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    import deepspeed
-
-    return deepspeed
+    # Not before DeepSpeed has broadcast the weights: it does so as bytes, which needs them
+    # contiguous.  And not from stage 1 on, where the weights are slices of one flat tensor, each
+    # contiguous; there channels_last views suffice for the activations.
+    net.to(memory_format=torch.channels_last)
+    if cfg.overlap:
+        # DeepSpeed calls this at the end of each backward.  Its own would only now reduce all
+        # gradients, at once.
+        engine.allreduce_gradients = Exchange(
+            net, bucket_bytes(cfg), engine.is_gradient_accumulation_boundary
+        ).finish

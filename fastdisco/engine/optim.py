@@ -1,7 +1,10 @@
-"""Parameter groups, optimizer and schedules."""
+"""Optimizers, and the schedules of learning rate and weight decay.
+
+An epoch is a fraction here: 1.5 is half way through the second."""
 
 import inspect
 import math
+from typing import Any
 
 import timm.optim
 import torch
@@ -12,114 +15,125 @@ from fastdisco.config import Optim
 
 
 def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim.Optimizer:
-    """The optimizer of that name from timm.optim (which knows torch's, and NVIDIA apex's where that
-    is installed).
+    """The optimizer `cfg.name` of timm.optim, which has torch's, too, and those of NVIDIA apex where
+    it is installed.
 
-    stage  of ZeRO.  Raises UserError where the optimizer would go wrong with it, which nothing else
-           would say"""
+    lr     the rate that it starts with
+    stage  of ZeRO
+    Raises UserError for an unknown name, and for an optimizer that would silently go wrong with
+    that stage."""
     if stage and not _elementwise(cfg, next(net.parameters()).device):
         raise UserError(
-            f"optim.name: {cfg.name} moves an element of a tensor by more than its own gradient, by "
-            f"the tensor's norm for example, and ZeRO stage {stage} would give it flat pieces of "
+            f"optim.name: {cfg.name} moves an element of a tensor by more than its own gradient, "
+            f"by the tensor's norm for example, and ZeRO stage {stage} would give it flat pieces of "
             "many tensors; set engine.stage=0 or take another, as sgd or adamw"
         )
     optimizer = _make(net, cfg, lr)
     if cfg.clip_each and cfg.clip:
-        # Averaged gradients, once a step; fp16's scaler leaves them scaled for a fused optimizer,
-        # which unscales by itself.
-        def clip(optimizer, *_):
+        # Before the step the gradients are averaged over ranks and micro batches.
+        def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            # fp16's scaler leaves the gradients of a fused optimizer scaled; it unscales them
+            # itself.
             scale = getattr(optimizer, "grad_scale", None)
             clip_each(net, cfg.clip if scale is None else cfg.clip * scale)
 
         optimizer.register_step_pre_hook(clip)
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and cfg.momentum:
-        optimizer.register_step_pre_hook(_momentum)
+        optimizer.register_step_pre_hook(_zero_momentum)
     return optimizer
 
 
+# ---- schedules
+
+
 def base_lr(cfg: Optim, batch: int) -> float:
-    """Learning rate before the schedule, under the scaling rule; `batch` is the global batch."""
-    return (
-        cfg.lr * {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}[cfg.lr_scale]
-    )
+    """The learning rate that the schedule starts from; `batch` is the global batch."""
+    scale = {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}
+    return cfg.lr * scale[cfg.lr_scale]
 
 
 def rate(cfg: Optim, lr: float, epoch: float, epochs: int) -> float:
-    """The learning rate at a fractional epoch, `lr` being the base's: linear warm-up, then the
-    schedule over the rest, a cosine down to lr_min."""
+    """The learning rate at an epoch: a linear warm-up to `lr`, which `base_lr` gives, then the
+    schedule over the other epochs.  A cosine ends at lr_min."""
     low = 0.0 if epoch < cfg.warmup_epochs else cfg.lr_min
     return low + (lr - low) * lr_factor(cfg, epoch, epochs)
 
 
 def lr_factor(cfg: Optim, epoch: float, epochs: int) -> float:
-    """0..1 of the way between the schedule's end and its start."""
-    epoch = _at(cfg, epoch)
-    if epoch < cfg.warmup_epochs:
-        return (
-            epoch / cfg.warmup_epochs
-            if cfg.per == "step"
-            else (epoch + 1) / (cfg.warmup_epochs + 1)
-        )
+    """Where the learning rate is between its lowest value (0) and its highest (1)."""
+    epoch, warmup = _at(cfg, epoch), cfg.warmup_epochs
+    if epoch < warmup:
+        # An epoch that starts at 0 would train nothing, so the warm-up by epochs has one step more.
+        return epoch / warmup if cfg.per == "step" else (epoch + 1) / (warmup + 1)
     if cfg.schedule == "cosine":
-        return 0.5 * (
-            1 + math.cos(math.pi * (epoch - cfg.warmup_epochs) / (epochs - cfg.warmup_epochs))
-        )
+        return _cosine(epoch - warmup, epochs - warmup)
     if cfg.schedule == "step":
         return 0.1 ** sum(epoch >= m for m in cfg.milestones)
     return 1.0
 
 
 def decay(cfg: Optim, epoch: float, epochs: int) -> float:
-    """The weight decay at a fractional epoch: a cosine from weight_decay to weight_decay_end, where
-    there is one."""
-    if cfg.weight_decay_end is None:
+    """The weight decay at an epoch: weight_decay, or a cosine from it to weight_decay_end."""
+    end = cfg.weight_decay_end
+    if end is None:
         return cfg.weight_decay
-    return cfg.weight_decay_end + (cfg.weight_decay - cfg.weight_decay_end) * 0.5 * (
-        1 + math.cos(math.pi * _at(cfg, epoch) / epochs)
-    )
+    return end + (cfg.weight_decay - end) * _cosine(_at(cfg, epoch), epochs)
 
 
-def move(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float):
-    """Sets both, but no decay for weights that have none."""
+def move(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Sets learning rate and weight decay.  Groups without weight decay keep none."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["weight_decay"]:
             group["weight_decay"] = weight_decay
 
 
-def freeze(net: nn.Module, prefixes: tuple[str, ...]):
-    """Between backward and step: drops the gradients of weights whose names begin so, and with them
-    this step's decay and momentum."""
+def _at(cfg: Optim, epoch: float) -> float:
+    """The epoch at which the schedule is read."""
+    return math.floor(epoch) if cfg.per == "epoch" else epoch
+
+
+def _cosine(at: float, end: float) -> float:
+    """Half a cosine: 1 at 0, 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * at / end))
+
+
+# ---- gradients, between backward and step
+
+
+def freeze(net: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Drops the gradients of the weights whose names begin with a prefix.
+
+    Without gradient a weight gets no weight decay and no momentum either in this step."""
     for name, p in net.named_parameters() if prefixes else ():
         if name.startswith(prefixes):
             p.grad = None
 
 
-def clip_each(net: nn.Module, norm: float):
-    """Shortens every weight tensor's gradient that is longer than the norm, each by itself, in
+def clip_each(net: nn.Module, norm: float | Tensor) -> None:
+    """Shortens every weight tensor's gradient to the norm, if it is longer, each by itself, in
     place."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
-    torch._foreach_mul_(
-        grads, list((norm / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1))
-    )
+    factors = norm / (torch.stack(torch._foreach_norm(grads)) + 1e-6)
+    torch._foreach_mul_(grads, list(factors.clamp(max=1)))
 
 
-def _momentum(optimizer: torch.optim.Optimizer, *_):
-    """Zeros where there is no momentum yet, which give the first step that torch gives.
+def _zero_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Gives weights that have no momentum yet zeros, from which the first step is torch's own.
 
-    Fused SGD takes memory as it finds it, and keeps that where fp16's first step overflows; a
-    weight that thaws later it cannot take at all."""
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        if optimizer.state[p].get("momentum_buffer") is None:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    Fused SGD would start from uninitialised memory, and keeps it where fp16's first step overflows.
+    It cannot take a weight at all that got its first gradient later than others."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
-def _at(cfg: Optim, epoch: float) -> float:
-    return math.floor(epoch) if cfg.per == "epoch" else epoch
+# ---- making an optimizer
 
 
 def _make(params: nn.Module | list[Tensor], cfg: Optim, lr: float) -> torch.optim.Optimizer:
-    # Timm's "sgd" is Nesterov's; MoCo's and DisCo's is plain.
+    # timm's "sgd" is Nesterov's; that of MoCo and DisCo is plain.
     name = {"sgd": "momentum", "nesterov": "sgd"}.get(cfg.name, cfg.name)
     weights = params.parameters() if isinstance(params, nn.Module) else params
     try:
@@ -139,49 +153,63 @@ def _make(params: nn.Module | list[Tensor], cfg: Optim, lr: float) -> torch.opti
         ) from None
 
 
-def _fused(name: str, device: torch.device) -> dict[str, bool]:
-    """What makes the optimizer of that name in timm.optim one kernel for many weights: torch's SGD,
+def _fused(name: str, device: torch.device) -> dict[str, Any]:
+    """The argument that makes one kernel move many weights, for those that have it: torch's SGD,
     Adam, AdamW and Adagrad on a GPU.
 
-    The others of torch, and some of timm's, take lists of weights (foreach) without being told.
-    Fused ones never wait for the GPU, also not for fp16's loss scaler, which asks others each step
+    torch's others, and some of timm's, work on lists of weights (foreach) without being asked.
+    Fused ones never wait for the GPU.  The others do with fp16, whose loss scaler asks in each step
     whether a gradient overflowed."""
     if device.type != "cuda" or name.lower() not in timm.optim.list_optimizers():
         return {}
-    return (
-        {"fused": True}
-        if "fused"
-        in inspect.signature(
-            timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)
-        ).parameters
-        else {}
-    )
+    kind = timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)
+    return {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+
+
+# ---- whether ZeRO may cut its tensors
 
 
 def _elementwise(cfg: Optim, device: torch.device) -> bool:
-    """Whether three steps on two matrices end where they do on the same elements cut elsewhere, as
-    ZeRO cuts them."""
+    """Whether the optimizer moves each element by its own gradient alone.
+
+    It takes three steps on two matrices, and on the same elements cut elsewhere, as ZeRO cuts them:
+    both must end alike."""
     g = torch.Generator().manual_seed(0)
-    # Adafactor and Muon take much smaller ones for vectors.
+    # Not much smaller than 32 x 32: Adafactor and Muon would treat the matrices as vectors.
     start = torch.randn(2, 32, 32, generator=g) * torch.tensor([0.1, 0.8]).view(2, 1, 1)
     grads = torch.randn(3, 2, 32, 32, generator=g)
-    # As before a batch norm: AdamP looks.
-    grads -= (
-        (grads * start).sum((2, 3), keepdim=True) / start.square().sum((1, 2), keepdim=True) * start
-    )
-    ends = []
-    for cuts, shape in (((1024, 1024), (32, 32)), ((1100, 948), (-1,))):
-        parts = [
-            x.to(device).view(shape).clone().requires_grad_() for x in start.flatten().split(cuts)
-        ]
-        # Without decay LARS does not adapt.
-        opt = _make(parts, cfg.model_copy(update={"weight_decay": 0.1}), 0.1)
-        for grad in grads:
-            for x, d in zip(parts, grad.flatten().split(cuts)):
-                x.grad = d.to(device).view(shape)
-            try:
-                opt.step()
-            except RuntimeError:  # AdaHessian asks for second derivatives
-                return False
-        ends.append(torch.cat([x.detach().flatten() for x in parts]))
-    return torch.allclose(*ends, rtol=1e-4, atol=1e-6)
+    # Orthogonal to the weights, as before a batch norm: AdamP acts on such gradients alone.
+    along = (grads * start).sum((2, 3), keepdim=True)
+    length = start.square().sum((1, 2), keepdim=True)
+    grads -= along / length * start
+    # LARS adapts only with weight decay.
+    cfg = cfg.model_copy(update={"weight_decay": 0.1})
+    whole = _steps(cfg, device, start, grads, cuts=(1024, 1024), shape=(32, 32))
+    pieces = _steps(cfg, device, start, grads, cuts=(1100, 948), shape=(-1,))
+    if whole is None or pieces is None:
+        return False
+    return torch.allclose(whole, pieces, rtol=1e-4, atol=1e-6)
+
+
+def _steps(
+    cfg: Optim,
+    device: torch.device,
+    start: Tensor,
+    grads: Tensor,
+    cuts: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> Tensor | None:
+    """All elements, flat, after a step for each of `grads`, taken on tensors of that shape and of
+    `cuts` elements; None where the optimizer cannot take a plain step."""
+    flat = start.flatten().split(cuts)
+    parts = [x.to(device).view(shape).clone().requires_grad_() for x in flat]
+    optimizer = _make(parts, cfg, 0.1)
+    for grad in grads:
+        for part, piece in zip(parts, grad.flatten().split(cuts)):
+            part.grad = piece.to(device).view(shape)
+        try:
+            optimizer.step()
+        # AdaHessian asks for second derivatives.
+        except RuntimeError:
+            return None
+    return torch.cat([part.detach().flatten() for part in parts])

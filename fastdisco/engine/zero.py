@@ -1,10 +1,14 @@
-"""DeepSpeed around the student alone: its configuration made from ours, what has to be settled
-before it is imported, and the weights and optimizer state of any ZeRO stage under the parameters'
-names."""
+"""Weights and optimizer state of the student, whole and under the parameters' names, at any ZeRO
+stage.
+
+From stage 1 on the optimizer holds flat tensors, each of them this rank's part of all parameters of
+a group laid end to end.  At stage 3 the network holds parts of its parameters, too.  Checkpoints
+know nothing of that: they have each parameter whole, so that they load at any stage and on any
+number of ranks."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +16,21 @@ from torch import Tensor
 from fastdisco.common import dist
 from fastdisco.engine.deepspeed_engine import import_deepspeed
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-def gathered(engine, write: bool = False):
-    """A context in which the net's weights are whole on every rank, which at stage 3 they are only
-    inside its own forward and backward.
+# Settings of an optimizer's group that are no state.  The last two follow from the device.
+_NO_STATE = {"params", "fused", "foreach"}
 
-    With `write`, what rank 0 wrote into them stays.  Every rank must enter it."""
+
+def gathered(
+    engine: "DeepSpeedEngine", write: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which every rank has the network's weights whole.  At stage 3 they are otherwise
+    whole only inside the network's own forward and backward.
+
+    write  at the end, all ranks take over what rank 0 has written into the weights
+    Every rank must enter it."""
     if engine.zero_optimization_stage() < 3:
         return contextlib.nullcontext()
     return import_deepspeed().zero.GatheredParameters(
@@ -25,137 +38,122 @@ def gathered(engine, write: bool = False):
     )
 
 
-def weights(engine) -> dict[str, Tensor]:
-    """The state dict of the net, whole at any stage; every rank must call it."""
+def weights(engine: "DeepSpeedEngine") -> dict[str, Tensor]:
+    """The network's state dict, whole, as copies.  Every rank must call it."""
     with gathered(engine):
-        # ZeRO's are slices of one tensor, which a file would hold whole.
+        # ZeRO's weights are slices of one tensor, and saving a slice would save that tensor.
         return {k: v.clone() for k, v in engine.module.state_dict().items()}
 
 
-def load_weights(engine, weights: dict[str, Tensor]):
-    """Sets what `weights` gave, at any stage; every rank must call it."""
+def load_weights(engine: "DeepSpeedEngine", weights: dict[str, Tensor]) -> None:
+    """Sets what `weights` returned, at this or another stage.  Every rank must call it."""
     with gathered(engine, write=True):
         engine.module.load_state_dict(weights)
     if engine.zero_optimization():
-        engine.optimizer.refresh_fp32_params()  # the copy that the optimizer moves
+        # The optimizer moves a copy of its own.
+        engine.optimizer.refresh_fp32_params()
 
 
-def optimizer_state(engine) -> dict[str, dict]:
-    """Independent of the stage and of the number of ranks; every rank must call it.
+def optimizer_state(engine: "DeepSpeedEngine") -> dict[str, dict]:
+    """The optimizer's state, the same at any stage and number of ranks.  Every rank must call it.
 
-    parameters  {parameter's name: {state's name: tensor of the parameter's shape, or what the
-                optimizer keeps otherwise, such as a counter}}
-    groups      {position: {setting's name: value}}, since some optimizers count there"""
-    base, parameters = engine.basic_optimizer, {}
-    if not engine.zero_optimization():
-        parameters = {
-            name: dict(base.state[p])
-            for name, p in engine.module.named_parameters()
-            if p in base.state
-        }
+    parameters  {parameter's name: {state's name: value}}, where the value is a tensor of the
+                parameter's shape or whatever else the optimizer keeps, such as a counter
+    groups      {position of the group: {setting's name: value}}, since some optimizers count there
+    """
+    base = engine.basic_optimizer
+    if engine.zero_optimization():
+        parameters = _state_of_flat_groups(engine)
     else:
-        for flat, pieces in _flat_groups(engine):
-            for piece in pieces if flat in base.state else ():
-                parameters[piece.name] = {
-                    k: _join(v, piece) if _same_shape(v, flat.shape) else v
-                    for k, v in base.state[flat].items()
-                }
-    return {
-        "parameters": parameters,
-        "groups": {
-            i: {k: v for k, v in g.items() if k not in _NO_STATE}
-            for i, g in enumerate(base.param_groups)
-        },
-    }
+        named = engine.module.named_parameters()
+        parameters = {name: dict(base.state[p]) for name, p in named if p in base.state}
+    groups = {}
+    for i, group in enumerate(base.param_groups):
+        groups[i] = {k: v for k, v in group.items() if k not in _NO_STATE}
+    return {"parameters": parameters, "groups": groups}
 
 
-def load_optimizer_state(engine, state: dict[str, dict]):
-    """Sets what `optimizer_state` gave, at any stage, also before the first step."""
+def load_optimizer_state(engine: "DeepSpeedEngine", state: dict[str, dict]) -> None:
+    """Sets what `optimizer_state` returned, at this or another stage; also before any step."""
     base, saved = engine.basic_optimizer, state["parameters"]
     fused = bool(base.defaults.get("fused"))
     for i, settings in state["groups"].items():
-        base.param_groups[i].update(
-            {
-                k: v.clone() if torch.is_tensor(v) else v
-                for k, v in settings.items()
-                if k not in _NO_STATE
-            }
-        )
+        for key, value in settings.items():
+            if key not in _NO_STATE:
+                base.param_groups[i][key] = value.clone() if torch.is_tensor(value) else value
     if not engine.zero_optimization():
-        base.state.update(
-            {
-                p: {k: _like(v, p, fused) for k, v in saved[name].items()}
-                for name, p in engine.module.named_parameters()
-                if name in saved
-            }
-        )
+        for name, p in engine.module.named_parameters():
+            if name in saved:
+                base.state[p] = {k: _like(v, p, fused) for k, v in saved[name].items()}
         return
     for flat, pieces in _flat_groups(engine):
+        # All parameters of a group have state of the same names and kinds.
         for key, value in saved.get(pieces[0].name, {}).items():
-            per_element = _same_shape(value, pieces[0].shape)
-            base.state[flat][key] = (
-                _cut([saved[p.name][key] for p in pieces], pieces, flat)
-                if per_element
-                else _like(value, flat, fused)
-            )
-
-
-# Of an optimizer's group; the last two follow from the device.
-_NO_STATE = {"params", "fused", "foreach"}
+            if _same_shape(value, pieces[0].shape):
+                base.state[flat][key] = _cut([saved[p.name][key] for p in pieces], pieces, flat)
+            else:
+                base.state[flat][key] = _like(value, flat, fused)
 
 
 class _Piece(NamedTuple):
-    """This rank's share of a parameter: elements first .. first+n of it are elements at .. at+n of
+    """This rank's part of a parameter: its elements first .. first+n are the elements at .. at+n of
     its group's flat tensor."""
 
     name: str
+    # Of the whole parameter.
     shape: torch.Size
     first: int
     n: int
     at: int
 
 
-def _flat_groups(engine) -> Iterator[tuple[Tensor, list[_Piece]]]:
-    """The flat tensors that the optimizer holds from stage 1 on, each with all parameters of its
-    group."""
-    zero, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
-    if engine.zero_optimization_stage() == 3:
+def _flat_groups(engine: "DeepSpeedEngine") -> Iterator[tuple[Tensor, list[_Piece]]]:
+    """The flat tensors that the optimizer holds from stage 1 on, each with all the parameters of
+    its group, in their order."""
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    if stage == 3:
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups):
-            pieces = []
-            for p in group:
-                _, at, n = zero.grad_position[zero.get_param_id(p)]
-                first = min(n * dist.rank(), p.ds_numel)
-                # The last ranks' end is padding.
-                pieces.append(
-                    _Piece(names[id(p)], p.ds_shape, first, min(n, p.ds_numel - first), at)
-                )
-            yield flat, pieces
-        return
-    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
-        mine = [p._hp_mapping for p in group]  # None: all of it is on other ranks
-        yield (
-            flat,
-            [
-                _Piece(
-                    names[id(p)],
-                    p.shape,
-                    m.lp_fragment_address.start,
-                    m.lp_fragment_address.numel,
-                    m.hp_fragment_address.start,
-                )
-                if m
-                else _Piece(names[id(p)], p.shape, 0, 0, 0)
-                for p, m in zip(group, mine)
-            ],
-        )
+            yield flat, [_piece_at_stage_3(zero, p, names[id(p)]) for p in group]
+    else:
+        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
+            yield flat, [_piece_below_stage_3(p, names[id(p)]) for p in group]
 
 
-def _same_shape(value, shape: torch.Size) -> bool:
-    return torch.is_tensor(value) and value.shape == shape
+def _piece_at_stage_3(zero: Any, p: Any, name: str) -> _Piece:
+    _, at, n = zero.grad_position[zero.get_param_id(p)]
+    # Each rank has n elements; the last ones' end is padding.
+    first = min(n * dist.rank(), p.ds_numel)
+    return _Piece(name, p.ds_shape, first, min(n, p.ds_numel - first), at)
+
+
+def _piece_below_stage_3(p: Any, name: str) -> _Piece:
+    if p._hp_mapping is None:
+        # All of the parameter is on other ranks.
+        return _Piece(name, p.shape, 0, 0, 0)
+    # lp is the network's own tensor, hp the flat tensor that the optimizer moves.
+    lp, hp = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+    return _Piece(name, p.shape, lp.start, lp.numel, hp.start)
+
+
+def _state_of_flat_groups(engine: "DeepSpeedEngine") -> dict[str, dict[str, Any]]:
+    """{parameter's name: {state's name: value}} from stage 1 on."""
+    base, parameters = engine.basic_optimizer, {}
+    for flat, pieces in _flat_groups(engine):
+        for piece in pieces if flat in base.state else ():
+            state = base.state[flat]
+            parameters[piece.name] = {
+                k: _join(v, piece) if _same_shape(v, flat.shape) else v for k, v in state.items()
+            }
+    return parameters
+
+
+def _same_shape(value: object, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape
 
 
 def _join(flat: Tensor, piece: _Piece) -> Tensor:
-    """The whole parameter's values out of the ranks' flat ones."""
+    """A parameter's values, whole, out of all ranks' flat tensors."""
     whole = flat.new_zeros(piece.shape.numel())
     whole[piece.first : piece.first + piece.n] = flat[piece.at : piece.at + piece.n]
     return dist.all_sum(whole).view(piece.shape)
@@ -169,11 +167,12 @@ def _cut(values: list[Tensor], pieces: list[_Piece], like: Tensor) -> Tensor:
     return flat
 
 
-def _like(value, p: Tensor, fused: bool):
-    """A copy, off the mapped file, as the optimizer keeps it beside p: in p's memory format;
-    counters, which have no dimension, on the CPU but of a fused optimizer, whose kernel reads
-    them."""
-    if not torch.is_tensor(value):
+def _like(value: Any, p: Tensor, fused: bool) -> Any:
+    """A copy of a saved value as the optimizer keeps it beside p, independent of the mapped file.
+
+    A tensor of p's shape is in p's memory format and on its device.  A counter, which has no
+    dimension, is on the CPU, except that of a fused optimizer, whose kernel reads it."""
+    if not isinstance(value, Tensor):
         return value
     if _same_shape(value, p.shape):
         return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)

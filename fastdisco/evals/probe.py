@@ -1,7 +1,7 @@
-"""Whether a teacher has learned anything: kNN of its features and of its embedding beside what an
+"""Whether a teacher has learned anything: kNN of its features and of its embedding, beside what an
 untrained network and raw pixels reach."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,16 @@ from torch import Tensor
 from fastdisco.evals import knn
 from fastdisco.models import Net
 
-PIXELS = 16  # side to which an image is reduced for the comparison with raw pixels
+# Side to which an image is reduced for the comparison with raw pixels.
+PIXELS = 16
+
+# What the shares below must pass: all that needs no training, and chance.
+FLOORS = {"features": ("untrained", "pixels", "chance"), "embedding": ("chance",)}
 
 
-class Cached(NamedTuple):
+class Encoded(NamedTuple):
+    """A batch whose one view is already what kNN compares."""
+
     views: list[Tensor]
     label: Tensor
 
@@ -23,8 +29,8 @@ class Cached(NamedTuple):
 def run(
     net: Net,
     untrained: Net,
-    bank: Iterable,
-    queries: Iterable,
+    bank: Iterable[knn.Labelled],
+    queries: Iterable[knn.Labelled],
     classes: int,
     k: int = 20,
     temp: float = 0.07,
@@ -34,39 +40,42 @@ def run(
 
     net, untrained  in eval mode; untrained is the same architecture with random weights
     Returns features and embedding (of net), untrained, pixels and chance."""
-    encode = {
+    # From images x and the net's features f.
+    encoders: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "features": lambda x, f: f,
         "embedding": lambda x, f: net.head(f),
         "untrained": lambda x, f: untrained.features(x),
         "pixels": lambda x, f: F.adaptive_avg_pool2d(x, PIXELS).flatten(1),
     }
-    sides = []
-    for batches in (bank, queries):
-        side = {name: [] for name in encode}
+
+    def encoded(batches: Iterable[knn.Labelled]) -> dict[str, list[Encoded]]:
+        out = {name: [] for name in encoders}
         for batch in batches:
             x = batch.views[0]
             f = net.features(x)
-            for name, of in encode.items():
-                side[name].append(Cached([of(x, f).float()], batch.label))
-        sides.append(side)
-    found = {
-        name: knn.run(lambda x: x, sides[0][name], sides[1][name], classes, k, temp)["knn_top1"]
-        for name in encode
-    }
+            for name, encode in encoders.items():
+                out[name].append(Encoded([encode(x, f).float()], batch.label))
+        return out
+
+    known, asked = encoded(bank), encoded(queries)
+    found = {}
+    for name in encoders:
+        scores = knn.run(lambda x: x, known[name], asked[name], classes, k, temp)
+        found[name] = scores["knn_top1"]
     return found | {"chance": 1 / classes}
 
 
 def verdict(found: dict[str, float], queries: int) -> str | None:
     """What speaks against a teacher with these shares; None: nothing does.
 
-    The features must pass all that needs no training, the embedding chance, by 1/sqrt(queries): two
-    standard errors of a share, at most."""
+    found: what `run` returned, of so many queries.  Each share must pass its FLOORS by
+    1/sqrt(queries), which is two standard errors of a share at most."""
     least = queries**-0.5
-    for name, floors in (
-        ("features", ("untrained", "pixels", "chance")),
-        ("embedding", ("chance",)),
-    ):
-        floor = max(floors, key=found.get)
+    for name, floors in FLOORS.items():
+        floor = max(floors, key=lambda f: found[f])
         if not found[name] > found[floor] + least:
-            return f"its {name} tell the class of {found[name]:.1%} of {queries} images, {floor} {found[floor]:.1%}, to be passed by {least:.1%}"
+            return (
+                f"its {name} tell the class of {found[name]:.1%} of {queries} images, {floor} "
+                f"{found[floor]:.1%}, to be passed by {least:.1%}"
+            )
     return None

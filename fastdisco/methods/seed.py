@@ -1,5 +1,7 @@
-"""SEED (arXiv:2101.04731): the student's similarities to a queue of the teacher's embeddings
-towards the teacher's own, with or without MoCo's contrast beside it."""
+"""SEED (arXiv:2101.04731), with or without MoCo's contrast beside it: the student's similarities to
+a queue of the teacher's embeddings are drawn towards the teacher's own."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,52 +16,52 @@ from fastdisco.models.queue import Queue
 class Seed(Method):
     teacher_views = 1
 
-    def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: str):
+    def __init__(self, cfg: config.Seed, dim: int, seed: int, shuffle: str) -> None:
         super().__init__()
-        self.cfg, self.seed, self.shuffle, self.permuted = (
-            cfg,
-            seed,
-            shuffle,
-            shuffle == "load" and cfg.contrast > 0,
-        )
+        self.cfg, self.seed, self.shuffle = cfg, seed, shuffle
+        self.permuted = shuffle == "load" and cfg.contrast > 0
         self.weights = {"seed": cfg.distill, "contrast": cfg.contrast}
-        dtype = queue_dtype(
-            "fp32" if cfg.queue_dtype == "auto" and cfg.temp_teacher < 0.01 else cfg.queue_dtype
-        )
-        self.queue = Queue(cfg.queue, dim, seed, dtype)  # of the teacher's embeddings
-        # Of the mean student's.
+        # Cosines in bf16 are too coarse to divide by so small a temperature.
+        fine = cfg.queue_dtype == "auto" and cfg.temp_teacher < 0.01
+        dtype = queue_dtype("fp32" if fine else cfg.queue_dtype)
+        # Of the teacher's embeddings.
+        self.queue = Queue(cfg.queue, dim, seed, dtype)
+        # Of the mean student's (EMA), for the contrast.
         self.negatives = Queue(cfg.queue, dim, dist.mix(seed, 1), dtype) if cfg.contrast else None
-        self.targets, self.keys = [], []  # of this optimizer step's micro batches
+        # Both of this optimizer step's micro batches.
+        self.targets: list[Callable[[], Tensor]] = []
+        self.keys: list[Callable[[], Tensor]] = []
 
     def momentum(self, progress: Progress) -> float | None:
         return self.cfg.momentum if self.cfg.contrast else None
 
     def step(self, nets: Nets, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """views: one [B,3,S,S], with contrast two.  Terms seed and contrast; logged beside them
+        """views: one [B,3,S,S], with contrast two.  Losses seed and contrast; logged beside them
         feat/std and distill/cosine."""
         cfg = self.cfg
+        assert nets.teacher, "the configuration demands a teacher"
         teacher = nets.teacher(views[:1])
-        keys = (
-            encode(nets.ema, views[1], self.shuffle, dist.mix(self.seed, progress.micro_step))
-            if cfg.contrast
-            else None
-        )
+        keys = None
+        if cfg.contrast:
+            assert nets.ema, "made wherever momentum() is a number"
+            seed = dist.mix(self.seed, progress.micro_step)
+            keys = encode(nets.ema, views[1], self.shuffle, seed)
         z = nets.student(views[:1]).z[0]  # [B,d]
         terms = {"feat/std": spread(z)}
-        if cfg.contrast:
+        if keys and self.negatives:
             terms["contrast"] = kernels.info_nce(z, keys.own(), self.negatives.rows, cfg.temp)
             self.keys.append(keys.every)
-        t = teacher.z[0]
+        t = teacher.z[0]  # [B,d]
         terms["seed"] = kernels.seed(z, t, self.queue.rows, cfg.temp, cfg.temp_teacher)
         terms["distill/cosine"] = torch.cosine_similarity(z.detach().float(), t.float()).mean()
         self.targets.append(dist.all_gather_async(t))
         return terms
 
-    def after_step(self):
-        """All micro batches of a step saw the same queues; the next step sees what they add."""
+    def after_step(self) -> None:
+        """All micro batches of a step see the same queues; the next step sees what they add."""
         self.queue.enqueue(torch.cat([targets() for targets in self.targets]))
         self.targets.clear()
-        if self.cfg.contrast:
+        if self.negatives:
             self.negatives.enqueue(torch.cat([keys() for keys in self.keys]))
             self.keys.clear()
 

@@ -1,21 +1,32 @@
-"""Networks: a timm backbone with a projection head and prototypes, its batch norms, its mean
-student (EMA), its weights.
+"""Networks.
 
-Level 1: imports config, common and kernels.  Only this package makes timm's models."""
+backbones.py   timm's models, and SwAV's widened ResNets
+heads.py       projection heads and prototypes
+net.py         Net: backbone, head and prototypes together
+build.py       the Net of a configuration
+batchnorm.py   batch norm over part of a batch, or over all ranks
+ema.py         the mean student (EMA)
+queue.py       MoCo's queue of negatives
+weights.py     weights from files, strictly
+runs.py        the networks of finished runs
+
+Level 1: imports config, common and kernels.  No other package makes timm's models."""
 
 from fastdisco.common.precision import DTYPE
-from fastdisco.models.backbones import WIDE, shapes
+from fastdisco.models.backbones import WIDE, backbone, shapes
 from fastdisco.models.batchnorm import mean_buffers, split_bn, sync_bn
 from fastdisco.models.build import create, of
 from fastdisco.models.ema import ema_copy, ema_update
 from fastdisco.models.net import Net, Out, size
-from fastdisco.models.weights import from_run, last, load_weights, read
+from fastdisco.models.runs import from_run, last
+from fastdisco.models.weights import load_weights, read
 
 __all__ = [
     "DTYPE",
     "WIDE",
     "Net",
     "Out",
+    "backbone",
     "create",
     "ema_copy",
     "ema_update",

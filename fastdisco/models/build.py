@@ -1,7 +1,7 @@
-"""The network of a configuration, or of a timm name and a head."""
+"""The network of a configuration, or of an architecture and a head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -13,42 +13,44 @@ from fastdisco.models.net import Net
 
 
 def of(cfg: config.Config, train: bool = False) -> Net:
-    """The student that a configuration describes, its weights drawn from torch's global generator.
+    """The student of a configuration, its weights drawn from torch's global generator.
 
-    train  its batch norms are split or synchronised as `bn` says.  Raises UserError where the arch
-           does not exist or cannot do what is asked"""
-    s, count = cfg.student, getattr(cfg.method, "prototypes", 0)
-    head = {"mlp": heads.mlp, "dino": heads.dino_mlp}[s.head]
-    sizes = dict.fromkeys([*(c.size for c in config.crops(cfg)), cfg.data.eval_size])
+    train  split or synchronise its batch norms as the block `bn` says
+    Raises UserError where the architecture does not exist or cannot do what is asked."""
+    student = cfg.student
+    head = {"mlp": heads.mlp, "dino": heads.dino_mlp}[student.head]
+    # Each size once, the crops' first: position embeddings are made for the first.
+    sizes = dict.fromkeys([*(crop.size for crop in config.crops(cfg)), cfg.data.eval_size])
     net = create(
-        s.arch, lambda dim: head(dim, s.hidden, s.dim, s.head_bn), s.kwargs, sizes=tuple(sizes)
+        student.arch,
+        lambda dim: head(dim, student.hidden, student.dim, student.head_bn),
+        student.kwargs,
+        tuple(sizes),
     )
-    if count:
-        net.prototypes, net.joint = (
-            heads.Prototypes(s.dim, count, not getattr(cfg.method, "norm_last_layer", True)),
-            True,
-        )
+    # Methods with prototypes (SwAV, DINO) run all crops of a resolution in one forward.
+    if count := getattr(cfg.method, "prototypes", 0):
+        fixed_lengths = getattr(cfg.method, "norm_last_layer", True)
+        net.prototypes = heads.Prototypes(student.dim, count, gain=not fixed_lengths)
+        net.joint = True
     if train:
         split_bn(net, cfg.bn.groups)
-        net = sync_bn(net) if cfg.bn.sync else net
+        if cfg.bn.sync:
+            net = cast(Net, sync_bn(net))
     return net
 
 
 def create(
     arch: str,
     head: Callable[[int], nn.Module],
-    kwargs: dict[str, Any] = {},
+    kwargs: dict[str, Any] | None = None,
     sizes: tuple[int, ...] = (),
 ) -> Net:
-    """A Net, its weights drawn from torch's global generator (timm's initialisation, torch's for
-    the head).
+    """A Net whose weights are drawn from torch's global generator: the backbone's by timm's
+    initialisation, the head's as the head makes them.
 
-    arch    a name of timm's, or one of WIDE
     head    makes the head for the backbone's number of features
-    kwargs  for timm.create_model
-    sizes   of the images, pixels: position embeddings are made for the first and interpolated for
-    the others; (): the arch's own Raises UserError for a name, a keyword or a size that timm cannot
-    make."""
-    body = backbone(arch, kwargs, sizes)
-    # num_features is what mobilenetv3 has before its head convolution.
-    return Net(body, head(body.head_hidden_size))
+    arch, kwargs, sizes and errors are those of `backbone`."""
+    body = backbone(arch, kwargs or {}, sizes)
+    # Not `num_features`, which for mobilenetv3 is the width before its head convolution.
+    features = cast(int, body.head_hidden_size)
+    return Net(body, head(features))

@@ -1,18 +1,19 @@
-"""The mean student (EMA), MoCo's momentum encoder: arXiv:1911.05722, equation 2."""
+"""The mean student (EMA): MoCo's momentum encoder, arXiv:1911.05722, equation 2."""
 
 import copy
 
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 from fastdisco.models.net import Net
 
 
 def ema_copy(net: Net) -> Net:
-    """The mean student at its start: a copy without gradients, in train mode, for its batch-norm
-    statistics are its own, but with every path (stochastic depth perturbs the student alone, as in
-    DINO)."""
+    """The mean student at its start: a copy that gets no gradients.
+
+    It stays in training mode, since its batch-norm statistics are its own.  Stochastic depth is
+    switched off in it: as in DINO, only the student is perturbed."""
     ema = copy.deepcopy(net).requires_grad_(False).train()
     for m in ema.modules():
         if isinstance(m, DropPath):
@@ -21,7 +22,10 @@ def ema_copy(net: Net) -> Net:
 
 
 @torch.no_grad()
-def ema_update(ema: nn.Module, net: nn.Module, m: float):
-    """ema = m ema + (1 - m) net over the parameters alone; float32 or wider, since 1 - m drowns in
-    half precision.  MoCo, equation 2."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - m)
+def ema_update(ema: nn.Module, net: nn.Module, m: float) -> None:
+    """ema = m ema + (1 - m) net, over the parameters alone and not the buffers.  MoCo, equation 2.
+
+    Parameters are float32 or wider: in half precision 1 - m would be lost in rounding."""
+    moved: list[Tensor] = list(ema.parameters())
+    targets: list[Tensor] = list(net.parameters())
+    torch._foreach_lerp_(moved, targets, 1 - m)

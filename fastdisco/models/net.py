@@ -1,5 +1,7 @@
-"""Networks: a timm backbone with a projection head and prototypes, split batch norm, the mean
-student, and strict loading of weights."""
+"""A backbone with a projection head and, for some methods, prototypes.
+
+Shapes: V views, B images on this rank, S side of an image, F features, d embedding, P prototypes,
+G groups of images."""
 
 from typing import NamedTuple
 
@@ -8,13 +10,23 @@ from torch import Tensor, nn
 
 
 class Out(NamedTuple):
-    z: Tensor  # [V,B,d] raw head outputs: the losses normalise them
-    scores: Tensor | None = None  # [V,B,P] cosines to the prototypes, of nets that have them
+    """What a network gives for the views of a batch."""
+
+    # [V,B,d] raw outputs of the head.  The losses normalise them.
+    z: Tensor
+    # [V,B,P] cosines to the prototypes; None for networks without.
+    scores: Tensor | None = None
 
 
 class Net(nn.Module):
-    """Backbone, head and prototypes; a list of views [B,3,S,S] in, Out.z [V,B,d] and Out.scores
-    [V,B,P] out."""
+    """Backbone, head and prototypes: a list of V views [B,3,S,S] -> Out."""
+
+    backbone: nn.Module
+    head: nn.Module
+    prototypes: nn.Module | None
+    joint: bool
+    # In training, groups of images whose batch-norm statistics are their own; see `split_bn`.
+    groups: int
 
     def __init__(
         self,
@@ -22,52 +34,51 @@ class Net(nn.Module):
         head: nn.Module,
         prototypes: nn.Module | None = None,
         joint: bool = False,
-    ):
-        """joint: in training, too, the backbone runs once per resolution and the head once, so that
-        batch-norm statistics are of all those views (SwAV, DINO); else once per view (MoCo).  In
-        eval mode it always does."""
+    ) -> None:
+        """joint  in training, run the backbone once per resolution and the head once, so that
+        batch-norm statistics are of all those views (SwAV, DINO); otherwise both run once per view
+        (MoCo).  In eval mode the network always runs jointly, where it makes no difference."""
         super().__init__()
-        self.backbone, self.head, self.prototypes, self.joint = backbone, head, prototypes, joint
-        self.groups = 1  # of images in a joint forward, see `split_bn`
+        self.backbone = backbone
+        self.head = head
+        self.prototypes = prototypes
+        self.joint = joint
+        self.groups = 1
 
     def forward(self, views: list[Tensor]) -> Out:
         if self.training and not self.joint:
-            z = torch.stack([self.head(self.features(v)) for v in views])
+            z = torch.stack([self.head(self.features(view)) for view in views])
         else:
             z = self._jointly(views, self.groups if self.training else 1)
         return Out(z, None if self.prototypes is None else self.prototypes(z))
 
-    def _jointly(self, views: list[Tensor], groups: int) -> Tensor:
-        """[V,B,d].  Group after group of images, with all their views, so that the slices of a
-        split batch norm hold what a rank would."""
-        sizes = {}
-        for i, v in enumerate(views):
-            sizes.setdefault(v.shape[-2:], []).append(i)
-        parts = [v.chunk(groups) for v in views]
-        found = [
-            self.features(torch.cat([parts[i][g] for g in range(groups) for i in same])).unflatten(
-                0, (groups, len(same), -1)
-            )
-            for same in sizes.values()
-        ]  # [G,views of one size,B/G,F]
-        z = (
-            self.head(torch.cat(found, 1).flatten(0, 2))
-            .unflatten(0, (groups, len(views), -1))
-            .transpose(0, 1)
-            .flatten(1, 2)
-        )
-        place = {i: at for at, i in enumerate(i for same in sizes.values() for i in same)}
-        return (
-            z
-            if list(place) == sorted(place)
-            else torch.stack([z[place[i]] for i in range(len(views))])
-        )
-
     def features(self, x: Tensor) -> Tensor:
-        """[B,3,S,S] -> [B,F], the pooled output of the backbone: what evaluations use."""
+        """[B,3,S,S] -> [B,F], the pooled output of the backbone, which evaluations use."""
         return self.backbone(x)
+
+    def _jointly(self, views: list[Tensor], groups: int) -> Tensor:
+        """[V,B,d], by one forward of the backbone per resolution and one of the head.
+
+        The batches hold the first group of images with all its views, then the second, and so on:
+        a slice of a split batch norm then has exactly the rows that a GPU of its own would have."""
+        same_size: dict[torch.Size, list[int]] = {}
+        for i, view in enumerate(views):
+            same_size.setdefault(view.shape[-2:], []).append(i)
+        parts = [view.chunk(groups) for view in views]
+        # [G,views of one size,B/G,F] for each size.
+        found = []
+        for same in same_size.values():
+            batch = torch.cat([parts[i][g] for g in range(groups) for i in same])
+            found.append(self.features(batch).unflatten(0, (groups, len(same), -1)))
+        # [G*V*B/G,d] -> [G,V,B/G,d] -> [V,B,d], views of a size beside each other.
+        z = self.head(torch.cat(found, 1).flatten(0, 2))
+        z = z.unflatten(0, (groups, len(views), -1)).transpose(0, 1).flatten(1, 2)
+        order = [i for same in same_size.values() for i in same]
+        if order == sorted(order):
+            return z
+        return torch.stack([z[order.index(i)] for i in range(len(views))])
 
 
 def size(net: nn.Module) -> int:
-    """Number of weights, those of buffers not among them."""
+    """The number of the network's weights.  Buffers do not count."""
     return sum(p.numel() for p in net.parameters())

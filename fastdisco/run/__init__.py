@@ -1,3 +1,10 @@
-"""A run: its folder, checkpoints, log, plan, and the students in training.
+"""A run: its folder, its checkpoints, its metrics, its plan, and the students in training.
 
-Level 3: imports all of levels 0 to 2; train.py and the commands stand on it."""
+students.py     a student with engine, EMA, method and optimizer; compilation and CUDA graphs
+checkpoint.py   everything an exact resume needs
+folder.py       the run's folder, and whether a command may continue the run in it
+meter.py        what is measured between two log points;  log.py  where it is written and shown
+plan.py         what a run would be and lack: `train.py --dry-run`
+environment.py  versions, commit and hardware;  signals.py  SIGTERM and Ctrl-C
+
+Level 3: may import everything of levels 0 to 2.  Only train.py and the commands import it."""

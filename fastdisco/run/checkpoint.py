@@ -1,9 +1,9 @@
-"""Everything an exact resume needs, under portable names, written so that a crash at any moment
-leaves the last checkpoint whole.
+"""Everything an exact resume needs, under portable names.  A crash at any moment leaves the last
+checkpoint whole.
 
-RUN/checkpoints/last                    text: the name of the newest folder
-RUN/checkpoints/step_00001000/state.pt  what all ranks share, as full named tensors
-RUN/checkpoints/step_00001000/rank_0.pt what is each rank's own: random state, batch-norm statistics
+RUN/checkpoints/last                     text: the name of the newest folder
+RUN/checkpoints/step_00001000/state.pt   what all ranks share, as full named tensors
+RUN/checkpoints/step_00001000/rank_0.pt  a rank's own: random state, batch-norm statistics
 All files load with torch.load(weights_only=True)."""
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdisco import engine
 from fastdisco.common import dist
@@ -23,33 +23,26 @@ from fastdisco.models import last, mean_buffers, read
 
 
 class Item(NamedTuple):
-    """One thing a resumed run must have back."""
+    """One thing that a resumed run must have back."""
 
-    get: Callable[[], Any]  # called on every rank
-    set: Callable[[Any], None]
-    own: bool = False  # each rank keeps its own
+    # Called on every rank: some gather from all.
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    # Each rank keeps its own; else rank 0 writes one for all.
+    own: bool = False
 
 
 def items(
-    student, ema: nn.Module | None, method: nn.Module, loader, name: str = ""
+    student: Any, ema: nn.Module | None, method: nn.Module, loader: Any, name: str = ""
 ) -> dict[str, Item]:
-    """The one list of a training's state.  `student` is the engine; `loader` has a settable
-    `position`.
+    """The one list of what a training's state is.
 
-    name  of one of several students: its items are <name>/student ..., and the lists of all,
-          joined, are the training's"""
+    student  the engine
+    loader   anything with a settable `position`
+    name     of one of several students: its items are <name>/student, <name>/method ..., and the
+             lists of all, joined, are the training's"""
     net, scaler = student.module, engine.scaler(student)
-    mean = (
-        {
-            "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
-            "ema_buffers": Item(
-                lambda: dict(ema.named_buffers()), lambda b: _copy_buffers(ema, b), own=True
-            ),
-        }
-        if ema
-        else {}
-    )
-    own = {
+    found = {
         "student": Item(
             lambda: engine.weights(student) | mean_buffers(net),
             lambda weights: engine.load_weights(student, weights),
@@ -64,13 +57,18 @@ def items(
             lambda: scaler and scaler.state_dict(),
             lambda state: scaler and scaler.load_state_dict(state),
         ),
-        # statistics differ from rank to rank, and with them the mean over ranks in "student" and
-        # "ema"
-        "student_buffers": Item(
-            lambda: dict(net.named_buffers()), lambda b: _copy_buffers(net, b), own=True
-        ),
+        # Batch-norm statistics differ by rank.  "student" and "ema" hold their mean over ranks, for
+        # evaluations and for a resume on another number of ranks.
+        "student_buffers": _buffers(net),
     }
-    return {f"{name}/{item}" if name else item: value for item, value in (mean | own).items()} | {
+    if ema is not None:
+        found |= {
+            "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
+            "ema_buffers": _buffers(ema),
+        }
+    if name:
+        found = {f"{name}/{item}": value for item, value in found.items()}
+    return found | {
         "data": Item(
             lambda: loader.position, lambda position: setattr(loader, "position", position)
         ),
@@ -78,36 +76,34 @@ def items(
     }
 
 
-def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int):
+def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int) -> None:
     """Writes step_<step>, points `last` to it and removes all but the `keep` newest; called by
     every rank.
 
-    `meta` names what the state belongs to (data listing, teacher); a resume that differs is
-    refused."""
+    meta: fingerprints of what the state belongs to (data listing, teacher); `restore` refuses
+    others."""
     folder = run / "checkpoints" / f"step_{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
     if dist.rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    # On every rank: some are collective.
+    # On every rank: some items gather from all.
     values = {name: item.get() for name, item in state.items()}
-    _write(
-        beside / f"rank_{dist.rank()}.pt",
-        {"world": dist.world(), **{n: v for n, v in values.items() if state[n].own}},
-    )
+    own = {name: values[name] for name, item in state.items() if item.own}
+    shared = {name: values[name] for name, item in state.items() if not item.own}
+    _write(beside / f"rank_{dist.rank()}.pt", {"world": dist.world(), **own})
     if dist.rank() == 0:
-        _write(
-            beside / "state.pt",
-            {"step": step, "meta": meta, **{n: v for n, v in values.items() if not state[n].own}},
-        )
-    dist.barrier()  # every rank's file is on disk
+        _write(beside / "state.pt", {"step": step, "meta": meta, **shared})
+    # Now every rank's file is on disk, and the folder may take its name.
+    dist.barrier()
     if dist.rank() == 0:
         _sync(beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
         write_whole(folder.parent / "last", folder.name)
-        _sync(folder.parent)  # `last` is on disk before an older one goes
+        # `last` is on disk before an older checkpoint goes.
+        _sync(folder.parent)
         for old in sorted(folder.parent.glob("step_*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -116,8 +112,8 @@ def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], kee
 def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
     """Sets every item from the last checkpoint and returns its step; 0 where there is none.
 
-    On another number of ranks each rank starts from the mean statistics and its own fresh random
-    state.
+    On another number of ranks than wrote it, each rank starts from the mean batch-norm statistics
+    and from its own fresh random state.
     Raises UserError where the checkpoint is damaged or belongs to other data or another teacher."""
     folder = last(run)
     if folder is None:
@@ -133,10 +129,11 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
         ) from None
     for name, value in meta.items():
         if shared["meta"].get(name) != value:
+            recorded = " (recorded embeddings, teacher.cache, count as another)"
             raise UserError(
                 f"{folder}: was trained with another {name} than this command gives"
-                f"{' (recorded embeddings, teacher.cache, count as another)' * (name == 'teacher')}; "
-                f"take another run.name, or restore the {name}"
+                f"{recorded if name == 'teacher' else ''}; take another run.name, or restore the "
+                f"{name}"
             )
     for name, item in state.items():
         if not item.own:
@@ -148,32 +145,36 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
     return shared["step"]
 
 
-def _copy_buffers(net, buffers):
-    for name, b in net.named_buffers():
-        b.copy_(buffers[name])
+def _buffers(net: nn.Module) -> Item:
+    """This rank's buffers, copied back in place: others hold references to them."""
+
+    def copy(buffers: dict[str, Tensor]) -> None:
+        for name, b in net.named_buffers():
+            b.copy_(buffers[name])
+
+    return Item(lambda: dict(net.named_buffers()), copy, own=True)
 
 
-def _rng():
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+def _rng() -> dict[str, Tensor | None]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_rng(state):
+def _set_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _write(path: Path, value):
+def _write(path: Path, value: dict[str, Any]) -> None:
     with path.open("wb") as f:
         torch.save(value, f)
         f.flush()
         os.fsync(f.fileno())
 
 
-def _sync(folder: Path):
+def _sync(folder: Path) -> None:
+    """Waits until the names in the folder are on disk."""
     fd = os.open(folder, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)

@@ -1,36 +1,39 @@
 """The environment of a run: versions, commit, hardware and command."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastdisco.common import launch
 
+# Packages whose versions change speed or numbers.
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "timm",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "apex",
+    "numpy",
+)
 
-def environment() -> dict:
-    """Versions, commit, hardware and command of this process."""
-    names = (
-        "torch",
-        "torchvision",
-        "triton",
-        "deepspeed",
-        "timm",
-        "nvidia-dali-cuda130",
-        "nvidia-dali-cuda120",
-        "apex",
-        "numpy",
-    )
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, hardware and command of this process; packages that are not installed are
+    left out."""
     versions = {"python": platform.python_version()}
-    for name in names:
-        try:
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": versions,
@@ -47,14 +50,15 @@ def environment() -> dict:
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
-    # A container image, which was told at its build, or an installed copy.
+    # A container image, whose build has set the variable, or an installed copy.
     if not (root / ".git").exists():
         return os.environ.get("FASTDISCO_COMMIT") or None
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # no git, or a repository of another user
+        # No git here, or a repository that belongs to another user.
+        return None
 
 
 def _cpu() -> str:

@@ -12,8 +12,8 @@ from fastdisco.common.files import write_whole
 from fastdisco.config import Config
 from fastdisco.run.environment import environment
 
-# What a resumed run may change: it alters neither the weights nor what they mean.  Data and teacher
-# are compared by content instead.
+# Keys that a resumed run may change, since they alter neither the weights nor what they mean.  Data
+# and teacher may lie elsewhere: `checkpoint.restore` compares their contents.
 _FREE = (
     "run.out",
     "run.max_steps",
@@ -45,7 +45,8 @@ def claim(cfg: Config, overwrite: bool = False) -> Path:
     Raises UserError where the folder holds a run of another configuration, naming what differs and
     the two ways out, or holds no run at all."""
     folder = agree(cfg, overwrite)
-    dist.barrier()  # every rank has looked
+    # Every rank has looked before rank 0 deletes.
+    dist.barrier()
     if overwrite and dist.rank() == 0 and folder.exists():
         shutil.rmtree(folder)
     dist.barrier()
@@ -53,7 +54,7 @@ def claim(cfg: Config, overwrite: bool = False) -> Path:
 
 
 def agree(cfg: Config, overwrite: bool = False) -> Path:
-    """As `claim`, but only looks."""
+    """The same folder and the same errors as `claim`, but nothing is deleted."""
     folder = cfg.run.out / cfg.run.name
     if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
         raise UserError(
@@ -65,8 +66,8 @@ def agree(cfg: Config, overwrite: bool = False) -> Path:
     return folder
 
 
-def describe(cfg: Config, folder: Path):
-    """Writes config.yaml and env.json; not before the run is known to belong to this data and
+def describe(cfg: Config, folder: Path) -> None:
+    """Writes config.yaml and env.json.  Call it when the run is known to belong to this data and
     teacher."""
     if dist.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,15 +76,14 @@ def describe(cfg: Config, folder: Path):
     dist.barrier()
 
 
-def _agree(cfg: Config, folder: Path):
+def _agree(cfg: Config, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
     old, new = (config.flatten(c.model_dump(mode="json")) for c in (config.load(path), cfg))
+    changed = (k for k in sorted(old | new) if old.get(k) != new.get(k))
     differ = [
-        f"{k} ({old.get(k)} there, {new.get(k)} here)"
-        for k in sorted(old | new)
-        if old.get(k) != new.get(k) and not k.startswith(_FREE)
+        f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in changed if not k.startswith(_FREE)
     ]
     if differ:
         raise UserError(

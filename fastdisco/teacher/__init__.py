@@ -1,5 +1,13 @@
-"""The teacher: a frozen network from a checkpoint, loaded strictly or not at all."""
+"""The teacher: a frozen network from a checkpoint, loaded strictly or not at all.
 
+formats.py      what a checkpoint may be, by its keys;  architectures.py, head_kinds.py  by its shapes
+runtime.py      how the teacher runs: half precision, CUDA graph
+fold.py         batch norm folded into the layers before it
+cache.py        recorded embeddings in the teacher's place;  cache_files.py  their files
+
+Level 2: may import levels 0 and 1, but neither methods nor evals."""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +29,45 @@ def create(
     graphs: bool = True,
     teacher_views: int | None = None,
 ) -> Teacher | CachedTeacher:
-    """The teacher itself, or its recorded embeddings (which `complete` records where cfg.cache says
-    so); see load, options and CachedTeacher.
+    """The teacher itself or, where cfg.cache says so, its recorded embeddings, which
+    `CachedTeacher.complete` records.
 
-    precision: of the engine; graphs: whether there may be any; teacher_views: how many of the first
-    views it will be asked about, None: all."""
-    run = options(
-        cfg,
-        precision,
-        tuple(dict.fromkeys(c.size for c in loader.crops[:teacher_views])),
-        loader.device,
-        graphs,
-    )
-    here = lambda run: load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
-    return (
-        here(run)
-        if cfg.cache == "off"
-        else CachedTeacher(cfg, dim, run, loader, here, teacher_views)
-    )
+    dim            width of the student's embedding, which the teacher's must have
+    precision      of the engine
+    graphs         whether there may be CUDA graphs
+    teacher_views  how many of the first views it will be asked about; None: all
+    Raises the errors of `load`, `options` and `CachedTeacher`."""
+    sizes = dict.fromkeys(crop.size for crop in loader.crops[:teacher_views])
+    run = options(cfg, precision, tuple(sizes), loader.device, graphs)
+
+    def loaded(run: Options) -> Teacher:
+        return load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
+
+    if cfg.cache == "off":
+        return loaded(run)
+    return CachedTeacher(cfg, dim, run, loader, loaded, teacher_views)
 
 
 def rounds(cfg: config.Teacher | None) -> int | None:
-    """Epochs that have views of their own, for the loader; None: all."""
+    """How many epochs have views of their own, for the loader; None: every epoch."""
     return cfg.cache_rounds if cfg and cfg.cache != "off" else None
 
 
 def load(
     file: Path,
     arch: str | None,
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any] | None,
     dim: int,
-    run: Options = Options(),
+    run: Options | None = None,
     student: str | None = None,
 ) -> Teacher:
-    """The teacher of a checkpoint of the kinds in formats.FORMATS, or of the folder of one of our
+    """The teacher from a checkpoint of the kinds in formats.FORMATS, or from the folder of one of our
     runs (or of one of its checkpoints).
 
-    arch, kwargs  the timm model that its backbone belongs to; None: told by the file
+    arch, kwargs  the timm model that its backbone belongs to; None: the file tells
     dim           width of the student's embedding, which the teacher's must have
-    run           how and where it runs, see `options`
-    student       which one of a run that has several
+    run           how and where it runs, see `options`; None: on the CPU, as it was loaded
+    student       the name of one, for a run that has several
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is
     no such thing as a random teacher."""
     try:

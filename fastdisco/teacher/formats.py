@@ -1,119 +1,89 @@
-"""What a teacher can be read from: checkpoint formats by their keys, and the folders of our own
-runs."""
+"""What a teacher can be read from: checkpoint formats, told apart by their keys, and the folders of
+our own runs.
+
+A new format is a row of FORMATS, at the end."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdisco import models
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
-from fastdisco.models import heads
+from fastdisco.teacher.architectures import ARCHS, FULL_CHECKPOINTS, recognise
+from fastdisco.teacher.head_kinds import (
+    DINO,
+    DINO_BN,
+    LINEAR,
+    MLP,
+    MLP_BN,
+    Head,
+    nearest,
+    widths,
+)
 
 
 class Source(NamedTuple):
-    """A teacher's network and what is known of where it was read."""
+    """A teacher's network, and what is known of where it was read."""
 
     net: models.Net
     format: str
     arch: str
-    kwargs: dict[str, Any]
-    head: str  # its kind and widths
-    dim: int  # of the embedding
-    ignored: dict[str, list[str]]  # why -> names in the file that are no part of the network
+    kwargs: Mapping[str, Any]
+    # Its kind and widths.
+    head: str
+    # Width of the embedding.
+    dim: int
+    # Why -> names in the file that are no part of the network.
+    ignored: dict[str, list[str]]
 
 
 class Parts(NamedTuple):
+    """A file's contents, sorted."""
+
     # backbone.* and head.*; what is neither keeps a name that fits no network.
     weights: dict[str, Tensor]
     ignored: dict[str, list[str]]
 
 
-class Head(NamedTuple):
-    name: str
-    # Of its layers in the state dict, () for a single one; the last is linear, its rows are the
-    # embedding's width.
-    places: tuple[int, ...]
-    # Of the widths of features, hidden layers and embedding.
-    make: Callable[[int, int, int], nn.Module]
-
-
-LINEAR = Head("one linear layer", (), lambda features, hidden, dim: heads.mlp(features, 0, dim))
-MLP = Head("linear, ReLU, linear", (0, 2), heads.mlp)
-MLP_BN = Head(
-    "linear, batch norm, ReLU, linear",
-    (0, 1, 3),
-    lambda features, hidden, dim: heads.mlp(features, hidden, dim, bn=True),
-)
-DINO = Head("3 linear layers with GELU", (0, 2, 4), heads.dino_mlp)
-DINO_BN = Head(
-    "3 linear layers with batch norm and GELU",
-    (0, 1, 3, 4, 6),
-    lambda features, hidden, dim: heads.dino_mlp(features, hidden, dim, bn=True),
-)
-
-
 class Format(NamedTuple):
+    """A kind of checkpoint."""
+
     name: str
-    detect: Callable[[dict], bool]  # of what the file holds
+    # Whether what the file holds is of this format.
+    detect: Callable[[dict], bool]
     split: Callable[[dict], Parts]
-    heads: tuple[Head, ...]  # that it can have
-    head_keys: str  # where it has it
-
-
-# Told apart by names and shapes of the weights.  Numbers of attention heads leave no trace there: a
-# file with others needs teacher.arch.
-ARCHS = (
-    "resnet50",
-    "resnet18",
-    "resnet34",
-    "resnet101",
-    "resnet152",
-    *models.WIDE,
-    "vit_small_patch16_224",
-    "vit_tiny_patch16_224",
-    "vit_base_patch16_224",
-    "vit_small_patch8_224",
-    "vit_base_patch8_224",
-    "xcit_small_12_p16_224",
-    "xcit_tiny_12_p16_224",
-    "xcit_small_12_p8_224",
-    "xcit_medium_24_p16_224",
-    "xcit_medium_24_p8_224",
-    "mobilenetv3_large_100",
-    "efficientnet_b0",
-    "efficientnet_b1",
-)
+    # Those that it can have, and under which keys.
+    heads: tuple[Head, ...]
+    head_keys: str
 
 
 def read(
     path: Path,
     arch: str | None = None,
-    kwargs: dict[str, Any] = {},
+    kwargs: Mapping[str, Any] | None = None,
     dim: int | None = None,
     student: str | None = None,
 ) -> Source:
-    """The teacher of a checkpoint file of the kinds in FORMATS, or of the folder of one of our runs
-    (or of one of its checkpoints).
+    """The teacher from a checkpoint file of the kinds in FORMATS, or from the folder of one of our
+    runs (or of one of its checkpoints).
 
-    arch, kwargs  the timm model that its backbone belongs to; None: told by the file
+    arch, kwargs  the timm model that its backbone belongs to; None: the file tells
     dim           width of the student's embedding, which the teacher's must have; None: any
-    student       which one of a run that has several
+    student       the name of one, for a run that has several
     Raises UserError naming every weight that is missing, unexpected or of another shape, and a
     missing head."""
+    kwargs = dict(kwargs or {})
     if kwargs and arch is None:
         raise UserError(
             f"teacher.kwargs: {kwargs} belong to an architecture; name it as teacher.arch"
         )
-    found = (
-        _from_run(path, arch, kwargs, student)
-        if Path(path).is_dir()
-        else _from_file(path, arch, kwargs)
-    )
+    run = Path(path).is_dir()
+    found = _from_run(path, arch, kwargs, student) if run else _from_file(path, arch, kwargs)
     if dim not in (None, found.dim):
         raise UserError(
             f"{path}: embeds into {found.dim} numbers and the student into {dim}; set "
@@ -134,92 +104,113 @@ def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
             "backbone), whose output DisCo distils; take the checkpoint as its training wrote it, "
             "not one stripped for evaluation"
         )
-    detected, share = _recognise(weights, (arch, *ARCHS) if arch else ARCHS)
+    detected, share = recognise(weights, (arch, *ARCHS) if arch else ARCHS)
     if arch is None and share < 0.5:
         raise UserError(
             f"{file}: is {row.name}, of no architecture known here (nearest: {detected}, of whose "
             f"weights {share:.0%} agree); set teacher.arch to the timm model that it was trained "
             "with"
         )
-    head = _nearest(row.heads, weights)
-    hidden, dim = (
-        _rows(weights.get("head.0.weight")),
-        _rows(weights.get(f"head.{head.places[-1]}.weight" if head.places else "head.weight")),
-    )
-    # Drawn and overwritten: with and without a teacher, a seed gives the same student.
+    head = nearest(row.heads, weights)
+    hidden, dim = (_rows(weights.get(name)) for name in ("head.0.weight", head.last))
+    # What is drawn here is overwritten.  A seed gives the same student with and without a teacher.
     with torch.random.fork_rng(devices=[]):
-        net = models.create(
-            arch or detected, lambda features: head.make(features, hidden, dim), kwargs
-        )
-    if arch is None:
-        remedy = (
-            f"the nearest architecture known here is {detected}; if it is another, set teacher.arch"
-        )
-    elif share == 1 and (detected, {}) != (arch, kwargs):
-        remedy = f"teacher.arch is {arch} with {kwargs}, but the weights are those of {detected}: set teacher.arch={detected} and no teacher.kwargs"
-    else:
-        remedy = f"teacher.arch is {arch} with {kwargs}: set it to the model that this file was trained with"
-    models.load_weights(net, weights, file, remedy)
-    return Source(
-        net, row.name, arch or detected, kwargs, f"{head.name}: {_widths(net.head)}", dim, ignored
-    )
+        make = lambda features: head.make(features, hidden, dim)
+        net = models.create(arch or detected, make, kwargs)
+    models.load_weights(net, weights, file, _remedy(arch, kwargs, detected, share))
+    kind = f"{head.name}: {widths(net.head)}"
+    return Source(net, row.name, arch or detected, kwargs, kind, dim, ignored)
 
 
 def _from_run(
     folder: Path, arch: str | None, kwargs: dict[str, Any], student: str | None
 ) -> Source:
     net, cfg = models.from_run(folder, student=student)
-    # DINO's mean student is the better network, which its authors publish and we distil.
-    which = "ema" if cfg.method.name == "dino" else "student"
-    if which == "ema":
+    which = "student"
+    if cfg.method.name == "dino":
+        # DINO's mean student (EMA) is the better network: its authors publish it and we distil it.
+        which = "ema"
         net, cfg = models.from_run(folder, which, student=student)
-    net.prototypes = None  # what is distilled comes before them
-    if arch is not None and (cfg.student.arch, cfg.student.kwargs) != (arch, kwargs):
+    # The embedding is distilled, and prototypes come after it.
+    net.prototypes = None
+    trained = cfg.student
+    if arch is not None and (trained.arch, trained.kwargs) != (arch, kwargs):
         raise UserError(
-            f"{folder}: trained {cfg.student.arch} with {cfg.student.kwargs}, not teacher.arch "
-            f"{arch} with {kwargs}; set teacher.arch={cfg.student.arch} and teacher.kwargs to the "
-            "same, or teacher.arch=null"
+            f"{folder}: trained {trained.arch} with {trained.kwargs}, not teacher.arch {arch} with "
+            f"{kwargs}; set teacher.arch={trained.arch} and teacher.kwargs to the same, or "
+            "teacher.arch=null"
         )
-    return Source(
-        net,
-        f"a run of fastdisco by {cfg.method.name}, its {which}",
-        cfg.student.arch,
-        cfg.student.kwargs,
-        _widths(net.head),
-        cfg.student.dim,
-        {},
+    name = f"a run of fastdisco by {cfg.method.name}, its {which}"
+    return Source(net, name, trained.arch, trained.kwargs, widths(net.head), trained.dim, {})
+
+
+def _remedy(arch: str | None, kwargs: dict[str, Any], detected: str, share: float) -> str:
+    """What to do where weights do not fit; share: of them, how many are those of `detected`."""
+    if arch is None:
+        return (
+            f"the nearest architecture known here is {detected}; if it is another, set teacher.arch"
+        )
+    if share == 1 and (detected, {}) != (arch, kwargs):
+        return (
+            f"teacher.arch is {arch} with {kwargs}, but the weights are those of {detected}: set "
+            f"teacher.arch={detected} and no teacher.kwargs"
+        )
+    return (
+        f"teacher.arch is {arch} with {kwargs}: set it to the model that this file was trained with"
     )
 
 
-def _wrapped(found: dict) -> dict:
-    """The weights of a dict that holds them under a key as trainings save it, or that is them,
+def _refuse(file: Path, found: dict) -> NoReturn:
+    """Raises UserError for a file of no format: a backbone without head, or something else."""
+    state = _unwrapped(found)
+    heads = ("fc.", "head.", "classifier.")
+    backbone = {f"backbone.{k}": x for k, x in state.items() if not k.startswith(heads)}
+    arch, share = recognise(_from_xcit(backbone))
+    if share == 1:
+        full = "see docs/teachers.md"
+        if arch in FULL_CHECKPOINTS:
+            full = f"DINO's is {FULL_CHECKPOINTS[arch]}"
+        raise UserError(
+            f'{file}: holds {arch} alone, as timm, torchvision and DINO\'s "backbone only" files '
+            "do, without the projection head of its self-supervised training, whose output DisCo "
+            f"distils; take the full checkpoint ({full})"
+        )
+    raise UserError(
+        f"{file}: holds {shorten(list(state)) or 'nothing'}, which is no known format; give the "
+        f"folder of a fastdisco run, or {', or '.join(f.name for f in FORMATS)}"
+    )
+
+
+# ---- reading the formats
+
+
+def _unwrapped(found: dict) -> dict[str, Any]:
+    """The weights of a dict that holds them under a key, as trainings save them, or that is them;
     without the prefix of DistributedDataParallel."""
-    state = next(
-        (found[k] for k in ("state_dict", "model") if isinstance(found.get(k), dict)), found
-    )
-    return {str(k).removeprefix("module."): x for k, x in state.items()}
+    nested = (found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict))
+    return {str(k).removeprefix("module."): x for k, x in next(nested, found).items()}
 
 
-def _sort(state: dict, part: Callable[[str], tuple[str | None, str]]) -> Parts:
-    """part gives for a key its new name, or None and the reason why it is ignored."""
+def _sort(state: dict[str, Any], part: Callable[[str], tuple[str | None, str]]) -> Parts:
+    """part: gives for a key its new name; or None, and the reason why it is ignored."""
     weights, ignored = {}, {}
     for key, x in state.items():
         name, why = part(key)
         if name is None:
             ignored.setdefault(why, []).append(key)
         else:
+            # A name that fits no network, so that loading refuses it.
             weights[f"{key} (twice)" if name in weights else name] = x
     return Parts(weights, ignored)
 
 
 def _is_moco(found: dict) -> bool:
-    return isinstance(found.get("state_dict"), dict) and any(
-        k.startswith("encoder_q.") for k in _wrapped(found)
-    )
+    wrapped = isinstance(found.get("state_dict"), dict)
+    return wrapped and any(k.startswith("encoder_q.") for k in _unwrapped(found))
 
 
 def _from_moco(found: dict) -> Parts:
-    def part(key):
+    def part(key: str) -> tuple[str | None, str]:
         if key in ("queue", "queue_ptr"):
             return None, "negatives of its training"
         if key.startswith("encoder_k."):
@@ -227,69 +218,69 @@ def _from_moco(found: dict) -> Parts:
         if key.startswith(("teacher_encoder_q.", "teacher_encoder_k.")):
             return None, "teacher of its training by DisCo"
         own = key.removeprefix("encoder_q.")
-        first, _, rest = own.partition(".")
         if own == key:
             return f"{key} (not of encoder_q)", ""
-        # Where ResNets, and others, keep the classifier.
-        return f"head.{rest}" if first in ("fc", "classifier") else f"backbone.{own}", ""
+        # The head lies where ResNets, and others, keep the classifier.
+        first, _, rest = own.partition(".")
+        return (f"head.{rest}" if first in ("fc", "classifier") else f"backbone.{own}"), ""
 
-    return _sort(_wrapped(found), part)
+    return _sort(_unwrapped(found), part)
 
 
 def _is_swav(found: dict) -> bool:
-    return any(k.startswith("projection_head.") for k in _wrapped(found))
+    return any(k.startswith("projection_head.") for k in _unwrapped(found))
 
 
 def _from_swav(found: dict) -> Parts:
-    def part(key):
+    def part(key: str) -> tuple[str | None, str]:
         if key.startswith("prototypes"):
             return None, "prototypes"
-        return f"head.{key.removeprefix('projection_head.')}" if key.startswith(
-            "projection_head."
-        ) else f"backbone.{key}", ""
+        own = key.removeprefix("projection_head.")
+        return (f"backbone.{key}" if own == key else f"head.{own}"), ""
 
-    return _sort(_wrapped(found), part)
+    return _sort(_unwrapped(found), part)
 
 
 def _is_dino(found: dict) -> bool:
     state = found.get("teacher")
-    return isinstance(state, dict) and any(
-        str(k).removeprefix("module.").startswith("backbone.") for k in state
-    )
+    if not isinstance(state, dict):
+        return False
+    return any(str(k).removeprefix("module.").startswith("backbone.") for k in state)
 
 
 def _from_dino(found: dict) -> Parts:
-    def part(key):
+    def part(key: str) -> tuple[str | None, str]:
         if key.startswith("head.last_layer."):
             return None, "prototypes of the last layer"
         if key.startswith("head.mlp."):
             return f"head.{key.removeprefix('head.mlp.')}", ""
         return key, ""
 
-    weights, ignored = _sort(
-        {str(k).removeprefix("module."): x for k, x in found["teacher"].items()}, part
-    )
+    state = {str(k).removeprefix("module."): x for k, x in found["teacher"].items()}
+    weights, ignored = _sort(state, part)
     if isinstance(found.get("student"), dict):
         ignored["student of its training"] = [f"student.{k}" for k in found["student"]]
     return Parts(_from_xcit(weights), ignored)
 
 
-def _from_xcit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names for XCiT: the position embedding's, and three layers for query, key and value of
-    class attention in place of one."""
+def _from_xcit(weights: dict[str, Any]) -> dict[str, Any]:
+    """timm's names for XCiT: that of the position embedding, and three layers for query, key and
+    value of class attention in place of one."""
     out = {}
     for key, x in weights.items():
         key = key.replace(".pos_embeder.", ".pos_embed.")
-        if (
-            (m := re.fullmatch(r"(backbone\.cls_attn_blocks\.\d+\.attn\.)qkv(\.\w+)", key))
-            and isinstance(x, Tensor)
-            and x.ndim
-            and len(x) % 3 == 0
-        ):
-            out |= {f"{m[1]}{name}{m[2]}": part for name, part in zip("qkv", x.chunk(3))}
+        joint = re.fullmatch(r"(backbone\.cls_attn_blocks\.\d+\.attn\.)qkv(\.\w+)", key)
+        if joint and isinstance(x, Tensor) and x.ndim and len(x) % 3 == 0:
+            before, after = joint.groups()
+            out |= {f"{before}{name}{after}": part for name, part in zip("qkv", x.chunk(3))}
         else:
             out[key] = x
     return out
+
+
+def _rows(x: Any) -> int:
+    # 1 where there are none: loading then complains of another shape.
+    return len(x) if isinstance(x, Tensor) and x.ndim else 1
 
 
 FORMATS = (
@@ -316,79 +307,3 @@ FORMATS = (
         "head.mlp.*",
     ),
 )
-
-# Where a network without head that may be one of theirs has its head.
-_FULL = {
-    arch: f"dino_{name}_pretrain_full_checkpoint.pth"
-    for arch, name in (
-        ("vit_small_patch16_224", "deitsmall16"),
-        ("vit_small_patch8_224", "deitsmall8"),
-        ("vit_base_patch16_224", "vitbase16"),
-        ("vit_base_patch8_224", "vitbase8"),
-        ("xcit_small_12_p16_224", "xcit_small_12_p16"),
-        ("xcit_small_12_p8_224", "xcit_small_12_p8"),
-        ("xcit_medium_24_p16_224", "xcit_medium_24_p16"),
-        ("xcit_medium_24_p8_224", "xcit_medium_24_p8"),
-    )
-}
-
-
-def _refuse(file: Path, found: dict):
-    """Raises UserError for a file of no format: a backbone without head, or something else."""
-    state = _wrapped(found)
-    weights = _from_xcit(
-        {
-            f"backbone.{k}": x
-            for k, x in state.items()
-            if not k.startswith(("fc.", "head.", "classifier."))
-        }
-    )
-    arch, share = _recognise(weights)
-    if share == 1:
-        full = f"DINO's is {_FULL[arch]}" if arch in _FULL else "see docs/teachers.md"
-        raise UserError(
-            f'{file}: holds {arch} alone, as timm, torchvision and DINO\'s "backbone only" files do, without the projection head of its '
-            "self-supervised training, whose output DisCo distils; take the full checkpoint "
-            f"({full})"
-        )
-    raise UserError(
-        f"{file}: holds {shorten(list(state)) or 'nothing'}, which is no known format; give the "
-        f"folder of a fastdisco run, or {', or '.join(f.name for f in FORMATS)}"
-    )
-
-
-def _recognise(weights: dict[str, Any], archs: tuple[str, ...] = ARCHS) -> tuple[str, float]:
-    """The architecture nearest to the backbone's names and shapes, and which share of all names
-    agrees; 1: every one."""
-    counted = lambda k: not k.endswith(".num_batches_tracked")
-    own = {
-        k.removeprefix("backbone."): tuple(x.shape) if isinstance(x, Tensor) else None
-        for k, x in weights.items()
-        if not k.startswith("head.") and counted(k)
-    }
-    best = ("none", 0.0)
-    for arch in archs:
-        theirs = {k: s for k, s in models.shapes(arch).items() if counted(k)}
-        share = sum(own.get(k) == s for k, s in theirs.items()) / len(own | theirs)
-        best = max(best, (arch, share), key=lambda b: b[1])
-        if share == 1:
-            break
-    return best
-
-
-def _nearest(kinds: tuple[Head, ...], weights: dict[str, Any]) -> Head:
-    """The head whose layers are the file's; else the nearest, for the loading to say what is wrong
-    with it."""
-    own = {int(m[1]) for k in weights if (m := re.match(r"head\.(\d+)\.", k))}
-    return max(kinds, key=lambda head: -len(own ^ set(head.places)))
-
-
-def _rows(x: Any) -> int:
-    # A network of 1 row has another shape to complain of.
-    return len(x) if isinstance(x, Tensor) and x.ndim else 1
-
-
-def _widths(head: nn.Module) -> str:
-    """'2048 -> 2048 -> 128'"""
-    linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
-    return " -> ".join(map(str, [linear[0].in_features, *(m.out_features for m in linear)]))

@@ -1,0 +1,39 @@
+"""Parsing that all commands share."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def command(
+    sub: Any, name: str, what: str, run: Callable[[argparse.Namespace], int | None], **more: Any
+) -> argparse.ArgumentParser:
+    """Adds a command to a group's sub-parsers; `run` runs it and returns its exit code, None for
+    0."""
+    p = sub.add_parser(name, help=what, description=what, **more)
+    p.set_defaults(run=run, parser=p)
+    return p
+
+
+def overrides(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the positional arguments block.key=value."""
+    parser.add_argument("overrides", nargs="*", metavar="block.key=value", help=what)
+
+
+def launched(parser: argparse.ArgumentParser) -> None:
+    """Takes the argument that the deepspeed launcher passes; LOCAL_RANK says the same."""
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, of which overrides may stand between options; exits with 2 at unknown ones.
+
+    `parser` of the namespace is the command's own, whose usage an error shows."""
+    args, rest = parser.parse_known_args(argv)
+    options = any(x.startswith("-") for x in rest)
+    if rest and (options or not hasattr(args, "overrides")):
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # argparse takes no more positional arguments once an option has stood between them.
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args

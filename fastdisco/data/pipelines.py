@@ -1,0 +1,110 @@
+"""Runs DALI's pipelines: their arguments, building them over the files or tars of a data set, and
+batches as torch tensors.
+
+Shapes: B images, S side of a view."""
+
+import shlex
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdisco.common.console import shorten
+from fastdisco.common.errors import UserError
+from fastdisco.data import decoder, shards
+from fastdisco.data.folder import Listing
+from fastdisco.data.placement import Placement
+
+# Arguments of a DALI reader -> a pipeline that is not built yet.
+Make = Callable[[dict[str, Any]], Any]
+
+
+def settings(
+    batch: int, threads: int, device: torch.device, placement: Placement
+) -> dict[str, int | None]:
+    """Arguments of DALI's Pipeline."""
+    # With None, DALI touches no driver.
+    gpu = (torch.device(device).index or 0) if placement.out == "gpu" else None
+    return dict(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=gpu,
+        prefetch_queue_depth=placement.prefetch,
+    )
+
+
+def reader(listing: Listing, indices: np.ndarray, folder: str) -> dict[str, Any]:
+    """Arguments of the graph's reader that make it read these images in this order.  `folder` takes
+    index files of tars, which are read while the pipeline is built."""
+    if listing.places:
+        return shards.reader(listing.places, listing.root, indices, folder)
+    return dict(file_root=str(listing.root), files=[listing.files[i] for i in indices.tolist()])
+
+
+def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
+    """The pipeline make(reader's arguments) over these images, built.
+
+    Raises UserError where a tar is gone."""
+    with tempfile.TemporaryDirectory(prefix="fastdisco-") as folder:
+        pipe = make(reader(listing, indices, folder))
+        try:
+            pipe.build()
+        except RuntimeError:
+            tars = listing.places.tars if listing.places else []
+            gone = [name for name in tars if not (listing.root / name).is_file()]
+            if not gone:
+                raise
+            raise UserError(
+                f"{listing.root}: {shorten(gone)} is no longer there; put it back, then the same "
+                "command continues",
+                anywhere=True,
+            ) from None
+    return pipe
+
+
+def run(
+    pipe: Any,
+    listing: Listing,
+    indices: np.ndarray,
+    i: int,
+    batch: int,
+    device: torch.device,
+    placement: Placement,
+) -> tuple[list[Tensor], Tensor]:
+    """The next batch of a pipeline: views as [B,3,S,S] tensors without a copy, and the images'
+    indices [B].
+
+    indices  of all images that the pipeline reads
+    i        number of this batch since the pipeline was built
+    On a GPU the host does not wait.  The views are ready for what is launched on the current stream
+    from here on.  DALI takes their memory back when the tensors are gone, after what that stream
+    did with them until then.
+    Raises UserError naming the images that cannot be read."""
+    stream = torch.cuda.current_stream(device) if placement.out == "gpu" else None
+    try:
+        views = pipe.run(stream)
+    except RuntimeError as e:
+        # The pipeline is ahead, so the fault may be in a later batch; one sentence then names also
+        # what would stop the run next.
+        ahead = np.unique(indices[i * batch : (i + 1 + placement.prefetch) * batch])
+        on = device if placement.decode == "gpu" else torch.device("cpu")
+        bad = decoder.unreadable(listing, ahead, on)
+        if not bad:
+            raise
+        raise _unreadable(listing, [listing.files[j] for j in bad]) from e
+    # DALI has the channels last.
+    tensors = [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views]
+    return tensors, torch.from_numpy(indices[i * batch : (i + 1) * batch].copy())
+
+
+def _unreadable(listing: Listing, names: list[str]) -> UserError:
+    source = shlex.quote(str(listing.source))
+    return UserError(
+        f"{listing.root}: unreadable image{'s' * (len(names) > 1)} {', '.join(names)}; replace, or "
+        f"leave out by `fastdisco data check {source} --only {shlex.join(names)}`; the same "
+        "command then continues from the last checkpoint",
+        anywhere=True,
+    )

@@ -1,0 +1,53 @@
+"""The projection heads that a teacher may have, told apart by where their layers lie."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastdisco.models import heads
+
+
+class Head(NamedTuple):
+    """A kind of head."""
+
+    name: str
+    # Places of its layers in the state dict, () for a single one.  The last layer is linear, and its
+    # rows are the embedding's width.
+    places: tuple[int, ...]
+    # From the widths of features, hidden layers and embedding.
+    make: Callable[[int, int, int], nn.Module]
+
+    @property
+    def last(self) -> str:
+        """The name of the last linear layer's weight; its rows are the embedding's width."""
+        return f"head.{self.places[-1]}.weight" if self.places else "head.weight"
+
+
+LINEAR = Head("one linear layer", (), lambda features, hidden, dim: heads.mlp(features, 0, dim))
+MLP = Head("linear, ReLU, linear", (0, 2), heads.mlp)
+MLP_BN = Head(
+    "linear, batch norm, ReLU, linear",
+    (0, 1, 3),
+    lambda features, hidden, dim: heads.mlp(features, hidden, dim, bn=True),
+)
+DINO = Head("3 linear layers with GELU", (0, 2, 4), heads.dino_mlp)
+DINO_BN = Head(
+    "3 linear layers with batch norm and GELU",
+    (0, 1, 3, 4, 6),
+    lambda features, hidden, dim: heads.dino_mlp(features, hidden, dim, bn=True),
+)
+
+
+def nearest(kinds: tuple[Head, ...], weights: Mapping[str, Any]) -> Head:
+    """The head whose layers lie where the weights' do; else the nearest, so that loading them says
+    what is wrong with it."""
+    own = {int(m[1]) for k in weights if (m := re.match(r"head\.(\d+)\.", k))}
+    return min(kinds, key=lambda head: len(own ^ set(head.places)))
+
+
+def widths(head: nn.Module) -> str:
+    """'2048 -> 2048 -> 128'"""
+    linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    return " -> ".join(map(str, [linear[0].in_features, *(m.out_features for m in linear)]))
