@@ -12,15 +12,7 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
-
-def _gpu() -> bool:
-    """Whether a process started here would see a GPU, asked without touching its driver."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip() in ("", "-1")
-    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
-
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share few cores
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if _gpu() else "cpu")
 
 import numpy as np
 import pytest
@@ -31,6 +23,10 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 # Real images that a clone does not have.
 SHARED = Path(os.environ.get("FASTDISCO_DATA", ROOT.parent / "shared" / "data"))
+# Asked without touching the driver, so that processes can still be forked.
+_HIDDEN = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip() in ("", "-1")
+_GPU = not _HIDDEN and any(Path("/dev").glob("nvidia[0-9]*"))
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if _GPU else "cpu")
 # Limits catch what hangs.  They are no measure of speed: a busy machine is five times slower.
 HANGS = 600
 

@@ -96,7 +96,7 @@ def test_gradients_are_the_mean_over_ranks_and_views_into_the_buckets(
 ):
     results = ranks(2, _exchanged, bucket_bytes, micros, swap_on)
     want = _expected(micros)
-    for found, early, n, ran, inside in results:
+    for found, _, n, ran, inside in results:
         assert n == buckets and inside
         assert set(ran.values()) == {2 * micros}, (
             "a weight that two forwards used is to be counted once a backward"

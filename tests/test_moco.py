@@ -132,7 +132,7 @@ class Paper:
             list(self.mean_student.parameters()),
         )
         self.velocity = [torch.zeros_like(p) for p in self.weights]
-        self.queue, self.at = [row for row in queue.clone()], 0
+        self.queue, self.at = list(queue.clone()), 0
 
     def forward(self, net, x):
         z = torch.cat([net(part) for part in x.chunk(self.groups)])

@@ -72,10 +72,7 @@ def _steps(shuffle, bn, teacher):
     out = []
     for step in range(3):
         a, b = batch(step, 8)
-        if shuffle == "load":
-            b = b[dist.Shuffle(4, dist.mix(7, step)).mine]
-        else:
-            b = b[mine]
+        b = b[dist.Shuffle(4, dist.mix(7, step)).mine if shuffle == "load" else mine]
         loss, _, terms = run.step(step, [a[mine], b])
         means = {
             k: dist.all_mean(terms[k].detach().clone()).item()

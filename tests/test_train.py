@@ -537,14 +537,14 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     write = checkpoint._write
     for broken in ("state.pt", "rank_0.pt"):
 
-        def fails(path, what):
+        def fails(path, what, broken=broken):
             if path.name == broken:
                 path.write_bytes(b"half")
                 raise OSError("disk full")
             write(path, what)
 
         monkeypatch.setattr(checkpoint, "_write", fails)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="disk full"):
             checkpoint.save(tmp_path, 2, state, {}, keep=2)
         assert checkpoint.restore(tmp_path, state, {}) == 1 and value["n"] == 1
         value["n"] = 2
