@@ -39,7 +39,7 @@ def train(cfg: Config, overwrite: bool = False) -> None:
     """Trains one run to its last step; continues from its last checkpoint if it has one.
 
     overwrite: deletes the run that is in the folder, and starts over."""
-    # ------------------------------------------------------------ device, data, students, teacher
+    # ---- device, data, students, teacher
     device = engine.start(cfg.engine)
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
@@ -54,7 +54,7 @@ def train(cfg: Config, overwrite: bool = False) -> None:
     # From here on networks draw (dropout, for example), and each rank draws its own.
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
 
-    # ------------------------------------------------------------ the run's folder; resume
+    # ---- the run's folder; resume
     folder = claim(cfg, overwrite)
     items = {}
     for s in states:
@@ -70,16 +70,18 @@ def train(cfg: Config, overwrite: bool = False) -> None:
     if start < steps:
         states = students.prepare(states, targets, loader)
 
-    # ------------------------------------------------------------ the loop
+    # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
     with Log(folder, start, steps) as log:
         for step in range(start, steps):
+            # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
             rates = {s.name: optim.rate(cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
             decay = optim.decay(cfg.optim, epoch, cfg.run.epochs)
             for student in states:
                 optim.move(student.optimizer, rates[student.name], decay)
 
+            # ---- forward and backward, once for each micro batch
             for _ in range(cfg.data.accumulate):
                 progress = Progress(loader.position, epoch / cfg.run.epochs, epoch, step)
                 with meter.waiting():
@@ -100,15 +102,16 @@ def train(cfg: Config, overwrite: bool = False) -> None:
                     scalars |= named({"loss": loss, **terms}, method.weights, student.name)
                 meter.add(scalars)
 
+            # ---- mean student (EMA), and the method's own state such as a queue
             for student in states:
                 momentum = student.method.momentum(progress)
                 if student.ema and momentum is not None:
-                    # The mean student (EMA), for the next step's keys: arXiv:1911.05722, equation 2.
+                    # For the next step's keys: arXiv:1911.05722, equation 2.
                     with engine.gathered(student.engine):
                         models.ema_update(student.ema, student.net, momentum)
                 student.method.after_step()
 
-            # -------------------------------------------------- log, evaluate, save
+            # ---- log, evaluate, save
             done, asked = step + 1, False
             last = done == steps
             save = last or done % cfg.checkpoint.every == 0

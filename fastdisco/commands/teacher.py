@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastdisco.data import Listing
+    from fastdisco.models import Net
+    from fastdisco.teacher.formats import Source
 
 COMMANDS = {
     "show": "what a checkpoint is, and what of it is used",
@@ -110,9 +112,7 @@ def show(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """`fastdisco teacher check`."""
-    import torch
-
-    from fastdisco import data, models
+    from fastdisco import data
     from fastdisco.common import dist
     from fastdisco.evals import probe
     from fastdisco.teacher import formats, runtime
@@ -132,8 +132,6 @@ def check(args: argparse.Namespace) -> None:
             listing, args.resize, args.size, args.batch, args.threads, device, order
         )
 
-    torch.manual_seed(0)
-    untrained = models.create(found.arch, lambda features: torch.nn.Identity(), dict(found.kwargs))
     others = f"of {args.bank}" if args.bank else "others"
     say(
         f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among "
@@ -141,7 +139,7 @@ def check(args: argparse.Namespace) -> None:
     )
     shares = probe.run(
         found.net.eval().to(device),
-        untrained.eval().to(device),
+        _untrained(found).eval().to(device),
         loader(train, bank),
         loader(val, queries),
         len(val.classes),
@@ -152,6 +150,16 @@ def check(args: argparse.Namespace) -> None:
             f"{args.file}: {against}; do not train with it: it is untrained or broken, "
             "or these images are too few or too easy to tell"
         )
+
+
+def _untrained(found: "Source") -> "Net":
+    """The teacher's architecture with random weights, always the same."""
+    import torch
+
+    from fastdisco import models
+
+    torch.manual_seed(0)
+    return models.create(found.arch, lambda features: torch.nn.Identity(), dict(found.kwargs))
 
 
 def _drawn(

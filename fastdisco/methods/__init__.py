@@ -2,8 +2,8 @@
 
 One file is one method, and its name is the registry: methods/moco.py is `method.name: moco`.
 
-Level 2: may import levels 0 and 1 (config, common, kernels, data, models, engine), but neither teacher
-nor evals."""
+Level 2: may import levels 0 and 1 (config, common, kernels, data, models, engine), but neither
+teacher nor evals."""
 
 import functools
 import importlib
@@ -18,8 +18,8 @@ from fastdisco.common import dist
 from fastdisco.engine.cudagraph import Later
 from fastdisco.models import DTYPE, Out
 
-# A network as methods call it: views, a list of [B,3,S,S], in; z [V,B,d] out.  The fields of a Later
-# are computed on another stream beside what follows: call early, read late.
+# A network as methods call it: views, a list of [B,3,S,S], in; z [V,B,d] out.  The fields of a
+# Later are computed on another stream beside what follows: call early, read late.
 Forward = Callable[[list[Tensor]], Out | Later]
 
 
@@ -28,8 +28,8 @@ class Nets(NamedTuple):
 
     # The engine, with gradient.  Call it once a micro batch, with all views.
     student: Callable[[list[Tensor]], Out]
-    # The mean student (EMA): no gradient, batch-norm statistics of its own.  None where the method's
-    # momentum is None.
+    # The mean student (EMA): no gradient, batch-norm statistics of its own.  None where the
+    # method's momentum is None.
     ema: Forward | None
     # No gradient, eval mode.  Call it once a micro batch, before the others: its forward may run
     # beside theirs until its output is read.
@@ -51,8 +51,8 @@ class Progress(NamedTuple):
 
 
 class Method(nn.Module):
-    """Without trainable parameters.  Its state dict is its whole resume state, and the same on every
-    rank."""
+    """Without trainable parameters.  Its state dict is its whole resume state, and the same on
+    every rank."""
 
     # How many of the first views the teacher is asked about; None: all.
     teacher_views: int | None = None

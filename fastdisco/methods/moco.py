@@ -1,5 +1,5 @@
-"""MoCo-v2 (arXiv:2003.04297), and with a teacher DisCo (arXiv:2104.09124): the student solves MoCo's
-task and is drawn towards the teacher's embedding."""
+"""MoCo-v2 (arXiv:2003.04297), and with a teacher DisCo (arXiv:2104.09124): the student solves
+MoCo's task and is drawn towards the teacher's embedding."""
 
 import functools
 from collections.abc import Callable
@@ -79,11 +79,11 @@ def encode(ema: Forward, view: Tensor, shuffle: str, seed: int) -> Keys:
 
     view     [B,3,S,S] of this rank's images; with load, the loader has already handed out this
              rank's share of the permuted batch
-    shuffle  off: encoded in the batch's own order.  gather and load: in a permutation by `seed`, for
-             which gather sends the images between the ranks"""
+    shuffle  off: encoded in the batch's own order.  gather and load: in a permutation by `seed`,
+             for which gather sends the images between the ranks"""
     # MoCo moves the mean student (EMA) right here, towards the weights that the student has before
-    # this step's update.  The loop moves it after the optimizer's step instead.  The sequence is the
-    # same, for the first EMA is a copy of the student, which no move would change.
+    # this step's update.  The loop moves it after the optimizer's step instead.  The sequence is
+    # the same, for the first EMA is a copy of the student, which no move would change.
     assert shuffle in ("gather", "load", "off"), shuffle
     order = None if shuffle == "off" else dist.Shuffle(len(view), seed)
     out = ema([order.split(view) if order and shuffle == "gather" else view])

@@ -62,18 +62,12 @@ def items(
         "student_buffers": _buffers(net),
     }
     if ema is not None:
-        found |= {
-            "ema": Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict),
-            "ema_buffers": _buffers(ema),
-        }
+        mean = Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict)
+        found |= {"ema": mean, "ema_buffers": _buffers(ema)}
     if name:
         found = {f"{name}/{item}": value for item, value in found.items()}
-    return found | {
-        "data": Item(
-            lambda: loader.position, lambda position: setattr(loader, "position", position)
-        ),
-        "rng": Item(_rng, _set_rng, own=True),
-    }
+    data = Item(lambda: loader.position, lambda position: setattr(loader, "position", position))
+    return found | {"data": data, "rng": Item(_rng, _set_rng, own=True)}
 
 
 def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int) -> None:

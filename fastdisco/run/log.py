@@ -86,8 +86,8 @@ class Log:
             say(f"step {step}/{self.steps}  epoch {epoch:.2f}  {line}  ETA {eta}")
 
     def _line(self, values: dict[str, float]) -> str:
-        """Losses, learning rate, speed and best accuracy; of several students the sums of the losses
-        alone, for the line would be too long."""
+        """Losses, learning rate, speed and best accuracy.  Of several students it has the sums of
+        the losses alone, for the line would be too long."""
         several = "train/loss" not in values
         shown = {
             k.removeprefix("train/"): v

@@ -149,8 +149,8 @@ def memory(
     net      the student, on the meta device
     teacher  its number of weights
     crops    sizes in pixels, one for each view
-    Exact for weights, gradients and the optimizer's state at the ZeRO stage.  For what the student's
-    forward saves for its backward it is the most that can be, found by a forward on the meta device.
+    Exact for weights, gradients and the optimizer's state at the ZeRO stage.  What the student's
+    forward saves for its backward is given at its most, found by a forward on the meta device.
     Queue, data pipeline and the libraries' workspaces are not in it."""
     method = _method(cfg)
     own = sum(_bytes(p) for p in net.parameters())

@@ -31,6 +31,8 @@ class Engine(Protocol):
 
 
 class TrainState(NamedTuple):
+    """One student of a run and what trains it."""
+
     # '' in a run of one student.
     name: str
     # The configuration that this student would have alone.

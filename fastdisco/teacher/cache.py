@@ -50,12 +50,7 @@ class CachedTeacher:
         self.recording = cfg.cache == "record"
         # Recording fetches every embedding at once: a graph's beside would gain nothing.
         self._load = lambda: load(run._replace(graph=False))
-        found = header(self.folder)
-        if found is None and not self.recording:
-            raise UserError(
-                f"{self.folder}: no recorded embeddings there (teacher.cache_folder); record them "
-                f"by {COMMAND}, or set teacher.cache=record"
-            )
+        found = self._header()
         self._precision = str(run.dtype).removeprefix("torch.")
         self.about = {
             "version": VERSION,
@@ -137,8 +132,8 @@ class CachedTeacher:
             if len(mine):
                 encode = encode or self._encoder()
                 self._record(r, mine, encode, what)
-            # After each round: a rank may be slower than the others, but by hours they would take it
-            # for lost.
+            # After each round: a rank may be slower than the others, but by hours they would take
+            # it for lost.
             dist.barrier()
         self.files.map(rounds)
         self._refuse_missing()
@@ -191,6 +186,15 @@ class CachedTeacher:
         return kept[~self.files.good(r, self._block)[kept]]
 
     # ---- what must be so before they are used
+
+    def _header(self) -> dict[str, Any] | None:
+        found = header(self.folder)
+        if found is None and not self.recording:
+            raise UserError(
+                f"{self.folder}: no recorded embeddings there (teacher.cache_folder); record them "
+                f"by {COMMAND}, or set teacher.cache=record"
+            )
+        return found
 
     def _teacher(
         self,

@@ -13,8 +13,8 @@ class Head(NamedTuple):
     """A kind of head."""
 
     name: str
-    # Places of its layers in the state dict, () for a single one.  The last layer is linear, and its
-    # rows are the embedding's width.
+    # Places of its layers in the state dict, () for a single one.  The last layer is linear, and
+    # its rows are the embedding's width.
     places: tuple[int, ...]
     # From the widths of features, hidden layers and embedding.
     make: Callable[[int, int, int], nn.Module]

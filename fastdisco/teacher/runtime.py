@@ -89,7 +89,7 @@ class Teacher:
             norm = isinstance(m, _BatchNorm)
             if norm and options.bn_group:
                 _use_batch_statistics(m)
-            # Half precision would round a batch norm's statistics, and it takes inputs of any dtype.
+            # Half precision would round a batch norm's statistics; it takes inputs of any dtype.
             if options.dtype and not norm:
                 _cast_own(m, options.dtype)
         net.to(options.device).to(memory_format=torch.channels_last)
