@@ -1,27 +1,39 @@
 """What all tests share: skips for an absent GPU or absent data, a small folder of images, the real
 command, and several ranks."""
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import socket
 import subprocess
+import sys
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share few cores
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu")
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 # Real images that a clone does not have.
 SHARED = Path(os.environ.get("FASTDISCO_DATA", ROOT.parent / "shared" / "data"))
-_FORK = multiprocessing.get_context("forkserver")
-# Each rank is a fresh process that has its imports.
-_FORK.set_forkserver_preload(["fastdisco.train", "deepspeed.runtime.zero.muon.original_muon"])
+# Asked without touching the driver, so that processes can still be forked.
+_HIDDEN = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip() in ("", "-1")
+_GPU = not _HIDDEN and any(Path("/dev").glob("nvidia[0-9]*"))
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if _GPU else "cpu")
+# Limits catch what hangs.  They are no measure of speed: a busy machine is five times slower.
+HANGS = 600
+
+
+def pytest_xdist_auto_num_workers():
+    """Of `pytest -n auto`: a worker a core; more than eight take more memory than they save time."""
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items):
@@ -67,7 +79,7 @@ def tiny(folder, tmp_path, *overrides):
     ]
 
 
-def run(*command, env=None, code=0, timeout=120, cwd=ROOT):
+def run(*command, env=None, code=0, timeout=HANGS, cwd=ROOT):
     """Runs a command and returns what it printed; fails the test with that unless it ended with
     `code`."""
     done = subprocess.run(
@@ -85,17 +97,65 @@ def run(*command, env=None, code=0, timeout=120, cwd=ROOT):
     return text
 
 
-def ranks(n, function, *args, timeout=300):
-    """[function(*args) on rank 0, 1, ...], each in a process of its own with the launcher's
-    variables; an error there is raised here."""
+def launcher(n):
+    """The start of a command: the deepspeed launcher with n ranks, on a port that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    module = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    return [*module, f"--num_accelerators={n}", f"--master_port={port}"]
+
+
+def launch(n, *args, **options):
+    """`run` by the deepspeed launcher; once more where somebody took the port before rank 0 did."""
+    for _ in range(3):
+        try:
+            return run(*launcher(n), *args, **options)
+        except AssertionError as e:
+            if "EADDRINUSE" not in str(e):
+                raise
+    raise AssertionError("three ports in a row were taken")
+
+
+@contextlib.contextmanager
+def nan_filled():
+    """New memory holds NaN, or the largest integer, so that an element that nothing writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    # The only switch that torch has for it; what has no deterministic form runs as it does.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+@pytest.fixture(scope="module")
+def unwritten():
+    """nan_filled() for a module's tests, in the ranks that they start, too."""
+    with nan_filled():
+        yield
+
+
+def ranks(n, function, *args, timeout=HANGS):
+    """[function(*args) on rank 0, 1, ...], each in a process of its own with the launcher's
+    variables; an error there is raised here."""
+    # As torchrun does: the store is here and its port is taken, so nobody can take it before rank 0.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = dict(
+        WORLD_SIZE=n,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=store.port,
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT=0,
+    )
+    filled = torch.are_deterministic_algorithms_enabled()
     pipes, processes = [], []
     for r in range(n):
-        here, there = _FORK.Pipe(duplex=False)
-        env = dict(RANK=r, LOCAL_RANK=r, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        p = _FORK.Process(target=_child, args=(there, env, function, args), daemon=True)
+        here, there = _forks().Pipe(duplex=False)
+        env = dict(RANK=r, LOCAL_RANK=r, **shared)
+        p = _forks().Process(target=_child, args=(there, env, filled, function, args), daemon=True)
         p.start()
         there.close()
         pipes.append(here)
@@ -117,11 +177,25 @@ def ranks(n, function, *args, timeout=300):
     return results
 
 
-def _child(pipe, env, function, args):
+@functools.cache
+def _forks():
+    """The server that ranks are forked from, with tests/warm.py imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    # The server of Python 3.11 and older has not the path of this process.
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in (ROOT, TESTS):
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
+def _child(pipe, env, filled, function, args):
     os.environ.update({k: str(v) for k, v in env.items()})
     torch.set_num_threads(1)
     try:
-        pipe.send((True, function(*args)))
+        with nan_filled() if filled else contextlib.nullcontext():
+            pipe.send((True, function(*args)))
     except BaseException:
         pipe.send((False, f"rank {env['RANK']}:\n{traceback.format_exc()}"))
     pipe.close()

@@ -13,7 +13,10 @@ import torch
 from fastdisco.kernels import queue as triton_queue
 
 # Exp2 and log2 in lanes that a mask discards.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("unwritten"),
+]
 # RMS(error) / RMS(reference) at a temperature of 0.2 and more.
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 DTYPES = list(BOUND)
@@ -231,7 +234,7 @@ def test_strided_inputs_and_zero_rows():
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7, 1000])
 def test_any_split_of_the_queue(multiprocessors, monkeypatch):
-    z, key, t, queue = data(20, 515, 32, torch.float32)
+    z, _, _, queue = data(20, 515, 32, torch.float32)
     monkeypatch.setattr(triton_queue.launch, "multiprocessors", lambda device: multiprocessors)
     ranges = {
         len(triton_queue.moments([(z[0], temp)], queue, True, temp == 0.2)[0])
@@ -265,10 +268,10 @@ def test_enqueue_is_a_ring(size, d, dtype):
 def test_the_copy_engine_reads_the_same(monkeypatch):
     """Tiles by descriptor, as on sm_90, against tiles by pointer, also past the queue's last
     row."""
+    choose = triton_queue.launch.choose
     for dtype, k, d in itertools.product(DTYPES, (320, 300), (16,)):
         z, key, t, queue = data(20, k, d, dtype)
         want = triton_queue.moco(z, key, t, queue, 0.2, True)
-        choose = triton_queue.launch.choose
         with monkeypatch.context() as m:
             m.setattr(triton_queue.launch, "choose", lambda *args: choose(*args)._replace(tma=True))
             got = triton_queue.moco(z, key, t, queue, 0.2, True)

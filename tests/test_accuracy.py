@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 from PIL import Image
 
 from fastdisco import config
@@ -242,7 +242,7 @@ def test_the_whole_bench_goes_on_where_it_stopped(folder, tmp_path, monkeypatch)
         accuracy,
         "arm",
         lambda *a, arm=accuracy.arm: arm(
-            *a[:-1], time.monotonic() + (99 if a[3] != "disco" else -1)
+            *a[:-1], time.monotonic() + (HANGS if a[3] != "disco" else -1)
         ),
     )
     stopped = {r["name"]: r for r in accuracy.main(call)}

@@ -196,7 +196,7 @@ def test_the_shapes_with_aims_come_first_and_none_is_left_out():
 
 def test_the_cpu_part():
     parts = {}
-    on_cpu.on_cpu(parts, time.monotonic() + 100, shape=(64, 4096, 32), rounds=3)
+    on_cpu.on_cpu(parts, math.inf, shape=(64, 4096, 32), rounds=3)
     for one in parts.values():
         assert len(one["plain"]["times_s"]) == len(one["ours"]["times_s"]) == 3
         assert (

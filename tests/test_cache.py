@@ -296,7 +296,7 @@ def test_more_rounds_extend_a_cache_and_fewer_take_its_first(folder, copy, tmp_p
     assert ranks(1, _record, _args(folder, tmp_path, copy, "teacher.cache_rounds=3")) == [0]
     after = (copy / "cache" / "z.f16").read_bytes()
     assert after.startswith(before) and len(after) == len(before) * 3 // 2
-    recorded, loader = opened(folder, tmp_path, copy, "teacher.cache_rounds=3")
+    recorded, _ = opened(folder, tmp_path, copy, "teacher.cache_rounds=3")
     # Other views in epoch 2: another run.
     assert recorded.fingerprint != opened(folder, tmp_path, copy)[0].fingerprint
     recorded.at(torch.arange(43), 2)

@@ -3,6 +3,7 @@ that a broken file stops and mends."""
 
 import io
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from conftest import ranks, run, tiny
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_data import CPU, make, one_sentence, stream
-from test_train import SCRIPT, losses
+from test_train import SCRIPT, _told, losses
 
 from fastdisco import cli, data
 from fastdisco.commands import train
@@ -300,10 +301,10 @@ def test_a_file_that_breaks_during_training_stops_it_and_the_named_command_mends
     text = run(sys.executable, SCRIPT, *args(6), code=2)
     assert f"unreadable image {bad}" in text and "Traceback" not in text
     command = text.split("`")[1]
-    assert command == f"fastdisco data check {tmp_path / 'd/train'} --only {bad}"
+    assert command == f"fastdisco data check {shlex.quote(str(tmp_path / 'd/train'))} --only {bad}"
     assert (tmp_path / "tiny/checkpoints/last").read_text() == "step_00000003"
-    assert cli.main(command.split()[1:]) == 2
-    text = run(sys.executable, SCRIPT, *args(6))
+    assert cli.main(shlex.split(command)[1:]) == 2
+    text = ranks(1, _told, args(6))[0]
     assert (
         "continuing after step 3" in text
         and "1 of them is left out by the quarantine" in text

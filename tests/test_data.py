@@ -6,6 +6,7 @@ import gc
 import hashlib
 import itertools
 import math
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -766,13 +767,13 @@ def test_an_unreadable_image_is_named(kind, few, tmp_path, capfd):
                 kind
             ]
         )
-    for loader in (make(listing, epochs=2), data.EvalLoader(listing, 24, 16, 8, 1, CPU)):
+    for batches in (make(listing, epochs=2), data.EvalLoader(listing, 24, 16, 8, 1, CPU)):
         with pytest.raises(UserError) as e:
-            list(loader)
+            list(batches)
         one_sentence(
             e,
             f"{root}: unreadable image {bad}; replace, or leave out by `fastdisco data check "
-            f"{root} --only {bad}`",
+            f"{shlex.quote(str(root))} --only {bad}`",
             "continues from the last checkpoint",
         )
         assert e.value.anywhere  # train.py lets the one rank that knows speak
@@ -1031,11 +1032,13 @@ def test_what_the_gpu_decoder_does_with_a_bad_file(kind, few, tmp_path, capfd):
         )
     train = data.TrainLoader(listing, SMALL, 8, 0, 2, 1, 1, torch.device("cuda", 0), placement=GPU)
     if kind == "truncated":
+        said = bad
         try:
             list(train)
-            return
         except UserError as e:
-            assert bad in str(e)
+            said = str(e)
+        # The decoder may as well have taken what is there of it.
+        assert bad in said
     else:
         with pytest.raises(UserError) as e:
             list(train)

@@ -254,7 +254,8 @@ def started(base, given, code=0):
     python, env = base
     constraint = python.parent / "constraint.txt"
     constraint.write_text(given)
-    main = f"import install; install.requirements = lambda cuda: [install.Requirement(r) for r in {WANTED}]; install.main()"
+    wanted = f"[install.Requirement(r) for r in {WANTED}]"
+    main = f"import install; install.requirements = lambda cuda: {wanted}; install.main()"
     return run(
         python,
         "-c",

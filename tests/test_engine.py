@@ -2,7 +2,6 @@
 at any stage and number of ranks."""
 
 import contextlib
-import io
 import json
 import shutil
 import types
@@ -10,10 +9,10 @@ import types
 import pytest
 import torch
 from conftest import ranks, tiny
-from test_train import _differences, _train, losses
+from test_train import _differences, _knn, _train, losses
 from torch import nn
 
-from fastdisco import cli, config, engine, models
+from fastdisco import config, engine, models
 from fastdisco.common import dist
 from fastdisco.config import Engine, Optim, UserError
 from fastdisco.engine import optim
@@ -378,12 +377,6 @@ def test_the_real_run_resumes_exactly_and_evaluates_at_every_stage(folder, tmp_p
         "eval/knn_top1"
     ]
     assert ranks(1, _knn, done) == [knn]  # fastdisco eval knn, from the checkpoint
-
-
-def _knn(run):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert cli.main(["eval", "knn", str(run)]) == 0
-    return json.loads(out.getvalue().splitlines()[-1])["eval/knn_top1"]
 
 
 def test_the_stage_may_change_on_resume(tmp_path):

@@ -1,6 +1,8 @@
 """The exchange of gradients: the mean over ranks, in one order on all of them, sent while the
 backward runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as td
@@ -11,6 +13,8 @@ from fastdisco.common import dist
 from fastdisco.config import Engine, UserError
 from fastdisco.engine import deepspeed_config
 from fastdisco.engine.exchange import ALIGN, Exchange
+
+pytestmark = pytest.mark.usefixtures("unwritten")
 
 
 class Net(nn.Module):
@@ -92,7 +96,7 @@ def test_gradients_are_the_mean_over_ranks_and_views_into_the_buckets(
 ):
     results = ranks(2, _exchanged, bucket_bytes, micros, swap_on)
     want = _expected(micros)
-    for found, early, n, ran, inside in results:
+    for found, _, n, ran, inside in results:
         assert n == buckets and inside
         assert set(ran.values()) == {2 * micros}, (
             "a weight that two forwards used is to be counted once a backward"
@@ -110,6 +114,19 @@ def test_buckets_go_out_while_the_backward_runs_and_only_in_the_last_micro_batch
     assert early[0] == early[2] == 0  # the first of two micro batches, in both steps
     # The last layer's weight and bias, when the first layer's gradient comes.
     assert early[1] >= 2 and early[3] >= 2
+
+
+def _never_gathered():
+    """Whether rows that no rank has sent are NaN."""
+    dist._GATHER = lambda out, x, async_op: SimpleNamespace(wait=lambda: None)
+    return bool(dist.all_gather(torch.ones(2, 3)).isnan().all())
+
+
+def test_an_element_that_nothing_writes_shows():
+    x = torch.ones(2, 3)
+    for new in (torch.empty(2), torch.empty_like(x), x.new_empty(2), torch.empty_strided([2], [1])):
+        assert new.isnan().all()
+    assert ranks(2, _never_gathered) == [True, True]
 
 
 def _on_gpus():

@@ -49,7 +49,6 @@ def refused(file, *says, **kwargs):
 
 
 # ---- weights by names and shapes
-# -------------------------------------------------------------------------------------------------------------
 
 
 def linear(state, name, out, width):
@@ -188,7 +187,6 @@ def dino(backbone, head, module=""):
 
 
 # ---- plain forwards
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 class Plain:
@@ -317,7 +315,6 @@ def fourier(h, w):
 
 
 # ---- whole files of each family
-# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -489,7 +486,6 @@ def test_a_widened_resnet_is_a_student_as_well():
 
 
 # ---- refusals
-# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_backbone_without_head_is_refused_with_what_to_take(tmp_path):
@@ -643,7 +639,9 @@ def test_of_a_dino_run_the_mean_student_teaches_and_of_others_the_student(tmp_pa
             student=types.SimpleNamespace(arch="resnet18", kwargs={}, dim=3),
         )
         monkeypatch.setattr(
-            models, "from_run", lambda folder, net="student", student=None: (made[net], cfg)
+            models,
+            "from_run",
+            lambda folder, net="student", student=None, cfg=cfg: (made[net], cfg),
         )
         found = formats.read(tmp_path)
         assert (

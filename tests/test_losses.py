@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdisco import kernels
 from fastdisco.models.queue import Queue
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 TEMPS = [0.01, 0.029, 0.03, 0.07, 0.2, 1.0]  # on both sides of the running maximum's limit
 # Bf16 is rounded by whoever made it: the loss itself is fp32.
 LOSS = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float64: 1e-13}

@@ -19,6 +19,8 @@ from fastdisco.engine import optim
 from fastdisco.methods import Nets, Progress, spread
 from fastdisco.teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 GOLDEN = Path(__file__).parent / "golden"
 DIM, HIDDEN, SIZE = 6, 10, 8
 # Larger than the recipe's, so that a wrong order or a forgotten term shows.
@@ -130,7 +132,7 @@ class Paper:
             list(self.mean_student.parameters()),
         )
         self.velocity = [torch.zeros_like(p) for p in self.weights]
-        self.queue, self.at = [row for row in queue.clone()], 0
+        self.queue, self.at = list(queue.clone()), 0
 
     def forward(self, net, x):
         z = torch.cat([net(part) for part in x.chunk(self.groups)])

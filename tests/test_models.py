@@ -122,7 +122,7 @@ def by_hand(x, weight, bias, groups, eps, momentum, mean, var):
     """Batch norm per slice as its formulas say, in float64: outputs, and the mean of the slices'
     running statistics."""
     out, means, variances = [], [], []
-    axes = [0] + list(range(2, x.ndim))
+    axes = [0, *range(2, x.ndim)]
     shape = [1, -1] + [1] * (x.ndim - 2)
     size = len(x) // groups
     for g in range(groups):

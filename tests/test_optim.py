@@ -240,7 +240,7 @@ def test_fused_sgd_takes_a_weight_that_thaws_and_starts_from_no_momentum(monkeyp
     and leave another's as the memory had it."""
     ends = []
     for fused in (False, True):
-        monkeypatch.setattr(optim, "_fused", lambda *_: {"fused": True} if fused else {})
+        monkeypatch.setattr(optim, "_fused", lambda *_, on=fused: {"fused": True} if on else {})
         net = two_layers()
         sgd = optim.create(net, Optim(weight_decay=0.1), 0.1)
         assert bool(sgd.defaults.get("fused")) == fused

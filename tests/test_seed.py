@@ -29,6 +29,8 @@ from torch import nn
 from fastdisco import config, kernels
 from fastdisco.common import dist
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 B = 8
 OPTIM = config.Optim(lr=0.1, weight_decay=1e-2, warmup_epochs=1)
 METHODS = {

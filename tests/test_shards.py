@@ -237,7 +237,7 @@ def test_views_are_those_of_the_folder_whatever_the_reading(
 @pytest.mark.parametrize("opened", [1, 512])
 def test_a_position_set_later_continues_the_stream(packed, usual, opened, monkeypatch):
     monkeypatch.setattr(shards, "OPEN", opened)
-    assert [o for o in stream(make(packed, start=7))[1]] == usual[1][7 * 8 :]
+    assert list(stream(make(packed, start=7))[1]) == usual[1][7 * 8 :]
     loader_ = make(packed)
     for position in (14, 0, 5, 9, 10):
         loader_.position = position
@@ -627,11 +627,11 @@ def test_cifar_archives_are_packed_without_loss(tmp_path):
         cli.main(["data", "pack", str(tmp_path / "cifar-10-python.tar.gz"), str(tmp_path / "c")])
         == 0
     )
-    want = np.concatenate([batches[f"data_batch_{i}"][b"data"] for i in range(1, 6)]).reshape(
-        -1, 3, 32, 32
-    )
+    five = [batches[f"data_batch_{i}"] for i in range(1, 6)]
+    want = np.concatenate([part[b"data"] for part in five]).reshape(-1, 3, 32, 32)
+    labels_of_five = [label for part in five for label in part[b"labels"]]
     for part, pixels, labels in (
-        ("train", want, sum((batches[f"data_batch_{i}"][b"labels"] for i in range(1, 6)), [])),
+        ("train", want, labels_of_five),
         (
             "val",
             batches["test_batch"][b"data"].reshape(-1, 3, 32, 32),

@@ -14,6 +14,8 @@ from fastdisco.common import dist
 from fastdisco.config import Crop, UserError
 from fastdisco.data import pack
 
+pytestmark = pytest.mark.usefixtures("unwritten")
+
 SEED, MICRO = 3, 4
 CROPS = Crop(size=24), Crop(size=24, blur_p=1.0), Crop(size=16, scale=(0.1, 0.3))
 
@@ -70,10 +72,7 @@ def _steps(shuffle, bn, teacher):
     out = []
     for step in range(3):
         a, b = batch(step, 8)
-        if shuffle == "load":
-            b = b[dist.Shuffle(4, dist.mix(7, step)).mine]
-        else:
-            b = b[mine]
+        b = b[dist.Shuffle(4, dist.mix(7, step)).mine if shuffle == "load" else mine]
         loss, _, terms = run.step(step, [a[mine], b])
         means = {
             k: dist.all_mean(terms[k].detach().clone()).item()

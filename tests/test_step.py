@@ -3,7 +3,7 @@ never waits for the device between log points."""
 
 import contextlib
 import copy
-import io
+import importlib.util
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ranks, tiny
 from test_teacher_runtime import net, views
-from test_train import _train, losses
+from test_train import _told, _train, losses
 from torch import nn
 
 from fastdisco import config, data, methods, models
@@ -22,7 +22,7 @@ from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco.engine.cudagraph import Graphed, rehearsal
 from fastdisco.methods import Nets, moco
 from fastdisco.models import Out
-from fastdisco.run import log, meter, students
+from fastdisco.run import meter, students
 from fastdisco.teacher import Options, Teacher
 
 CUDA = torch.device("cuda")
@@ -232,11 +232,15 @@ def test_a_rehearsal_leaves_statistics_and_random_streams():
     torch.manual_seed(3)
     want = torch.rand(4)
     torch.manual_seed(3)
-    # An error that the caller may catch changes nothing of that.
-    with pytest.raises(KeyError), rehearsal(student):
+
+    def fails():
         student(views())
         assert any(not torch.equal(v, before[k]) for k, v in student.state_dict().items())
         raise KeyError
+
+    # An error that the caller may catch changes nothing of that.
+    with pytest.raises(KeyError), rehearsal(student):
+        fails()
     with rehearsal(student):
         student(views())
     assert torch.equal(torch.rand(4), want)
@@ -310,13 +314,6 @@ def test_compiled_students_and_teachers_train_alike_and_the_price_is_told(
     ) and plain[3] != plain[1]
 
 
-def _told(args):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        log.console.file = out
-        _train(args)
-    return out.getvalue()
-
-
 def test_what_cannot_be_compiled_is_refused():
     small = models.Net(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 2)
@@ -384,14 +381,20 @@ READS = (
 )
 
 
+# By their real folders: a checkout may itself lie in a folder called fastdisco.
+OURS = [
+    Path(importlib.util.find_spec(name).origin).resolve().parent
+    for name in ("fastdisco", "fastdisco.kernels", "deepspeed")
+]
+
+
 def _here():
     """(file, function) of the innermost frame of ours or DeepSpeed's."""
-    frames = [
-        f
-        for f in traceback.extract_stack()
-        if {"fastdisco", "deepspeed", "kernels"} & set(Path(f.filename).parts)
-    ]
-    return Path(frames[-1].filename).name, frames[-1].name
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename).resolve()
+        if any(path.is_relative_to(folder) for folder in OURS):
+            return path.name, frame.name
+    raise AssertionError("the read comes from neither fastdisco nor DeepSpeed")
 
 
 def _between_log_points(args, begin, end):
@@ -508,18 +511,18 @@ def test_fp16_is_near_the_eager_teacher_in_fp32():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, precision, groups):
-    students = [
+    pair = [
         net("test_efficientnet").train().to(CUDA, memory_format=torch.channels_last)
         for _ in range(2)
     ]
-    for s in students:
+    for s in pair:
         models.split_bn(s, groups)
         s.requires_grad_(False)
     cfg = config.validate(
         {"run": {"name": "x"}, "data": {"train": "x"}, "engine": {"precision": precision}}, "here"
     )
-    graphed, eager = (students.inference(s, cfg, CUDA) for s in students)
-    graphed = Graphed("mean student", graphed, students[0].buffers())
+    graphed, eager = (students.inference(s, cfg, CUDA) for s in pair)
+    graphed = Graphed("mean student", graphed, pair[0].buffers())
     other = net("test_efficientnet").to(CUDA)
     near = dict(rtol=1e-4, atol=1e-4) if precision == "fp32" else dict(rtol=5e-2, atol=5e-2)
     for seed in range(6):
@@ -527,11 +530,11 @@ def test_a_graphed_mean_student_equals_the_eager_one_and_its_statistics(said, pr
         a = graphed(x)
         busy()
         torch.testing.assert_close(a.z, eager(x).z, **near)
-        for s in students:
+        for s in pair:
             models.ema_update(s, other, 0.9)  # in place: the next replay reads the same addresses
-    for (name, a), (_, b) in zip(students[0].named_buffers(), students[1].named_buffers()):
+    for (name, a), (_, b) in zip(pair[0].named_buffers(), pair[1].named_buffers()):
         assert torch.equal(a, b) if "num" in name else torch.allclose(a, b, **near), name
-    assert not said and int(students[0].get_buffer("backbone.bn1.num_batches_tracked")) == 6
+    assert not said and int(pair[0].get_buffer("backbone.bn1.num_batches_tracked")) == 6
 
 
 @pytest.mark.gpu
@@ -566,7 +569,8 @@ def test_dropout_in_a_graph_draws_anew_and_from_the_seed():
     x = [torch.ones(64, 1, 1, 64, device=CUDA)]
     f = Graphed("test", lambda views: Drop(F.dropout(views[0])))
     with rehearsal():
-        f(x).z
+        # Reading it waits for the capture.
+        assert f(x).z.shape == x[0].shape
     draws = []
     for _ in range(2):
         torch.manual_seed(5)

@@ -30,6 +30,7 @@ from fastdisco.methods.swav import sinkhorn
 
 SIZES = (12, 12, 9, 9, 9)  # two coded crops and three small ones
 B, P = 8, 7
+DISTILL = 1 / (2 * len(SIZES) * DIM)
 OPTIM = config.Optim(name="lars", lr=0.6, lr_min=0.06, weight_decay=1e-2)
 
 
@@ -52,7 +53,7 @@ def swav(
     queue=16,
     freeze=2,
     queue_epoch=0,
-    distill=1 / (2 * len(SIZES) * DIM),
+    distill=DISTILL,
     **options,
 ):
     block = config.Swav(

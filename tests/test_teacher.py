@@ -55,8 +55,8 @@ def save(tmp_path, found, **kwargs):
     return tmp_path / "moco.pth.tar"
 
 
-def load(file, arch="resnet18", kwargs={}, dim=DIM):
-    return teacher.load(file, arch, kwargs, dim)
+def load(file, arch="resnet18", kwargs=None, dim=DIM):
+    return teacher.load(file, arch, kwargs or {}, dim)
 
 
 def refusal(file, *says, **kwargs):

@@ -80,7 +80,6 @@ def test_a_testbed_runs_here_at_a_small_size(tmp_path):
         "view={jitter_p: 0.5}",
         "views=[{count: 2, size: 64}, {count: 2, size: 32}]",
         "student.arch=mobilenetv3_small_050",
-        timeout=500,
     )
     assert (
         json.loads((tmp_path / "swav_mobv3" / "metrics.jsonl").read_text().splitlines()[-1])[

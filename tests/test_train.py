@@ -1,6 +1,8 @@
 """The real command: every way to start it, what it writes, resuming, refusing, stopping, and
 equality with PyTorch's DDP."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -12,13 +14,13 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, ranks, run, tiny
+from conftest import HANGS, ROOT, launch, ranks, run, tiny
 
-from fastdisco import config, data, engine, methods, models
+from fastdisco import cli, config, data, engine, methods, models
 from fastdisco.commands import train
 from fastdisco.common import dist
 from fastdisco.config import UserError
-from fastdisco.run import checkpoint
+from fastdisco.run import checkpoint, log
 
 SCRIPT = ROOT / "fastdisco/train.py"
 
@@ -34,34 +36,20 @@ def losses(folder):
 # ---- starting
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        [sys.executable, SCRIPT],
-        [sys.executable, "-m", "fastdisco.train"],
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            SCRIPT,
-        ],
-        [
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_accelerators=2",
-            "--master_port=29631",
-            SCRIPT,
-        ],
-    ],
-    ids=["python", "module", "torchrun", "deepspeed"],
-)
+@pytest.mark.parametrize("start", ["python", "module", "torchrun", "deepspeed"])
 def test_every_start(start, folder, tmp_path):
-    text = run(*start, *tiny(folder, tmp_path, "run.max_steps=2"))
+    args = tiny(folder, tmp_path, "run.max_steps=2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    if start == "deepspeed":
+        text = launch(2, SCRIPT, *args)
+    elif start == "torchrun":
+        text = run(*torchrun, SCRIPT, *args)
+    elif start == "module":
+        text = run(sys.executable, "-m", "fastdisco.train", *args)
+    else:
+        text = run(sys.executable, SCRIPT, *args)
     assert "done: 2 steps" in text and text.count("done:") == 1  # rank 0 alone speaks
-    n = 2 if "torch.distributed.run" in start or "deepspeed.launcher.runner" in start else 1
+    n = 2 if start in ("torchrun", "deepspeed") else 1
     assert f"batch 8 = {n} ranks x {8 // n} images" in text
     assert sorted(losses(tmp_path / "tiny")) == [1, 2]
 
@@ -99,18 +87,8 @@ def test_the_installed_package_starts_outside_the_checkout(folder, tmp_path):
 
 
 def test_what_a_run_leaves(folder, tmp_path):
-    text = run(
-        sys.executable,
-        SCRIPT,
-        *tiny(
-            folder,
-            tmp_path,
-            "run.max_steps=6",
-            "eval.every=3",
-            "checkpoint.every=2",
-            "optim.lr_scale=linear",
-        ),
-    )
+    scaled = ("run.max_steps=6", "eval.every=3", "checkpoint.every=2", "optim.lr_scale=linear")
+    text = ranks(1, _told, tiny(folder, tmp_path, *scaled))[0]
     # The scaling rule is printed: 0.05 x 8 / 256.
     assert "linear, lr 0.00156" in text and "for optim.lr 0.05 at batch 256" in text
     out = tmp_path / "tiny"
@@ -141,21 +119,17 @@ def test_what_a_run_leaves(folder, tmp_path):
     assert "train/loss_distill" not in first
     assert first["train/loss"] == pytest.approx(first["train/loss_contrast"])
     assert first["train/lr"] == pytest.approx(0.05 * 8 / 256)
-    knn = json.loads(
-        run(sys.executable, "-m", "fastdisco.cli", "eval", "knn", out).splitlines()[-1]
-    )
-    assert knn["eval/knn_top1"] == rows[-1]["eval/knn_top1"]  # the same number afterwards
+    # The same number afterwards.
+    assert ranks(1, _knn, out) == [rows[-1]["eval/knn_top1"]]
 
 
 def test_two_ranks_agree_with_the_evaluation_afterwards(folder, tmp_path):
     # Of seed 0 all features are one, but for rounding.
     ranks(2, _train, tiny(folder, tmp_path, "run.max_steps=4", "run.seed=1"))
-    knn = json.loads(
-        run(sys.executable, "-m", "fastdisco.cli", "eval", "knn", tmp_path / "tiny").splitlines()[
-            -1
-        ]
-    )
-    assert knn["eval/knn_top1"] == metrics(tmp_path / "tiny")[-1]["eval/knn_top1"]
+    out = tmp_path / "tiny"
+    text = run(sys.executable, "-m", "fastdisco.cli", "eval", "knn", out)
+    found = json.loads(text.splitlines()[-1])["eval/knn_top1"]
+    assert found == metrics(out)[-1]["eval/knn_top1"]
 
 
 def test_distillation_from_our_own_run(folder, tmp_path):
@@ -209,6 +183,28 @@ def test_bf16_keeps_weights_and_statistics_in_fp32(folder, tmp_path):
 def _train(args):
     code = train.main([str(a) for a in args])
     assert code == 0, f"ended with {code}"
+
+
+def _told(args):
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        log.console.file = out
+        _train(args)
+    return out.getvalue()
+
+
+def _fails(args):
+    """(exit code, what the command says of the error)"""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = train.main([str(a) for a in args])
+    return code, "".join(x for x in err.getvalue().splitlines(True) if x.startswith("fastdisco"))
+
+
+def _knn(folder):
+    """What `fastdisco eval knn` finds for a run."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["eval", "knn", str(folder)]) == 0
+    return json.loads(out.getvalue().splitlines()[-1])["eval/knn_top1"]
 
 
 # ---- resuming
@@ -417,7 +413,7 @@ def test_another_number_of_ranks_goes_on(folder, tmp_path):
 
 
 def test_a_changed_configuration_is_refused_and_named(folder, tmp_path):
-    run(sys.executable, SCRIPT, *tiny(folder, tmp_path, "run.max_steps=1"))
+    ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=1"))
     text = run(
         sys.executable,
         SCRIPT,
@@ -431,24 +427,16 @@ def test_a_changed_configuration_is_refused_and_named(folder, tmp_path):
     )
     assert "run.name" in text and "--overwrite" in text
     assert "Traceback" not in text
-    run(
-        sys.executable,
-        SCRIPT,
-        *tiny(folder, tmp_path, "optim.lr=0.06", "run.max_steps=1"),
-        "--overwrite",
-    )
+    over = tiny(folder, tmp_path, "optim.lr=0.06", "run.max_steps=1")
+    ranks(1, _train, [*over, "--overwrite"])
     assert config.load(tmp_path / "tiny/config.yaml").optim.lr == 0.06
 
 
 def test_other_data_is_refused(folder, tmp_path):
     ranks(1, _train, tiny(folder, tmp_path, "run.max_steps=1"))
-    text = run(
-        sys.executable,
-        SCRIPT,
-        *tiny(folder, tmp_path, f"data.train={folder}/val", "run.max_steps=2"),
-        code=2,
-    )
-    assert "another data than" in text
+    other = tiny(folder, tmp_path, f"data.train={folder}/val", "run.max_steps=2")
+    code, error = ranks(1, _fails, other)[0]
+    assert code == 2 and "another data than" in error
     # The run there is as it was.
     assert config.load(tmp_path / "tiny/config.yaml").data.train == folder / "train"
 
@@ -457,9 +445,8 @@ def test_a_folder_that_is_no_run_is_neither_written_nor_deleted(folder, tmp_path
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/thesis.txt").write_text("years")
     for flag in ([], ["--overwrite"]):
-        assert "holds files but no run" in run(
-            sys.executable, SCRIPT, *tiny(folder, tmp_path), *flag, code=2
-        )
+        code, error = ranks(1, _fails, [*tiny(folder, tmp_path), *flag])[0]
+        assert code == 2 and "holds files but no run" in error
     assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["thesis.txt"]
 
 
@@ -467,24 +454,30 @@ def test_a_finished_run_is_left_alone(folder, tmp_path):
     args = tiny(folder, tmp_path, "run.max_steps=1")
     ranks(1, _train, args)
     before = (tmp_path / "tiny/metrics.jsonl").read_bytes()
-    assert "done: 1 steps" in run(sys.executable, SCRIPT, *args)
+    assert "done: 1 steps" in ranks(1, _told, args)[0]
     assert (tmp_path / "tiny/metrics.jsonl").read_bytes() == before
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(folder, tmp_path):
-    args = [sys.executable, SCRIPT, *map(str, tiny(folder, tmp_path, "run.epochs=2000"))]
-    p = subprocess.Popen(
-        args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    args = tiny(folder, tmp_path, "run.epochs=100000")
     path = tmp_path / "tiny/metrics.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (path.exists() and path.stat().st_size):
-        time.sleep(0.2)
-    p.send_signal(signal.SIGTERM)
-    text, _ = p.communicate(timeout=60)
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as p:
+        try:
+            while p.poll() is None and not (path.exists() and path.stat().st_size):
+                time.sleep(0.05)
+            p.send_signal(signal.SIGTERM)
+            text, _ = p.communicate(timeout=HANGS)
+        finally:
+            p.kill()
     assert p.returncode == 0 and "stopped as asked" in text, text
     step = models.read(checkpoint.last(tmp_path / "tiny") / "state.pt")["step"]
-    run(*args, f"run.max_steps={step + 2}")
+    ranks(1, _train, [*args, f"run.max_steps={step + 2}"])
     assert sorted(losses(tmp_path / "tiny")) == list(range(1, step + 3))
 
 
@@ -522,15 +515,6 @@ def test_what_cannot_work_is_one_sentence_before_training(folder, tmp_path, over
     assert not (tmp_path / "tiny").exists()
 
 
-def _fails(args):
-    import contextlib
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        code = train.main([str(a) for a in args])
-    return code, "".join(x for x in err.getvalue().splitlines(True) if x.startswith("fastdisco"))
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     code, error = ranks(
         1, _fails, tiny(folder, tmp_path, "optim.lr=1e30", "log.every=5", "checkpoint.every=2")
@@ -553,14 +537,14 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     write = checkpoint._write
     for broken in ("state.pt", "rank_0.pt"):
 
-        def fails(path, what):
+        def fails(path, what, broken=broken):
             if path.name == broken:
                 path.write_bytes(b"half")
                 raise OSError("disk full")
             write(path, what)
 
         monkeypatch.setattr(checkpoint, "_write", fails)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="disk full"):
             checkpoint.save(tmp_path, 2, state, {}, keep=2)
         assert checkpoint.restore(tmp_path, state, {}) == 1 and value["n"] == 1
         value["n"] = 2

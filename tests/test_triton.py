@@ -3,14 +3,12 @@ time for every architecture in the launch table."""
 
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 
 triton = pytest.importorskip(
     "triton", reason="gpu: Triton is not installed, which comes with torch for CUDA"
@@ -22,37 +20,8 @@ from fastdisco.kernels import queue as triton_queue  # noqa: E402
 from tune import SHARED_MEMORY, compiled, faults  # noqa: E402
 
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted(tmp_path_factory):
-    """The process that runs tests/interpreted.py, beside the compiling, and where it prints."""
-    out = tmp_path_factory.mktemp("interpreted") / "out"
-    env = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-rP",
-        ROOT / "tests/interpreted.py",
-    ]
-    with (
-        out.open("w") as f,
-        subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT) as process,
-    ):
-        yield process, out
-        process.kill()
-
-
-sweep = functools.cache(tune.sweep)  # many rows of the table are alike
+# Many rows of the table are alike.
+sweep = functools.cache(tune.sweep)
 
 
 @pytest.fixture(autouse=True)
@@ -188,13 +157,13 @@ def test_the_table_says_what_was_timed():
     )
 
 
-def test_interpreted(interpreted):
+def test_interpreted():
     """tests/interpreted.py: every kernel against float64."""
-    process, out = interpreted
-    code, text = process.wait(), out.read_text()
+    options = ["-q", "-p", "no:cacheprovider", "-rP"]
+    env = {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    if triton.__version__.startswith("3.6"):
+        print("Where it fails: Triton 3.6's interpreter needs numpy<2.4")
+    text = run(sys.executable, "-m", "pytest", *options, ROOT / "tests/interpreted.py", env=env)
     # Each case's error, beside that of rounding the operands.
     print(*re.findall(r"^(?:seed )?B \d.*", text, re.MULTILINE), sep="\n")
-    hint = (
-        "\nTriton 3.6's interpreter needs numpy<2.4" if triton.__version__.startswith("3.6") else ""
-    )
-    assert code == 0 and re.search(r"\d{2,} passed", text), text[-4000:] + hint
+    assert re.search(r"\d{2,} passed", text), text[-4000:]
