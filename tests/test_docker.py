@@ -340,7 +340,7 @@ def test_the_check_looks_at_everything_and_counts_what_failed(monkeypatch, capsy
 
 
 def test_an_image_knows_its_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastdisco/environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fastdisco/run/environment.py"))
     monkeypatch.delenv("FASTDISCO_COMMIT", raising=False)
     assert environment.environment()["commit"] is None
     monkeypatch.setenv("FASTDISCO_COMMIT", "abc1234")
