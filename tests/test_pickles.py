@@ -52,14 +52,18 @@ def spelled(**names):
             type: save_global,
         }
 
+    return module_of(Pickler)
+
+
+def module_of(pickler):
+    """As torch.save takes it."""
     shim = types.ModuleType("pickle")
-    shim.Pickler, shim.dumps, shim.dump = Pickler, pickle.dumps, pickle.dump
+    shim.Pickler, shim.dumps, shim.dump = pickler, pickle.dumps, pickle.dump
     return shim
 
 
-def asking(name, *args, state=None):
-    """A pickle that calls `name` with args, and then sets a state: written by hand, since no object
-    here would."""
+def asking(name, *args):
+    """A pickle module that calls `name` with args in MARK's place: by hand, as no object here would."""
     module, _, attribute = name.rpartition(".")
 
     class Pickler(pickle._Pickler):
@@ -69,13 +73,8 @@ def asking(name, *args, state=None):
             self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
             super().save(args)
             self.write(pickle.REDUCE)
-            if state is not None:
-                super().save(state)
-                self.write(pickle.BUILD)
 
-    shim = types.ModuleType("pickle")
-    shim.Pickler, shim.dumps, shim.dump = Pickler, pickle.dumps, pickle.dump
-    return shim
+    return module_of(Pickler)
 
 
 MARK = object()
@@ -197,8 +196,7 @@ def test_nothing_else_passes(tmp_path, zipped):
                 b"ccollections\ndefaultdict\ncbuiltins\neval\n" + pickle.TUPLE1 + pickle.REDUCE
             )
 
-    shim = types.ModuleType("pickle")
-    shim.Pickler, shim.dumps, shim.dump = Factory, pickle.dumps, pickle.dump
+    shim = module_of(Factory)
     assert "asks for eval" in refusal(write(tmp_path / "x.pth", {"a": MARK}, shim, zipped=zipped))
 
 
@@ -238,12 +236,13 @@ def test_no_function_of_numpy_runs_on_what_a_file_holds():
         codecs.encode("a", "os.path")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_other_pickle_protocols_are_read_or_told(tmp_path, protocol, recwarn):
-    file = write(tmp_path / "x.pth", {"a": np.float64(1)}, protocol=protocol)
+def test_other_pickle_protocols_are_read_or_told(tmp_path, protocol, zipped, recwarn):
+    file = write(tmp_path / "x.pth", {"a": np.float64(1)}, protocol=protocol, zipped=zipped)
     text = refusal(file)
     assert f"its pickle is of protocol {protocol}" in text and "python -c" in text
-    file = write(tmp_path / "y.pth", {"a": torch.ones(1)}, protocol=protocol)
+    file = write(tmp_path / "y.pth", {"a": torch.ones(1)}, protocol=protocol, zipped=zipped)
     if protocol == 3:
         assert models.read(file)["a"] == 1
     else:
