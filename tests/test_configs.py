@@ -3,8 +3,8 @@ docs/results.md with its number."""
 
 import re
 
+import layouts
 import pytest
-import test_formats as layouts
 import torch
 import yaml
 from conftest import ROOT

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
+from layouts import dino, dino_head, save, small_swav, vit_small
 from PIL import Image
-from test_formats import dino, dino_head, save, small_swav, vit_small
 from test_knn import Batch, vote
 
 from fastdisco import cli, teacher
