@@ -33,7 +33,7 @@ SHARED = dict(
     method=dict(name="moco", queue=4096, momentum=0.99), checkpoint=dict(every=100, keep=1)
 )
 # In words, for a method may bring a recipe of its own.
-PLAIN = dict(lr_scale="none", warmup_epochs=0)
+PLAIN = dict(lr_scale="none", warmup_epochs=0, per="step")
 # The student's configuration; the teacher's network; its step size; how many steps tell the speed.
 PRESETS = {
     "cpu": dict(

@@ -284,7 +284,8 @@ def test_the_recipes_are_the_published_ones(tmp_path):
     )
     assert (
         len(config.crops(seed)) == 1
-        and seed.optim.warmup_epochs == 5
+        and (seed.optim.warmup_epochs, seed.optim.warmup_from) == (5, "lr")
+        and (seed.optim.per, seed.optim.cosine_from) == ("epoch", "start")
         and seed.method.temp_teacher == 0.01
     )
 

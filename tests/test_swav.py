@@ -104,7 +104,10 @@ class Paper:
         return (q * q.shape[1]).T
 
     def step(self, views, lr, frozen, queued=True):
-        c = unit(self.prototypes)
+        # In place before the forward, as the published code has it.
+        with torch.no_grad():
+            self.prototypes.copy_(unit(self.prototypes))
+        c = self.prototypes
         z = self.embed(self.net, views)
         scores = z @ c.T
         swav = 0.0
@@ -135,9 +138,12 @@ class Paper:
                 step = trust * (g + 1e-2 * p)
                 self.velocity[name] = step.clone() if first else 0.9 * self.velocity[name] + step
                 p -= lr * self.velocity[name]
+            moved = unit(self.prototypes)
         for g in range(2 if queued and self.length else 0):
             self.queue[g] = (self.queue[g] + list(z[g].detach()))[-self.length :]
-        return loss.item(), swav.item() / 2, mse.item(), grads
+        # What the next forward will see; a frozen row stays to the last bit.
+        seen = self.weights | {"prototypes.weight": self.prototypes if frozen else moved}
+        return loss.item(), swav.item() / 2, mse.item(), grads, seen
 
 
 @pytest.mark.parametrize("teacher", [False, True], ids=["swav", "disco"])
@@ -145,7 +151,7 @@ class Paper:
 def test_steps_are_those_of_the_paper(teacher, queue):
     run = swav(teacher, queue=queue)  # two steps fill the queue, the third uses it
     paper = Paper(run, queue)
-    for step in range(4):
+    for step in range(6):  # in the last three the prototypes have momentum
         views = crops(step, B, SIZES)
         loss, grads, terms = run.step(step, views)
         lr = 0.06 + (0.6 - 0.06) * 0.5 * (1 + np.cos(np.pi * step / 20))
@@ -157,7 +163,7 @@ def test_steps_are_those_of_the_paper(teacher, queue):
             assert terms["distill"].item() == pytest.approx(want[2] * len(SIZES) * DIM, rel=1e-10)
         close(run.all_grads, want[3])
         assert (grads["prototypes.weight"] is None) == (step < 2)
-        close(dict(run.net.named_parameters()), paper.weights)
+        close({n: p.detach() for n, p in run.net.named_parameters()}, want[4])
         assert run.method.filled == min(queue, B * (step + 1))
     if queue:
         close(

@@ -218,9 +218,13 @@ class Optim(Block):
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     # How often the schedule changes the learning rate.
     per: Literal["step", "epoch"] = "step"
-    # For so many epochs from the start the learning rate rises linearly; the schedule begins
-    # after them.
+    # For so many epochs from the start the learning rate rises linearly, to lr as scaled.
     warmup_epochs: float = Field(0.0, ge=0)
+    # Where that rise begins.  zero: at 0; lr: at lr before lr_scale, as in SEED's code.
+    warmup_from: Literal["zero", "lr"] = "zero"
+    # Where the cosine is at its top.  warmup: at the end of the warm-up; start: at epoch 0, so that
+    # the warm-up hides its beginning, as in SEED's code.
+    cosine_from: Literal["warmup", "start"] = "warmup"
     # Epochs at which `schedule: step` multiplies the learning rate by 0.1.
     milestones: tuple[int, ...] = (120, 160)
 

@@ -43,5 +43,14 @@ RECIPES: dict[str, dict[str, Any]] = {
             "clip_each": True,
         },
     },
-    "seed": {"views": [{"count": 1}], "optim": {"lr_scale": "linear", "warmup_epochs": 5}},
+    "seed": {
+        "views": [{"count": 1}],
+        "optim": {
+            "lr_scale": "linear",
+            "per": "epoch",
+            "warmup_epochs": 5,
+            "warmup_from": "lr",
+            "cosine_from": "start",
+        },
+    },
 }

@@ -4,6 +4,8 @@ to scores.
 The keys of their state dicts are those of the published checkpoints.
 Shapes: F features, d embedding, P prototypes."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,24 +49,69 @@ def dino_mlp(
 
 
 class Prototypes(nn.Module):
-    """Cosines of embeddings to prototypes, [...,d] -> [...,P]: SwAV's prototypes, or DINO's
-    weight-normalised last layer.
+    """Scores of embeddings, [...,d] -> [...,P]: their cosines to P prototypes.  Lengths are computed
+    in float32 or wider, the products in the precision of an active autocast.
 
-    SwAV's code puts its prototypes back to length 1 in place, before each forward.  Here the
-    forward normalises them: nothing edits what the optimizer holds, and the gradient is along the
-    sphere."""
+    This is SwAV's layer (arXiv:2006.09882): its rows have length 1 at every moment.  They begin so,
+    an optimizer puts them back after each step that moves them (see engine.unit_rows), and rows of
+    a file that have another length are scaled.  So an optimizer that looks at norms, as LARS,
+    sees rows of length 1, and a gradient with its part along the row."""
 
-    def __init__(self, dim: int, count: int, gain: bool = False) -> None:
-        """gain  each prototype has a trained length, which starts at 1 (DINO's norm_last_layer
-        False); otherwise lengths are fixed at 1."""
+    # The parameters whose rows keep length 1.
+    unit_rows: tuple[str, ...] = ("weight",)
+
+    def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         # Drawn by torch's initialisation of a linear layer, as in both papers' code.
         self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
-        self.gain = nn.Parameter(torch.ones(count)) if gain else None
+        for name in self.unit_rows:
+            _scale_rows(self.get_parameter(name))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z need not be normalised.  Lengths are computed in float32 or wider, the product in the
-        precision of an active autocast."""
-        wide = torch.promote_types(z.dtype, torch.float32)
-        scores = F.linear(F.normalize(z.to(wide), dim=-1), F.normalize(self.weight, dim=1))
-        return scores if self.gain is None else scores * self.gain
+        """z need not be normalised."""
+        return F.linear(_unit(z), self.weight)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for name in self.unit_rows:
+            _scale_rows(self.get_parameter(name))
+
+
+class LastLayer(Prototypes):
+    """DINO's last layer (arXiv:2104.14294), which is weight-normalised: its rows may have any length,
+    and only their direction counts."""
+
+    unit_rows = ()
+
+    def __init__(self, dim: int, count: int, gain: bool = False) -> None:
+        """gain  each output is multiplied by a trained number, which starts at 1 (DINO's
+        norm_last_layer False)"""
+        super().__init__(dim, count)
+        # [P,1] as in DINO's code, whose optimizer decays it like every matrix.
+        self.gain = nn.Parameter(torch.ones(count, 1)) if gain else None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z need not be normalised."""
+        scores = F.linear(_unit(z), F.normalize(self.weight, dim=1))
+        return scores if self.gain is None else scores * self.gain.squeeze(1)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        gain = state.get(f"{prefix}gain")
+        if gain is not None and gain.dim() == 1:
+            # Checkpoints once had it as [P].
+            state = state | {f"{prefix}gain": gain[:, None]}
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def _unit(z: Tensor) -> Tensor:
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+
+
+@torch.no_grad()
+def _scale_rows(weight: Tensor) -> None:
+    """Gives rows the length 1, in place.
+
+    Rows that have it up to rounding stay as they are to the last bit: a resumed run must not
+    differ."""
+    length = weight.norm(dim=1, keepdim=True)
+    weight.div_(torch.where((length - 1).abs() < 1e-4, 1.0, length.clamp(min=1e-12)))
