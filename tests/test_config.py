@@ -352,6 +352,15 @@ def test_a_dumped_method_reads_back_equal(tmp_path, name):
         ),
         (["method.name=swav", "bn.groups=2"], "bn.sync: "),
         (
+            [
+                "method.name=swav",
+                "method.target=published",
+                "teacher.file=t",
+                "teacher.cache=replay",
+            ],
+            "method.target: published needs the lengths",
+        ),
+        (
             ["method.name=swav", "optim.name=sgd", "engine.stage=1"],
             "set method.freeze_steps=0 or engine.stage=0",
         ),

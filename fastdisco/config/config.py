@@ -149,6 +149,17 @@ class Config(Block):
         return self
 
     @model_validator(mode="after")
+    def _recorded_targets_have_length_1(self) -> "Config":
+        raw = isinstance(self.method, Swav) and self.method.target == "published"
+        if raw and self.teacher and self.teacher.cache != "off":
+            raise ValueError(
+                "method.target: published needs the lengths of the teacher's embeddings, and "
+                f"teacher.cache={self.teacher.cache} keeps rows of length 1; set "
+                "method.target=normalised or teacher.cache=off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _zero_keeps_no_single_gradients(self) -> "Config":
         if not self.engine.stage:
             return self

@@ -61,10 +61,8 @@ def rate(cfg: Optim, lr: float, epoch: float, epochs: int) -> float:
     lr_min.
 
     lr  what `base_lr` gives for the same `cfg`"""
-    if _at(cfg, epoch) < cfg.warmup_epochs:
-        low = cfg.lr if cfg.warmup_from == "lr" else 0.0
-    else:
-        low = cfg.lr_min
+    first = cfg.lr if cfg.warmup_from == "lr" else 0.0
+    low = first if _at(cfg, epoch) < cfg.warmup_epochs else cfg.lr_min
     return low + (lr - low) * lr_factor(cfg, epoch, epochs)
 
 
