@@ -276,6 +276,7 @@ def test_the_recipes_are_the_published_ones(tmp_path):
         {"drop_path_rate": 0.1},
         65536,
     )
+    assert dino.bn.sync
     assert (dino.optim.name, dino.optim.clip, dino.optim.weight_decay_end, dino.run.epochs) == (
         "adamw",
         3.0,

@@ -9,6 +9,7 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
 from fastdisco import config, models
+from fastdisco.common import dist
 from fastdisco.common.console import shorten
 from fastdisco.config import UserError
 from fastdisco.models import batchnorm, heads
@@ -556,6 +557,23 @@ def test_synchronised_batch_norm_is_refused_on_cpus(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="bn.sync: .*CPU.*bn.sync=false"):
             models.sync_bn(net)
+    # A ViT has nothing to synchronise.
+    plain = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    assert models.sync_bn(plain) is plain
+
+
+def test_dino_synchronises_batch_norms_as_its_code_does(monkeypatch):
+    """XCiT's in its patches and blocks; the copy of the network, the mean student, has them, too."""
+    cfg = config.validate(
+        BASE | {"method": {"name": "dino"}, "student": {"arch": "xcit_nano_12_p16_224"}}, "test"
+    )
+    # Where there is no GPU the conversion alone is looked at.
+    monkeypatch.setattr(dist, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    net = models.of(cfg, train=True)
+    for found in (net, models.ema_copy(net)):
+        norms = [m for m in found.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert len(norms) > 10 and {type(m) for m in norms} == {nn.SyncBatchNorm}
 
 
 @pytest.mark.gpu

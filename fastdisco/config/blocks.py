@@ -248,8 +248,8 @@ class Engine(Block):
 
     # Of the forward passes, by autocast.  Weights and statistics stay fp32.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # On a GPU: fp32 convolutions keep 10 bits of mantissa, which is faster.  Matrix products keep
-    # all 23.
+    # On a GPU: fp32 convolutions and matrix products within the networks keep 10 bits of mantissa,
+    # which is faster.  Losses and the kNN evaluation keep all 23.
     tf32: bool = True
     # ZeRO stage.  0: only gradients are exchanged, which is the fastest for students that fit, and
     # all do; 1 and above divide optimizer state, then gradients, then weights among the ranks.

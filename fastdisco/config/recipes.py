@@ -30,6 +30,8 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"count": 8, "size": 96, "scale": [0.05, 0.4], "blur_p": 0.5},
         ],
         "student": {"head": "dino", "dim": 256, "kwargs": {"drop_path_rate": 0.1}},
+        # Of XCiT and ResNets; ViT has none.
+        "bn": {"sync": True},
         "optim": {
             "name": "adamw",
             "lr": 5e-4,

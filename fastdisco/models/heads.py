@@ -4,8 +4,6 @@ to scores.
 The keys of their state dicts are those of the published checkpoints.
 Shapes: F features, d embedding, P prototypes."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,17 +62,12 @@ class Prototypes(nn.Module):
         super().__init__()
         # Drawn by torch's initialisation of a linear layer, as in both papers' code.
         self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
-        for name in self.unit_rows:
-            _scale_rows(self.get_parameter(name))
+        _rows_to_length_1(self)
+        self.register_load_state_dict_post_hook(_rows_to_length_1)
 
     def forward(self, z: Tensor) -> Tensor:
         """z need not be normalised."""
         return F.linear(_unit(z), self.weight)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        for name in self.unit_rows:
-            _scale_rows(self.get_parameter(name))
 
 
 class LastLayer(Prototypes):
@@ -89,29 +82,34 @@ class LastLayer(Prototypes):
         super().__init__(dim, count)
         # [P,1] as in DINO's code, whose optimizer decays it like every matrix.
         self.gain = nn.Parameter(torch.ones(count, 1)) if gain else None
+        self.register_load_state_dict_pre_hook(_gain_to_a_column)
 
     def forward(self, z: Tensor) -> Tensor:
         """z need not be normalised."""
         scores = F.linear(_unit(z), F.normalize(self.weight, dim=1))
         return scores if self.gain is None else scores * self.gain.squeeze(1)
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        gain = state.get(f"{prefix}gain")
-        if gain is not None and gain.dim() == 1:
-            # Checkpoints once had it as [P].
-            state = state | {f"{prefix}gain": gain[:, None]}
-        super()._load_from_state_dict(state, prefix, *args)
-
 
 def _unit(z: Tensor) -> Tensor:
+    """Rows of length 1, in float32 or wider."""
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
 
 @torch.no_grad()
-def _scale_rows(weight: Tensor) -> None:
-    """Gives rows the length 1, in place.
+def _rows_to_length_1(prototypes: nn.Module, _: object = None) -> None:
+    """Scales the rows of its `unit_rows`, in place: at the start, and after a state dict is loaded.
 
-    Rows that have it up to rounding stay as they are to the last bit: a resumed run must not
-    differ."""
-    length = weight.norm(dim=1, keepdim=True)
-    weight.div_(torch.where((length - 1).abs() < 1e-4, 1.0, length.clamp(min=1e-12)))
+    Rows that have length 1 up to rounding stay as they are to the last bit, since a resumed run
+    must not differ."""
+    assert isinstance(prototypes, Prototypes)
+    for name in prototypes.unit_rows:
+        weight = prototypes.get_parameter(name)
+        length = weight.norm(dim=1, keepdim=True)
+        weight.div_(torch.where((length - 1).abs() < 1e-4, 1.0, length.clamp(min=1e-12)))
+
+
+def _gain_to_a_column(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
+    """Checkpoints once had the gain as [P]."""
+    gain = state.get(f"{prefix}gain")
+    if gain is not None and gain.dim() == 1:
+        state[f"{prefix}gain"] = gain[:, None]
