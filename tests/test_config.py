@@ -291,6 +291,22 @@ def test_the_recipes_are_the_published_ones(tmp_path):
     )
 
 
+def test_a_run_of_before_keeps_what_it_had(tmp_path):
+    """A key that is newer than the run's file has its own default, not a recipe's."""
+    cfg = load(tmp_path, BASE, "method.name=seed", "teacher.file=t", "optim.per=step")
+    raw = yaml.safe_load(config.dump(cfg))
+    for key in ("warmup_from", "cosine_from"):
+        del raw["optim"][key]
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(raw))
+    old = config.load(tmp_path / "old.yaml")
+    assert (old.optim.warmup_from, old.optim.cosine_from) == ("zero", "warmup")
+    assert (cfg.optim.warmup_from, cfg.optim.cosine_from) == ("lr", "start")
+    assert (
+        config.load(tmp_path / "old.yaml", ["optim.warmup_from=lr", "optim.cosine_from=start"])
+        == cfg
+    )
+
+
 def test_what_a_configuration_says_goes_over_the_recipe(tmp_path):
     cfg = load(
         tmp_path,

@@ -62,6 +62,10 @@ class Config(Block):
         What is not well-formed passes unchanged: the checks of its block say what is wrong."""
         if not isinstance(raw, dict):
             return raw
+        if cls.model_fields.keys() <= raw.keys():
+            # As `dump` writes it, it says everything.  A key that it lacks is newer than the file,
+            # and its own default is what the run had.
+            return raw
         given, view = raw.get("method", {}), raw.get("view")
         if not isinstance(given, dict) or not isinstance(view, dict | None):
             return raw
