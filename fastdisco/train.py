@@ -76,7 +76,7 @@ def train(cfg: Config, overwrite: bool = False) -> None:
         for step in range(start, steps):
             # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
-            rates = {s.name: optim.rate(cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
+            rates = {s.name: optim.rate(s.cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
             decay = optim.decay(cfg.optim, epoch, cfg.run.epochs)
             for student in states:
                 optim.move(student.optimizer, rates[student.name], decay)

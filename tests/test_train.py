@@ -307,6 +307,7 @@ METHODS = {
         "method={name: dino, prototypes: 30, temp_warmup_epochs: 3}",
         "student.dim=8",
         "student.kwargs.drop_path_rate=0.2",
+        "bn.sync=false",
         "views=[{size: 32}, {size: 32, blur_p: 0.1}, {count: 2, size: 24}]",
         "optim={warmup_epochs: 1, lr: 0.1}",
     ],

@@ -137,12 +137,21 @@ def check(args: argparse.Namespace) -> None:
         f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among "
         f"{len(bank)} {others}"
     )
+    lengths: list[torch.Tensor] = []
+    found.net.head.register_forward_hook(
+        lambda _module, _input, t: lengths.append(t.float().norm(dim=-1))
+    )
     shares = probe.run(
         found.net.eval().to(device),
         _untrained(found).eval().to(device),
         loader(train, bank),
         loader(val, queries),
         len(val.classes),
+    )
+    std, mean = torch.std_mean(torch.cat(lengths), correction=0)
+    say(
+        f"length of its embeddings: {mean:.4g} on average, standard deviation {std:.4g}; so much "
+        "harder does method.target=published pull on SwAV (docs/method.md)"
     )
     print(json.dumps({f"teacher/{k}": v for k, v in shares.items()}))
     if against := probe.verdict(shares, len(queries)):

@@ -4,6 +4,7 @@ deepspeed_engine.py  DeepSpeed around the student: start, engine, stop
 settings.py          DeepSpeed's configuration, made from ours
 zero.py              weights and optimizer state under the parameters' names, at any ZeRO stage
 exchange.py          gradients averaged over ranks while the backward runs
+unit_rows.py         weights whose rows keep length 1
 optim.py             parameter groups, optimizers, schedules
 cudagraph.py         a forward as a CUDA graph on a stream of its own
 compiled.py          torch.compile of a backbone

@@ -13,6 +13,7 @@ from torch import nn
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.config import Engine
+from fastdisco.engine import unit_rows
 from fastdisco.engine.exchange import Exchange
 from fastdisco.engine.settings import bucket_bytes, deepspeed_config
 
@@ -82,6 +83,8 @@ def create(
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
     if cfg.stage == 0:
         _prepare_stage_0(engine, net, cfg, clip)
+    else:
+        unit_rows.keep_flat(engine)
     return engine
 
 

@@ -43,8 +43,9 @@ def sync_bn(net: nn.Module) -> nn.Module:
     """The module with batch norms whose training statistics are of all ranks' batches.
 
     It is the module itself, changed in place, unless it is a batch norm.  With one rank nothing
-    changes.  Raises UserError on CPUs, for which torch has no such batch norm."""
-    if dist.world() == 1:
+    changes, nor without batch norms.  Raises UserError on CPUs, for which torch has no such batch
+    norm."""
+    if dist.world() == 1 or not any(isinstance(m, _BatchNorm) for m in net.modules()):
         return net
     if dist.device().type != "cuda":
         raise UserError(

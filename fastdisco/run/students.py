@@ -200,14 +200,18 @@ def _compile(student: TrainState, views: list[Tensor]) -> None:
 
 def _with_graphs(states: list[TrainState], device: torch.device) -> list[TrainState]:
     """The states, their mean students to become CUDA graphs at the first call."""
-    if states[0].cfg.bn.sync and dist.world() > 1:
-        # A collective in each batch norm, and graphs hold none.
-        say(
-            "mean student: runs eagerly, not as a CUDA graph: bn.sync exchanges statistics between "
-            "the ranks in its forward"
-        )
-        return states
-    return [s._replace(ema_forward=_graphed(s, device)) if s.ema else s for s in states]
+    found = []
+    for s in states:
+        if s.ema and any(isinstance(m, nn.SyncBatchNorm) for m in s.ema.modules()):
+            # A collective in each batch norm, and graphs hold none.
+            say(
+                f"{s.name or 'mean student'}: runs eagerly, not as a CUDA graph: bn.sync exchanges "
+                "statistics between the ranks in its forward"
+            )
+        elif s.ema:
+            s = s._replace(ema_forward=_graphed(s, device))
+        found.append(s)
+    return found
 
 
 def _graphed(student: TrainState, device: torch.device) -> Forward:
