@@ -66,7 +66,7 @@ def train(cfg: Config, overwrite: bool = False) -> None:
         replayed.complete()
     steps = loader.steps_per_epoch * cfg.run.epochs
     steps = min(steps, cfg.run.max_steps or steps)
-    _announce(cfg, listing, states, micro, steps, start, folder)
+    _announce(cfg, listing, states, micro, steps, start, folder, device)
     if start < steps:
         states = students.prepare(states, targets, loader)
 
@@ -186,8 +186,9 @@ def _announce(
     steps: int,
     start: int,
     folder: Path,
+    device: torch.device,
 ) -> None:
-    """Says what will be trained, before the first step."""
+    """Says what will be trained and on what, before the first step."""
     taught = f"teacher {cfg.teacher.file}" if cfg.teacher else "no teacher"
     for s in states:
         size = f"{s.size / 1e6:.1f} M weights with its head"
@@ -195,7 +196,7 @@ def _announce(
     say(
         f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = "
         f"{dist.world()} ranks x {micro} images x {cfg.data.accumulate} accumulated, {steps} steps, "
-        f"{cfg.engine.precision}, ZeRO stage {cfg.engine.stage}"
+        f"{cfg.engine.precision}, ZeRO stage {cfg.engine.stage}, on {engine.describe(device)}"
     )
     if left := len(listing.left_out):
         say(
@@ -206,6 +207,11 @@ def _announce(
         say(
             "one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups "
             "(the paper's: 32 images a group)"
+        )
+    if device.type == "cuda" and cfg.perf.cudnn_benchmark and start < steps:
+        say(
+            "the first step and the first evaluation may be silent for a minute or two: cuDNN looks "
+            "for what is fastest here (perf.cudnn_benchmark)"
         )
     if cfg.optim.lr_scale != "none":
         rates = ", ".join(

@@ -95,7 +95,7 @@ def test_a_capture_that_fails_is_said_once_with_its_reason_and_not_tried_again(
 
     def fails(*args):
         tries.append(args)
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        raise cudagraph.CaptureFailed("operation not permitted\nwhen stream is capturing")
 
     f = Graphed("mean student", lambda views: [len(v) for v in views], capture=fails)
     if not recovers:

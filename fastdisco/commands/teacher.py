@@ -112,6 +112,8 @@ def show(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """`fastdisco teacher check`."""
+    import torch
+
     from fastdisco import data
     from fastdisco.common import dist
     from fastdisco.evals import probe

@@ -171,7 +171,7 @@ class Bn(Block):
     # of its share itself, and they are view B for all networks; off: no permutation.  true means
     # gather, false means off.
     shuffle: Literal["gather", "load", "off"] = "gather"
-    # Compute statistics over all ranks.  On GPUs only.
+    # Compute statistics over all ranks.
     sync: bool = False
 
     @field_validator("shuffle", mode="before")

@@ -16,6 +16,7 @@ from fastdisco.data import Listing, TrainLoader
 from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco.methods import Forward, Method, Nets, Progress
 from fastdisco.models import Out
+from fastdisco.models.syncbn import Synced
 
 
 class Engine(Protocol):
@@ -202,7 +203,7 @@ def _with_graphs(states: list[TrainState], device: torch.device) -> list[TrainSt
     """The states, their mean students to become CUDA graphs at the first call."""
     found = []
     for s in states:
-        if s.ema and any(isinstance(m, nn.SyncBatchNorm) for m in s.ema.modules()):
+        if s.ema and any(isinstance(m, Synced) for m in s.ema.modules()):
             # A collective in each batch norm, and graphs hold none.
             say(
                 f"{s.name or 'mean student'}: runs eagerly, not as a CUDA graph: bn.sync exchanges "
