@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, ranks, run, tiny
-from test_train import _differences, _fails, _train, losses, metrics
+from training import _differences, _fails, _train, losses, metrics
 
 from fastdisco import cli, config, data, teacher
 from fastdisco.config import Crop, UserError

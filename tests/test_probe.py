@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny
 from PIL import Image
-from test_formats import dino, dino_head, save, small_swav, vit_small
+from published import dino, dino_head, save, small_swav, vit_small
 from test_knn import Batch, vote
 
 from fastdisco import cli, teacher

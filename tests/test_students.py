@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import ranks, tiny
-from test_train import _train, metrics
+from training import _train, metrics
 
 from fastdisco import cli, config, models, teacher
 from fastdisco.config import UserError
