@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 from conftest import HANGS, ROOT, ranks, run, tiny
-from training import SCRIPT, _differences, _fails, _told, _train, losses
+from training import SCRIPT, _differences, _fails, _told, _train, losses, train_a_teacher
 
 from fastdisco import config, data, models
 from fastdisco.run import checkpoint
@@ -48,18 +48,7 @@ def whole(request, folder, tmp_path_factory):
     """14 uninterrupted steps on 1 or 2 ranks, distilled from a teacher of our own, in whole/; the
     first 7 alone in half/."""
     out, n = tmp_path_factory.mktemp(f"whole{request.param}"), request.param
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            out,
-            "run.max_steps=2",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, out, steps=2)
     seen = ranks(n, _trajectory, _distilled(folder, out, out / "whole", "run.max_steps=14"), None)
     ranks(n, _trajectory, _distilled(folder, out, out / "half", "run.max_steps=7"), None)
     return out, n, seen
@@ -112,18 +101,7 @@ METHODS = {
 @pytest.fixture(scope="module")
 def teacher_run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("teacher")
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            out,
-            "run.max_steps=1",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, out, steps=1)
     return out / "teacher"
 
 

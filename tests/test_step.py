@@ -12,7 +12,7 @@ from conftest import ranks, tiny
 from test_graphs import CUDA, cuda
 from test_teacher_runtime import net, views
 from torch import nn
-from training import _told, _train, losses
+from training import _told, _train, losses, train_a_teacher
 
 from fastdisco import config, data, models
 from fastdisco.config import Optim, UserError
@@ -24,18 +24,7 @@ from fastdisco.run import meter
 def distilled(folder, tmp_path_factory):
     """Overrides that distil from a run of our own, and log at every second step."""
     out = tmp_path_factory.mktemp("teacher")
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            out,
-            "run.max_steps=1",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, out, steps=1)
     return [
         f"teacher.file={out}/teacher",
         "teacher.arch=test_resnet",

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, launch, ranks, run, tiny
-from training import SCRIPT, _fails, _knn, _told, _train, losses, metrics
+from training import SCRIPT, _fails, _knn, _told, _train, losses, metrics, train_a_teacher
 
 from fastdisco import config, data, engine, methods, models
 from fastdisco.common import dist
@@ -115,18 +115,7 @@ def test_two_ranks_agree_with_the_evaluation_afterwards(folder, tmp_path):
 
 
 def test_distillation_from_our_own_run(folder, tmp_path):
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            tmp_path,
-            "run.max_steps=3",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, tmp_path, steps=3)
     ranks(
         2,
         _train,

@@ -5,7 +5,7 @@ import io
 import json
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, ranks, tiny
 
 from fastdisco import cli, config, models
 from fastdisco.commands import train
@@ -25,6 +25,12 @@ def losses(folder):
 def _train(args):
     code = train.main([str(a) for a in args])
     assert code == 0, f"ended with {code}"
+
+
+def train_a_teacher(folder, out, steps):
+    """Trains a small network of our own, for students to distil from, into out/teacher."""
+    small = ("run.name=teacher", "student.arch=test_resnet", "student.kwargs={}")
+    ranks(1, _train, tiny(folder, out, f"run.max_steps={steps}", *small))
 
 
 def _told(args):
