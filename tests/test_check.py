@@ -13,10 +13,10 @@ import pytest
 import skimage.data
 import torch
 from conftest import ranks, run, tiny
+from loading import CPU, make, one_sentence, stream
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_data import CPU, make, one_sentence, stream
-from test_train import SCRIPT, _told, losses
+from training import SCRIPT, _told, losses
 
 from fastdisco import cli, data
 from fastdisco.commands import train
