@@ -153,9 +153,11 @@ def prepare(states: list[TrainState], targets, loader: TrainLoader) -> list[Trai
         )
         for p in states:
             with torch.random.fork_rng(devices=[]):
-                stand_in = (
-                    copy.deepcopy(p.ema) if p.ema else models.of(p.cfg, train=True).to(device)
-                )
+                stand_in = copy.deepcopy(p.ema) if p.ema else models.of(p.cfg, train=True)
+            stand_in.to(device)
+            if p.cfg.engine.stage == 0:
+                # As the engine has the net: cuDNN looks for algorithms in this forward.
+                stand_in.to(memory_format=torch.channels_last)
             rehearse(
                 p.nets(live or (targets and replayed))._replace(
                     student=inference(stand_in, p.cfg, device)
