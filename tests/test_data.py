@@ -874,7 +874,7 @@ MULTI = (
 )
 
 
-def serialised(listing, folder, placement):
+def serialised(listing, folder, placement, crops=MULTI, resize=256, size=224):
     """Operators (name, device) of the graphs of training, evaluation and the check; each is
     registered for its device and the graphs serialise."""
     from nvidia.dali import backend
@@ -888,8 +888,8 @@ def serialised(listing, folder, placement):
     )
     used = []
     for p in (
-        graph.train(MULTI, reader, lambda i: [], placement, **pipe),
-        graph.evaluate(256, 224, Crop().mean, Crop().std, reader, placement, **pipe),
+        graph.train(crops, reader, lambda i: [], placement, **pipe),
+        graph.evaluate(resize, size, Crop().mean, Crop().std, reader, placement, **pipe),
         graph.decode(lambda: [], placement, **pipe),
     ):
         assert p.serialize()

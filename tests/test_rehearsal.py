@@ -106,7 +106,9 @@ def test_a_training_is_rehearsed(told):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", FILES)
 def test_every_configuration_is_rehearsed(name, precision):
-    check(rehearse(name, precision)[1])
+    # LARS waits there: the next test.
+    more = ["optim.name=sgd"] if precision == "fp16" and name.startswith("swav/") else []
+    check(rehearse(name, precision, *more)[1])
 
 
 def test_lars_waits_under_fp16_as_documented():
