@@ -36,12 +36,11 @@ SMALL = "demo/student.yaml"
 USUAL = [
     ("mobv3.yaml", "fp32"),
     ("mobv3.yaml", "fp16"),
-    ("disco/effb0_r50.yaml", "bf16", "optim.clip=1", "data.accumulate=2"),
+    ("disco/r18_r50.yaml", "bf16", "optim.clip=1", "data.accumulate=2"),
     ("rkd/r18_r50.yaml", "bf16"),
     ("seed/r18_r50.yaml", "bf16", "method.contrast=1", "views=[{count: 2}]"),
     ("swav/mobv3_disco.yaml", "bf16"),
-    ("dino/vit_tiny_disco.yaml", "bf16"),
-    ("dino/xcit_tiny.yaml", "fp16", "method.norm_last_layer=false"),
+    ("dino/vit_tiny_disco.yaml", "fp16", "method.norm_last_layer=false"),
     (SMALL, "bf16", "optim.name=adamw"),
 ]
 
@@ -94,24 +93,33 @@ def check(run):
 
 @pytest.mark.parametrize("told", USUAL, ids=lambda told: " ".join(told[:2]))
 def test_a_training_is_rehearsed(told):
-    gpu, run = rehearse(*told)
-    check(run)
+    gpu, run = rehearse(*told, steps=1)
     with gpu:
         run.resume()
         run.steps(1)
     check(run)
 
 
+def cases():
+    """(file, precision): every file under bf16, and one of each method and architecture under the
+    others."""
+    found = {}
+    for name in FILES:
+        cfg = config.load(CONFIGS / name)
+        found.setdefault((cfg.method.model_dump_json(), cfg.student.arch), name)
+    some = [(name, p) for name in found.values() for p in ("fp32", "fp16")]
+    return [(name, "bf16") for name in FILES] + some
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name, precision", cases())
 def test_every_configuration_is_rehearsed(name, precision):
     # LARS waits there: the next test.
     more = ["optim.name=sgd"] if precision == "fp16" and name.startswith("swav/") else []
     check(rehearse(name, precision, *more)[1])
 
 
-def test_lars_waits_under_fp16_as_documented():
+def test_lars_waits_for_its_scaler_under_fp16():
     """Its scaler asks every step whether a gradient overflowed, where no fused optimizer can tell."""
     with pytest.raises(DataDependentOutputException):
         rehearse("swav/mobv3.yaml", "fp16", steps=1)
@@ -132,16 +140,15 @@ def test_lars_waits_under_fp16_as_documented():
 )
 def test_a_rank_of_eight_is_rehearsed(told, monkeypatch):
     sent = ranks(monkeypatch, world=8, rank=3)
-    _, run = rehearse(*told)
-    check(run)
+    _, run = rehearse(*told, steps=1)
     weights = sum(w.numel() for w in run.state.net.parameters())
     buckets = [len(b.flat) for b in run.state.engine.exchange.buckets]
     reduced = [n for name, n in sent if name == "reduce"]
-    # Each step sends all gradients once, in the same buckets, whatever is accumulated.
+    # A step sends all gradients once, whatever is accumulated.
     assert len(buckets) > 1 and weights <= sum(buckets) < weights + 32 * len(
         list(run.state.net.parameters())
     )
-    assert [n for n in reduced if n in buckets] == 2 * buckets
+    assert [n for n in reduced if n in buckets] == buckets
 
 
 def test_gradients_are_sent_while_the_backward_runs(monkeypatch):
