@@ -230,6 +230,10 @@ def _capture(
     the graphs of mean student and teacher are captured on the way."""
     # Weights drawn here are thrown away: they must not shift the training's random stream.
     with torch.random.fork_rng(devices=[]):
-        net = copy.deepcopy(student.ema) or models.of(student.cfg, train=True).to(device)
+        net = copy.deepcopy(student.ema) or models.of(student.cfg, train=True)
+    net.to(device)
+    if student.cfg.engine.stage == 0:
+        # As the engine has the network: cuDNN looks for its algorithms in this forward.
+        net.to(memory_format=torch.channels_last)
     nets = student.nets(targets)._replace(student=inference(net, student.cfg, device))
     rehearse(nets, student.ema, student.method, views)
