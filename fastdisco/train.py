@@ -160,12 +160,13 @@ def evaluate(
 
 
 def _listings(cfg: Config) -> tuple[data.Listing, data.Listing | None]:
-    """The images of training and validation, whose classes must be the same."""
+    """The images of training and validation: the same classes, other images."""
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     if cfg.data.val is None:
         return listing, None
     val = data.listing(cfg.data.val, cfg.data.quarantine)
     data.same_classes(listing, val)
+    data.apart(listing, val)
     return listing, val
 
 
