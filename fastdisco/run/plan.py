@@ -114,7 +114,7 @@ def _data(cfg: Config, missing: list[str]) -> Generator[str, None, data.Listing 
         )
     if len(listings) == 2:
         data.same_classes(*listings.values())
-        data.apart(*listings.values())
+        data.apart(listings["train"], listings["val"])
     return listings.get("train")
 
 
