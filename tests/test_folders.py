@@ -2,6 +2,9 @@
 extensions, names of any bytes, lists from elsewhere, and a quarantine that outlives its files."""
 
 import os
+import shlex
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from test_data import CPU, make, one_sentence
 
-from fastdisco import data
+from fastdisco import cli, data
 from fastdisco.config import UserError
 from fastdisco.data import check, source
 
@@ -134,8 +137,6 @@ def test_names_that_are_not_utf8_are_read(tmp_path, capsys):
 
 
 def test_a_bad_image_of_such_a_name_is_named_so_that_a_shell_finds_it(tmp_path, capfd):
-    import subprocess
-
     name = os.fsdecode(b"a/caf\xe9's.jpg")
     pictures(tmp_path, "a/1.jpg", name)
     (tmp_path / name).write_bytes(b"no image")
@@ -158,14 +159,10 @@ def test_a_root_that_is_not_utf8_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["#a/1.jpg", "\\a/1.jpg", "-a/1.jpg", "\\#a/1.jpg"])
 def test_names_that_look_like_something_else_can_be_left_out(tmp_path, name):
     """A comment, an escape, an option."""
-    from fastdisco import cli
-
     pictures(tmp_path, name, "b/1.jpg")
     (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(UserError) as e:
         next(make(data.listing(tmp_path, "quarantine.txt"), batch=2))
-    import shlex
-
     assert cli.main(shlex.split(str(e.value).split("`")[1])[1:]) == 2
     listing = data.listing(tmp_path, "quarantine.txt")
     assert [listing.files[i] for i in listing.left_out] == [name]
@@ -209,8 +206,6 @@ def test_a_list_without_classes_says_how(tmp_path, line):
 
 
 def test_the_command_for_simclrs_lists_works(tmp_path):
-    import subprocess
-
     pictures(tmp_path, "n01/n01_1.JPEG", "n02/n02_2.JPEG")
     path = tmp_path / "1percent.txt"
     path.write_text("n01_1.JPEG\nn02_2.JPEG\n")
@@ -284,8 +279,6 @@ def test_validation_images_that_are_training_images_are_refused(tmp_path):
     (tmp_path / "val.txt").write_text("train/a/1.jpg a\ntrain/b/1.jpg b\n")
     refuse(data.listing(tmp_path / "val.txt"), 2)
     # The same names are not the same images: a copy is told by its bytes.
-    import shutil
-
     shutil.copytree(tmp_path / "train", tmp_path / "copy")
     refuse(data.listing(tmp_path / "copy"), 6)
     for i, name in enumerate(names):
@@ -293,9 +286,33 @@ def test_validation_images_that_are_training_images_are_refused(tmp_path):
     data.apart(train, data.listing(tmp_path / "val"))
 
 
-def test_every_command_that_scores_by_neighbours_looks(folder, tmp_path, capsys):
-    from fastdisco import cli
+def test_a_run_says_once_what_is_passed_over_and_that_the_queue_is_larger_than_an_epoch(
+    folder, tmp_path, capsys
+):
+    from fastdisco import config
+    from fastdisco.run.remarks import remarks
 
+    root = tmp_path / "train"
+    shutil.copytree(folder / "train", root)
+    (root / "class0/x.avif").write_bytes(b"")
+
+    def said(*overrides):
+        path = str(ROOT / "tests/tiny.yaml")
+        cfg = config.load(path, [f"data.train={root}", *overrides])
+        return list(remarks(cfg, data.listing(root), None))
+
+    passed, queue = said("method.queue=41")
+    assert passed == f"{root}: passed over: 1 .avif"
+    assert queue.startswith("method.queue: 41 is more than the 40 images of an epoch")
+    assert said("method.queue=40") == said("method.queue=41", "method.contrast=0") == [passed]
+    arguments = ["--config", str(ROOT / "tests/tiny.yaml"), f"run.out={tmp_path}"]
+    arguments += [f"data.train={root}", "method.queue=41"]
+    assert cli.main(["train", "--dry-run", *arguments]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("remark ")]
+    assert [x.split(maxsplit=1)[1] for x in lines] == [passed, queue]
+
+
+def test_every_command_that_scores_by_neighbours_looks(folder, tmp_path, capsys):
     config = ["--config", str(ROOT / "tests/tiny.yaml"), f"run.out={tmp_path}"]
     same = [f"data.train={folder}/train", f"data.val={folder}/train"]
     assert cli.main(["train", "--dry-run", *config, *same]) == 2

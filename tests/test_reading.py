@@ -6,7 +6,7 @@ import re
 import pytest
 from test_config import BASE, error, load
 
-from fastdisco import config
+from fastdisco import cli, config
 
 DOCUMENT = """\
 run: {name: x}
@@ -109,8 +109,6 @@ def test_paths_know_the_home_folder_and_variables(tmp_path, monkeypatch):
 
 def test_paths_of_options_do_too(tmp_path, monkeypatch, capsys):
     """A shell replaces ~ in `--out ~/x`, not in `--out=~/x`."""
-    from fastdisco import cli
-
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "list.txt").write_text("1.jpg 0\n")
     (tmp_path / "1.jpg").write_bytes(b"")

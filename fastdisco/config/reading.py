@@ -98,7 +98,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"override '{item}': the value is not valid YAML") from None
     *blocks, last = key.split(".")
-    models, node = [Config], raw
+    models: list[type[BaseModel]] = [Config]
+    node = raw
     for block in blocks:
         # Absent, or null as in `teacher: null`.
         if not isinstance(node.get(block), dict):
