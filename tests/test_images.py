@@ -96,3 +96,22 @@ def test_what_pillow_says_of_metadata_does_not_reach_the_terminal(tmp_path, recw
     assert not [w for w in recwarn if "PIL" in w.filename]
     assert not [r for r in caplog.records if r.name.startswith("PIL")]
     assert logging.getLogger("PIL").level == logging.NOTSET
+
+
+def test_deep_greys_and_lab_are_read_as_the_docs_say(tmp_path, capfd):
+    """16 bits become 8 by v / 257, where Pillow's convert("RGB") makes everything above 255 white;
+    LAB becomes sRGB, as Pillow converts it."""
+    (tmp_path / "a").mkdir()
+    grey = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    lab = np.stack([np.full((32, 32), x, np.uint8) for x in (128, 200, 60)], -1)
+    Image.fromarray(grey).save(tmp_path / "a/1.png")
+    Image.fromarray(grey).save(tmp_path / "a/2.tif")
+    Image.fromarray(lab, "LAB").save(tmp_path / "a/3.tif")
+    assert check.check([tmp_path]) == check.check([tmp_path], fast=True) == []
+    plain = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
+    loader = data.EvalLoader(data.listing(tmp_path), 32, 32, 3, 1, CPU, **plain)
+    found = next(iter(loader)).views[0] * 255
+    for i in (0, 1):
+        assert abs(found[i].numpy() - grey / 257).max() < 0.6
+    wanted = np.asarray(Image.open(tmp_path / "a/3.tif").convert("RGB"))[0, 0]
+    assert abs(found[2, :, 0, 0].numpy() - wanted).max() <= 3

@@ -79,13 +79,12 @@ def test_other_values_stay_what_they_are(tmp_path):
 
 def test_paths_know_the_home_folder_and_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/mine")
-    monkeypatch.setenv("SCRATCH", "/fast/disk")
-    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.setenv("FASTDISCO_DATA", "/fast/disk")
     cfg = load(
         tmp_path,
-        "run: {name: x, out: ~/runs}\ndata: {train: $SCRATCH/train, val: '${SCRATCH}/x-{0..9}.tar'}\n"
+        "run: {name: x, out: ~/runs}\ndata: {train: $FASTDISCO_DATA/train, val: '${FASTDISCO_DATA}/x-{0..9}.tar'}\n"
         "teacher: {file: ~/teacher.pth}",
-        "teacher.cache_folder=$SCRATCH/cache",
+        "teacher.cache_folder=$FASTDISCO_DATA/cache",
         "data.quarantine=~/q.txt",
     )
     found = cfg.run.out, cfg.data.train, cfg.data.val, cfg.teacher.file, cfg.teacher.cache_folder
@@ -98,9 +97,9 @@ def test_paths_know_the_home_folder_and_variables(tmp_path, monkeypatch):
     ]
     assert str(cfg.data.quarantine) == "/home/of/mine/q.txt"
     assert load(tmp_path, config.dump(cfg)) == cfg
-    for override in ("run.out=$NOT_SET/runs", "data.val=${NOT_SET}/val"):
+    for override in ("run.out=$OF_NO_PROGRAM/runs", "data.val=${OF_NO_PROGRAM}/val"):
         says = error(tmp_path, BASE, override)
-        assert re.match(r".*: (run\.out|data\.val): \$NOT_SET is not set", says), says
+        assert re.match(r".*: (run\.out|data\.val): \$OF_NO_PROGRAM is not set", says), says
     assert "no user" in error(tmp_path, BASE, "run.out=~nobody_of_that_name/x")
     # What is no variable and no home stays.
     for path in ("a$", "cost$/x", "x~y", "a/~/b"):
@@ -116,5 +115,5 @@ def test_paths_of_options_do_too(tmp_path, monkeypatch, capsys):
     assert cli.main(["data", "check", "~/list.txt", "--out=~/found"]) == 2
     assert (tmp_path / "found/quarantine.txt").exists() and not (tmp_path / "~").exists()
     with pytest.raises(SystemExit) as e:
-        cli.main(["data", "check", "$NOT_SET/list.txt"])
-    assert e.value.code == 2 and "$NOT_SET is not set" in capsys.readouterr().err
+        cli.main(["data", "check", "$OF_NO_PROGRAM/list.txt"])
+    assert e.value.code == 2 and "$OF_NO_PROGRAM is not set" in capsys.readouterr().err
