@@ -107,8 +107,10 @@ def test_what_is_passed_over_is_counted_by_extension(tmp_path, capsys):
         "without extension": 1,
         "images beside the class folders": 1,
     }
-    check.check([tmp_path], fast=True)
-    assert "2 .avif" in " ".join(capsys.readouterr().out.split())
+    for command in (["data", "check", str(tmp_path)], ["data", "pack", str(tmp_path)]):
+        target = [str(tmp_path.with_name("packed"))] if command[1] == "pack" else ["--fast"]
+        assert cli.main([*command, *target]) == 0
+        assert "2 .avif" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "c").mkdir()
     picture(tmp_path / "c/1.heic")
     refused(tmp_path, "no image in the class folder c but 1 .heic;")
@@ -248,6 +250,9 @@ def test_a_quarantine_outlives_its_files(tmp_path, capsys):
         (tmp_path / name).write_text(f"{line}\nb/3.jpg 1\n" if name == "train.txt" else f"{line}\n")
     assert data.listing(tmp_path / "train.txt", "quarantine.txt").left_out.tolist() == [0]
     assert data.listing(tmp_path / "val.txt", "quarantine.txt").left_out.tolist() == []
+    # A whole check of one keeps the other's lines and drops those of files that are gone.
+    check.check([tmp_path / "val.txt"])
+    assert list(source.read_quarantine(tmp_path / "quarantine.txt")) == ["a/2.jpg"]
 
 
 # ---- what is no pack

@@ -117,11 +117,11 @@ def _same_files(one: Listing, other: Listing) -> int:
 
 
 def _refuse_bytes(found: Listing) -> None:
-    """Raises UserError where the folder's or a tar's name is not UTF-8; DALI takes only such.
-    Names of files may be any bytes."""
-    for name in [str(found.root), *(found.places.tars if found.places else [])]:
+    """Raises UserError where the name of the source or of a tar is not UTF-8, which DALI and the
+    terminal need.  Names of images may be any bytes."""
+    for name in [str(found.source), *(found.places.tars if found.places else [])]:
         if not lines.is_utf8(name):
-            raise UserError(f"{name}: its name is not UTF-8, which DALI needs; rename it")
+            raise UserError(f"{name}: its name is not UTF-8, which NVIDIA DALI needs; rename it")
 
 
 def _folder(source: Path) -> Listing:
