@@ -31,6 +31,7 @@ from fastdisco.run import checkpoint, students
 from fastdisco.run.folder import claim, describe
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
+from fastdisco.run.remarks import remarks
 from fastdisco.run.signals import Stop
 from fastdisco.run.students import TrainState
 
@@ -67,6 +68,8 @@ def train(cfg: Config, overwrite: bool = False) -> None:
     steps = loader.steps_per_epoch * cfg.run.epochs
     steps = min(steps, cfg.run.max_steps or steps)
     _announce(cfg, listing, states, micro, steps, start, folder, device)
+    for remark in remarks(cfg, listing, val):
+        say(remark)
     if start < steps:
         states = students.prepare(states, targets, loader)
 
@@ -160,12 +163,13 @@ def evaluate(
 
 
 def _listings(cfg: Config) -> tuple[data.Listing, data.Listing | None]:
-    """The images of training and validation, whose classes must be the same."""
+    """The images of training and validation: the same classes, other images."""
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     if cfg.data.val is None:
         return listing, None
     val = data.listing(cfg.data.val, cfg.data.quarantine)
     data.same_classes(listing, val)
+    data.apart(listing, val)
     return listing, val
 
 

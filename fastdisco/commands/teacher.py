@@ -126,6 +126,8 @@ def check(args: argparse.Namespace) -> None:
     runtime.of_noise(found.net, runtime.noise((args.size,)))
     train = data.listing(args.bank, quarantine) if args.bank else val
     data.same_classes(train, val)
+    if args.bank:
+        data.apart(train, val, "give --bank other images, or leave it out")
     bank, queries = _drawn(train, val, args)
 
     def loader(listing: data.Listing, indices: "np.ndarray") -> data.EvalLoader:
