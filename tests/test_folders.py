@@ -9,8 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT
+from loading import CPU, make, one_sentence
 from PIL import Image
-from test_data import CPU, make, one_sentence
 
 from fastdisco import cli, data
 from fastdisco.config import UserError
