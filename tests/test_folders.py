@@ -81,6 +81,15 @@ def test_folders_of_systems_are_no_classes_and_hold_no_images(tmp_path):
     assert passed["@eaDir/"] == 2 and passed["lost+found/"] == 1
 
 
+def test_folders_of_systems_beside_tars_do_not_matter(tmp_path):
+    pictures(tmp_path / "d", "a/1.jpg", "b/2.jpg")
+    assert cli.main(["data", "pack", str(tmp_path / "d"), str(tmp_path / "tars")]) == 0
+    pictures(tmp_path / "tars", "@eaDir/000000.tar/SYNOFILE_THUMB_M.jpg")
+    assert len(data.listing(tmp_path / "tars").files) == 2
+    pictures(tmp_path / "tars", "c/1.jpg")
+    refused(tmp_path / "tars", "holds tars and also folders")
+
+
 # ---- files passed over
 
 
