@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as td
-from fake_gpu import CUDA, FakeGpu, backward
+from fake_gpu import CUDA, FINAL, FakeGpu, backward
 from fastdisco.kernels import checks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -38,6 +38,8 @@ def stand_ins(monkeypatch):
     put(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     put(torch._C, "_select_conv_backend", _convolution(torch._C._select_conv_backend))
     put(Tensor, "pin_memory", _pinned)
+    # `backward` does what the engine does.
+    put(torch.autograd.Variable, "_execution_engine", SimpleNamespace(queue_callback=FINAL.append))
     put(nn.Module, "_apply", _apply)
     put(models, "of", faked(models.of))
     put(students.engine, "create", FakeEngine)
