@@ -72,7 +72,8 @@ def read_quarantine(path: Path) -> dict[str, str]:
 
 def _folder(source: Path) -> Listing:
     """Tars, where there are any or a manifest of them, else class folders."""
-    tars = sorted(p.name for p in source.glob("*.tar"))
+    # Not those that begin with a dot: macOS puts a ._x.tar beside x.tar.
+    tars = sorted(glob.glob("*.tar", root_dir=source))
     if tars and any(p.is_dir() for p in source.iterdir() if not p.name.startswith(".")):
         raise UserError(
             f"{source}: holds tars and also folders; to read the tars give {source}/*.tar, else "
