@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import one_sentence
 from PIL import Image
-from test_data import one_sentence
 
 from fastdisco import data
 from fastdisco.config import UserError
-from fastdisco.data import name_classes, pack, shards, tar_index
+from fastdisco.data import check, name_classes, pack, shards, tar_index
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,20 @@ def test_a_start_reads_a_bounded_part_of_each_tar(jpg, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", spying)
     tar_index.headers(tar, index.lines)
     assert reads == [512] * tar_index.PROBES
+
+
+def test_the_data_check_finds_a_class_that_was_changed_in_place_with_the_time_set_back(
+    jpg, tmp_path
+):
+    tar = write(tmp_path / "a.tar", numbered(jpg, [0, 1, 2, 0]))
+    assert data.listing(tmp_path).labels.tolist() == [0, 1, 2, 0]
+    stat, content = tar.stat(), tar.read_bytes()
+    first = content.index(b"0000.cls") + 512
+    tar.write_bytes(content[:first] + b"2" + content[first + 1 :])
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError) as e:
+        check.check([tmp_path], threads=1)
+    one_sentence(e, "a.tar", "index does not fit")
 
 
 def test_an_index_of_the_first_version_is_read_or_written_anew_silently(jpg, tmp_path, capsys):
@@ -302,6 +316,7 @@ REFUSED = {
     ),
     "no image": ([("1.bmp", 1), ("2.gif", 2), ("2.cls", b"1")], ["2.gif", "one image", "--delete"]),
     "metadata of another name": ([("1.bmp", 1), ("all.json", b"{}")], ["all.json", "--delete"]),
+    "control character": ([("1\n2.bmp", 1)], ["1\\n2.bmp", "control character", "rename"]),
     "nothing": ([("README", b"x"), (".DS_Store", b"x")], ["empty"]),
 }
 

@@ -6,6 +6,7 @@ tools leave behind is passed over: names that begin with a dot (.DS_Store, ._x.j
 one (README), folders __MACOSX, and README.md or __info__.json beside the samples."""
 
 import itertools
+import re
 import shlex
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ ABOUT = {"readme", "license", "licence", "copying", "notice", "authors", "thumbs
 ARCHIVES = ("tar", "tgz", "tbz2", "txz", "zip")
 # Type of a member that begins in the volume before (GNU).
 CONTINUED = b"M"
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 REWRITE = "unpack it and write it again: tar --sort=name -cf NEW.tar -C FOLDER ."
 
 
@@ -179,6 +181,11 @@ def _members(tar: Path) -> Iterator[Member]:
             for m in t:
                 if _is_passed_over(m.name):
                     continue
+                if CONTROL.search(m.name):
+                    raise UserError(
+                        f"{tar}: the member {m.name!r} has a line break or another control "
+                        "character in its name; rename it"
+                    )
                 _refuse_without_bytes(tar, m)
                 if m.isreg():
                     yield Member(m.name, m.offset_data, m.size, _content(t, m))
@@ -225,7 +232,7 @@ def _refuse_without_bytes(tar: Path, m: tarfile.TarInfo) -> None:
     last = m.name.rpartition(".")[2].lower()
     if (m.issym() or m.islnk()) and last in (*EXTENSIONS, "cls", "idx"):
         raise UserError(
-            f"{tar}: its member {m.name} is a link to {m.linkname} and has no bytes of its own; "
+            f"{tar}: its member {m.name} is a link to {m.linkname!r} and has no bytes of its own; "
             "write the tar with --dereference --hard-dereference"
         )
 
