@@ -214,6 +214,15 @@ def test_a_tar_that_a_pattern_means_twice_and_one_that_is_gone_are_refused(jpg, 
     refuse(tmp_path / "y-*.tar", "y-1.tar", "cannot be read")
 
 
+def test_pipes_in_place_of_a_tar_or_an_index_are_refused(jpg, tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    refuse(tmp_path, "a.tar", "no regular file")
+    (tmp_path / "a.tar").unlink()
+    write(tmp_path / "a.tar", numbered(jpg, range(3)))
+    os.mkfifo(tmp_path / "a.index")
+    refuse(tmp_path, "a.index", "remove it")
+
+
 def test_a_packed_set_may_be_copied_with_new_times(jpg, tmp_path, capsys):
     write(tmp_path / "src/a.tar", numbered(jpg, range(6)))
     pack.pack(tmp_path / "src", tmp_path / "a")

@@ -128,7 +128,8 @@ def _folder(source: Path) -> Listing:
     """Tars, where there are any or a manifest of them, else class folders."""
     # Not those that begin with a dot: macOS puts a ._x.tar beside x.tar.
     tars = sorted(glob.glob("*.tar", root_dir=source))
-    if tars and any(p.is_dir() for p in source.iterdir() if not p.name.startswith(".")):
+    others = (p for p in source.iterdir() if p.name.lower() not in folder.SYSTEM)
+    if tars and any(p.is_dir() for p in others if not p.name.startswith(".")):
         raise UserError(
             f"{source}: holds tars and also folders; to read the tars give {source}/*.tar, else "
             "move them out"

@@ -13,6 +13,7 @@ foreign tar it cannot be told from the index of an older tar, so it is written a
 
 import hashlib
 import json
+import stat
 import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,12 +79,12 @@ def header(tar: Path, rows: list[Row], sha256: str | None) -> dict[str, Any]:
 
     sha256: of the tar, known only of those that were packed here.  Their index has no time, since
     the same pack gives the same bytes."""
-    stat = tar.stat()
+    about = tar.stat()
     return {
         VERSION: 2,
-        "bytes": stat.st_size,
+        "bytes": about.st_size,
         "sha256": sha256,
-        "mtime_ns": None if sha256 else stat.st_mtime_ns,
+        "mtime_ns": None if sha256 else about.st_mtime_ns,
         "headers": headers(tar, [row.line() for row in rows]),
     }
 
@@ -148,6 +149,9 @@ def read(tar: Path) -> Index | None:
     """A tar's index, None where there is none.  Raises UserError."""
     path = path_of(tar)
     try:
+        # Opening a pipe would wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise damaged(tar)
         return parse(_read(path))
     except FileNotFoundError:
         return None
@@ -179,8 +183,8 @@ def fits(tar: Path, index: Index) -> bool:
     A tar that was changed keeps these three only where someone sets its time back and leaves the
     headers; `data check` finds that, too.  A copied tar may get a new time; it is indexed again."""
     try:
-        stat, about = tar.stat(), index.about
-        same = (stat.st_size, stat.st_mtime_ns) == (about["bytes"], about["mtime_ns"])
+        found, about = tar.stat(), index.about
+        same = (found.st_size, found.st_mtime_ns) == (about["bytes"], about["mtime_ns"])
         return same and headers(tar, index.lines) == about["headers"]
     except (OSError, ValueError, KeyError):
         return False
@@ -193,9 +197,12 @@ def make(tar: Path, stored: bool) -> tuple[Index, bool]:
     stored: see `scan`.  Raises UserError."""
     # Before the scan: a tar that changes meanwhile is indexed again at the next start.
     try:
-        before = tar.stat().st_mtime_ns
+        before = tar.stat()
+        if not stat.S_ISREG(before.st_mode):
+            raise UserError(f"{tar}: is no regular file; put a tar there, or move it away")
         rows = scan(tar, stored)
-        text = index_text(header(tar, rows, None) | {"mtime_ns": before}, rows)
+        about = header(tar, rows, None) | {"mtime_ns": before.st_mtime_ns}
+        text = index_text(about, rows)
     except OSError as e:
         raise unreadable(tar, e) from None
     try:
