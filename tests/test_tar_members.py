@@ -193,6 +193,16 @@ def test_no_flipped_bit_of_an_index_or_manifest_goes_unseen(jpg, tmp_path):
         path.write_bytes(whole)
 
 
+def test_what_is_left_of_a_manifest_is_no_other_tools(jpg, tmp_path):
+    write(tmp_path / "src/a.tar", numbered(jpg, range(4)))
+    pack.pack(tmp_path / "src", tmp_path / "packed")
+    for left in ({}, {"version": 1}, [], {"shard_bytes": 1, "classes": [], "tars": {}}):
+        (tmp_path / "packed/manifest.json").write_text(json.dumps(left))
+        refuse(tmp_path / "packed", "manifest.json", "damaged")
+    (tmp_path / "src/manifest.json").write_text("{}")
+    assert len(data.listing(tmp_path / "src").files) == 4
+
+
 def test_a_packed_tar_of_another_pack_is_refused_also_with_its_own_index(jpg, tmp_path):
     write(tmp_path / "src/a.tar", numbered(jpg, range(6)))
     for seed in (0, 1):
@@ -439,6 +449,9 @@ def test_names_that_count_are_no_classes(jpg, tmp_path, capsys):
         (["a", "b", "c"], True),
         (["s-00", "s-01", "s-02"], True),
         (["7"], True),
+        (["y", "z"], True),
+        (["xaz", "xba"], True),
+        (["xa", "xc"], False),
         (["cat", "dog"], False),
         (["dig", "dog"], False),
         (["n014", "n021"], False),

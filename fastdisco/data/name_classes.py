@@ -35,11 +35,10 @@ def is_series(names: list[str]) -> bool:
         around = {(m[1], m[3]) for m in parts if m}
         numbers = sorted(int(m[2]) for m in parts if m)
         return len(around) == 1 and numbers[-1] - numbers[0] + 1 == len(set(numbers))
-    ends = [name[-2:] for name in names]
-    if len({name[:-2] for name in names}) > 1 or not all(
-        re.fullmatch("[a-z]{1,2}", x) for x in ends
-    ):
+    before, ends = {name[:-2] for name in names}, [name[-2:] for name in names]
+    if len(before) > 1 or not all(re.fullmatch("[a-z]{1,2}", end) for end in ends):
         return False
-    letters = sorted(26 * ord(end[0]) + ord(end[-1]) for end in ends if len(end) == 2)
-    letters = letters or sorted(map(ord, ends))
-    return letters[-1] - letters[0] + 1 == len(set(letters)) == len(names)
+    # Of one letter the first is the last, too; mixed lengths follow no count.
+    places = sorted(26 * ord(end[0]) + ord(end[-1]) for end in ends)
+    step = 27 if {len(end) for end in ends} == {1} else 1
+    return places[-1] - places[0] == step * (len(names) - 1)

@@ -40,8 +40,14 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
     if twice := shorten(sorted(name for name, n in Counter(tars).items() if n > 1)):
         raise UserError(f"{source}: means {twice} twice; give a pattern that means each tar once")
     manifest = manifest_of(root, tars if source == root else None)
+    indices = _indices(root, tars, stored=manifest is not None)
+    if manifest is None and (root / MANIFEST).exists() and any(i.packed for i in indices):
+        raise UserError(
+            f"{root / MANIFEST}: is not the manifest of the tars there, or damaged; copy it again, "
+            "or pack the data again"
+        )
     numbers, names = [], []
-    for name, its_index in zip(tars, _indices(root, tars, stored=manifest is not None)):
+    for name, its_index in zip(tars, indices):
         columns, members = _parsed(root / name, its_index, manifest)
         numbers.append(columns)
         names.append(members)
