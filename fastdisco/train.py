@@ -27,20 +27,30 @@ from fastdisco.config import Config
 from fastdisco.engine import optim
 from fastdisco.evals import knn
 from fastdisco.methods import Progress
-from fastdisco.run import checkpoint, students
+from fastdisco.run import agreement, checkpoint, students
 from fastdisco.run.folder import claim, describe
+from fastdisco.run.lock import Lock
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
 from fastdisco.run.signals import Stop
 from fastdisco.run.students import TrainState
 
 
-def train(cfg: Config, overwrite: bool = False) -> None:
+def train(cfg: Config, overwrite: bool = False) -> bool:
     """Trains one run to its last step; continues from its last checkpoint if it has one.
 
-    overwrite: deletes the run that is in the folder, and starts over."""
-    # ---- device, data, students, teacher
+    overwrite: deletes the run that is in the folder, and starts over.
+    Returns whether the run has come to its end; it has not where it was asked to stop."""
     device = engine.start(cfg.engine)
+    with agreement.together(), Lock() as lock:
+        agreement.same_settings(cfg)
+        finished = _run(cfg, device, lock, overwrite)
+    engine.stop()
+    return finished
+
+
+def _run(cfg: Config, device: torch.device, lock: Lock, overwrite: bool) -> bool:
+    # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
     listing, val = _listings(cfg)
@@ -55,11 +65,13 @@ def train(cfg: Config, overwrite: bool = False) -> None:
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
 
     # ---- the run's folder; resume
-    folder = claim(cfg, overwrite)
+    meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
+    validation = val.fingerprint if val else "none"
+    agreement.same(meta | {"validation data": validation, "--overwrite": str(overwrite)})
+    folder = claim(cfg, overwrite, lock)
     items = {}
     for s in states:
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
-    meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
     start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
     if replayed:
@@ -112,18 +124,18 @@ def train(cfg: Config, overwrite: bool = False) -> None:
                 student.method.after_step()
 
             # ---- log, evaluate, save
-            done, asked = step + 1, False
+            done = step + 1
             last = done == steps
-            save = last or done % cfg.checkpoint.every == 0
+            # A rank may be asked alone; all stop together.
+            asked = stop.agreed()
+            save = last or asked or done % cfg.checkpoint.every == 0
             if save or done % cfg.log.every == 0:
+                lock.check()
                 # Only here does the loop wait for the device.
                 values = meter.read(done, steps)
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-                # A rank may be asked alone; all stop together.
-                asked = dist.any_rank(stop.asked)
-                save = save or asked
             if val and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
                 with meter.paused():
                     log.write(done, evaluate(states, listing, val, device))
@@ -135,7 +147,9 @@ def train(cfg: Config, overwrite: bool = False) -> None:
                 break
         else:
             say(f"done: {steps} steps, outputs in {folder}")
-    engine.stop()
+            asked = False
+    stop.finish()
+    return not asked
 
 
 def evaluate(

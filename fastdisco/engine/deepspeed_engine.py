@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastdisco.common import dist
+from fastdisco.common import dist, launch
 from fastdisco.common.errors import UserError
 from fastdisco.config import Engine
 from fastdisco.engine.exchange import Exchange
@@ -26,6 +26,7 @@ def start(cfg: Engine) -> torch.device:
 
     Raises UserError where the precision cannot run."""
     dist.defaults()
+    launch.follow()
     device = dist.device()
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     torch.backends.cuda.matmul.allow_tf32 = False
