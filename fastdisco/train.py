@@ -28,7 +28,7 @@ from fastdisco.engine import optim
 from fastdisco.evals import knn
 from fastdisco.methods import Progress
 from fastdisco.run import agreement, checkpoint, students
-from fastdisco.run.folder import claim, describe
+from fastdisco.run.folder import claim, clear, describe
 from fastdisco.run.lock import Lock
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
@@ -43,13 +43,16 @@ def train(cfg: Config, overwrite: bool = False) -> bool:
     Returns whether the run has come to its end; it has not where it was asked to stop."""
     device = engine.start(cfg.engine)
     with agreement.together(), Lock() as lock:
-        agreement.same_settings(cfg)
-        finished = _run(cfg, device, lock, overwrite)
+        agreement.same_settings(cfg, overwrite)
+        # Before data and teacher are read, and before memory on a GPU is taken.
+        folder = claim(cfg, overwrite, lock)
+        finished = _run(cfg, device, folder, lock, overwrite)
     engine.stop()
     return finished
 
 
-def _run(cfg: Config, device: torch.device, lock: Lock, overwrite: bool) -> bool:
+def _run(cfg: Config, device: torch.device, folder: Path, lock: Lock, overwrite: bool) -> bool:
+    """See `train`; `folder` is the run's, whose lock rank 0 holds."""
     # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
@@ -64,11 +67,11 @@ def _run(cfg: Config, device: torch.device, lock: Lock, overwrite: bool) -> bool
     # From here on networks draw (dropout, for example), and each rank draws its own.
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
 
-    # ---- the run's folder; resume
+    # ---- resume
     meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
-    validation = val.fingerprint if val else "none"
-    agreement.same(meta | {"validation data": validation, "--overwrite": str(overwrite)})
-    folder = claim(cfg, overwrite, lock)
+    agreement.same(meta | {"validation data": val.fingerprint if val else "none"})
+    if overwrite:
+        clear(folder)
     items = {}
     for s in states:
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)

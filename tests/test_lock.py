@@ -19,7 +19,7 @@ from fastdisco import config
 from fastdisco.commands import train
 from fastdisco.common.errors import UserError
 from fastdisco.run import agreement, lock
-from fastdisco.run.folder import claim
+from fastdisco.run.folder import claim, clear
 from fastdisco.run.lock import NAME, Lock
 
 # Takes the lock of the folder in argv, says what came of it, and holds it until its input ends.
@@ -80,7 +80,7 @@ def test_a_second_training_is_refused_until_the_first_has_ended(tmp_path):
             Lock().take(tmp_path / "run")
         go(first)
         assert first.wait(HANGS) == 0
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
     with Lock() as mine:
         mine.take(tmp_path / "run")
 
@@ -237,7 +237,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, capsys):
     for name in ("config.yaml", "env.json", "metrics.jsonl", "notes.txt"):
         (run / name).write_text("")
     (run / "config.yaml").write_text(config.dump(cfg))
-    claim(cfg, overwrite=True)
+    clear(claim(cfg, overwrite=True))
     assert [p.name for p in run.iterdir()] == ["notes.txt"]
     assert "left what is not of the run: notes.txt" in capsys.readouterr().out
 

@@ -79,7 +79,7 @@ def adopt() -> None:
     else:
         for name in _UNKNOWN:
             if _number(name, 1) > 1:
-                raise UserError(
+                raise _Refused(
                     f"{name} is {env[name]}: an MPI has started several processes, whose ranks "
                     f"fastdisco cannot tell; {_REMEDY}"
                 )
@@ -137,6 +137,13 @@ def process(pid: int) -> tuple[int, int] | None:
     return None if state in "ZX" else (int(fields[17]), int(parent))
 
 
+class _Refused(UserError):
+    """Said by every process: which of them is rank 0 is what nobody can tell."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, anywhere=True)
+
+
 def _number(name: str, default: int) -> int:
     # `_check` complains of what is no number; the complaint itself must be printable.
     value = os.environ.get(name, "")
@@ -147,16 +154,16 @@ def _check() -> None:
     env = os.environ
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if name in env and not env[name].isdecimal():
-            raise UserError(f"{name} is {env[name]!r} in the environment, not a number; {_REMEDY}")
+            raise _Refused(f"{name} is {env[name]!r} in the environment, not a number; {_REMEDY}")
     if world() > 1:
         lacks = [x for x in ("RANK", "MASTER_ADDR", "MASTER_PORT") if x not in env]
         if lacks:
-            raise UserError(
+            raise _Refused(
                 f"WORLD_SIZE is {world()} in the environment without {', '.join(lacks)}; {_REMEDY}, "
                 "or unset WORLD_SIZE for one process"
             )
     if not rank() < world():
-        raise UserError(
+        raise _Refused(
             f"RANK is {rank()} and WORLD_SIZE {world()} in the environment, but ranks count from 0; "
             f"{_REMEDY}, or unset both for one process"
         )
@@ -167,7 +174,7 @@ def _slurm() -> dict[str, str]:
     job, step = env.get("SLURM_JOB_ID", ""), env.get("SLURM_STEP_ID", "")
     nodes = env.get("SLURM_STEP_NODELIST", "")
     if not nodes and "MASTER_ADDR" not in env:
-        raise UserError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
+        raise _Refused("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
     return {
         "RANK": env["SLURM_PROCID"],
         "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
@@ -181,7 +188,7 @@ def _open_mpi() -> dict[str, str]:
     env = os.environ
     size = env["OMPI_COMM_WORLD_SIZE"]
     if env.get("OMPI_COMM_WORLD_LOCAL_SIZE") != size and "MASTER_ADDR" not in env:
-        raise UserError(
+        raise _Refused(
             "OMPI_COMM_WORLD_SIZE: Open MPI started processes on several hosts and does not say "
             "where rank 0 is; pass it on with mpirun -x MASTER_ADDR=HOST"
         )

@@ -42,10 +42,11 @@ _REFUSED, _ENDED = "fastdisco/refused", "fastdisco/ended"
 _LOOK, _SAME, _WAIT = 0.5, 2.0, 10.0
 
 
-def same_settings(cfg: Config) -> None:
-    """Raises the same UserError on every rank unless configuration and versions are equal."""
+def same_settings(cfg: Config, overwrite: bool = False) -> None:
+    """Raises the same UserError on every rank unless command and versions are equal."""
     keys = config.flatten(cfg.model_dump(mode="json"))
     facts = {k: str(v) for k, v in keys.items() if k not in _LOCAL}
+    facts["--overwrite"] = str(overwrite)
     same(facts | {f"version of {k}": v for k, v in versions().items()})
 
 

@@ -47,21 +47,31 @@ _OURS = ("config.yaml", "env.json", "metrics.jsonl", "tb", "checkpoints")
 
 
 def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Path:
-    """The folder out/name, where this command may start or continue a run; with `overwrite` the run
-    there is deleted.  Called by every rank.
+    """The folder out/name, where this command may start or continue a run, or `clear` the one that
+    is there (overwrite).  Called by every rank.
 
     lock  is taken by rank 0, so that no other command trains in the folder.
     Raises UserError where the folder holds a run of another configuration, naming what differs and
     the two ways out, holds no run at all, is being trained in, or is not the same for all ranks."""
     folder = agree(cfg, overwrite)
-    # Every rank has looked before rank 0 deletes.
-    dist.barrier()
     if lock:
         agreement.same_folder(folder, _locked(folder, lock))
-    if overwrite and dist.rank() == 0 and folder.exists():
-        _delete(folder)
-    dist.barrier()
     return folder
+
+
+def clear(folder: Path) -> None:
+    """Deletes the run in the folder, and says what else is there and stays.  Called by every rank;
+    `claim` comes before, which refuses folders of other things."""
+    if dist.rank() == 0 and folder.exists():
+        for name in _OURS:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if left := sorted(p.name for p in _visible(folder)):
+            say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")
+    dist.barrier()
 
 
 def agree(cfg: Config, overwrite: bool = False) -> Path:
@@ -135,15 +145,3 @@ def _of_a_run(folder: Path) -> None:
             f"--overwrite: deletes runs alone, and {folder}/config.yaml is not that of a run ({e}); "
             "take another run.name or run.out, or delete the folder yourself"
         ) from None
-
-
-def _delete(folder: Path) -> None:
-    """Deletes the run in the folder, and says what else is there and stays."""
-    for name in _OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    if left := sorted(p.name for p in _visible(folder)):
-        say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")

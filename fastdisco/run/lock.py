@@ -31,6 +31,7 @@ class Lock:
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self._made = False
         self.lost = ""
         self._me: dict[str, Any] = {}
         self._ended = threading.Event()
@@ -43,6 +44,7 @@ class Lock:
         path = folder / NAME
         self._me = _me()
         try:
+            self._made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             while not _create(path, self._me):
                 _remove_stale(path)
@@ -70,6 +72,10 @@ class Lock:
         self._ended.set()
         if self.path and not self.lost and read(self.path).get("id") == self._me["id"]:
             self.path.unlink(missing_ok=True)
+            if self._made:
+                # A run that was refused leaves nothing.
+                with contextlib.suppress(OSError):
+                    self.path.parent.rmdir()
         self.path = None
 
     def __enter__(self) -> "Lock":
