@@ -24,8 +24,8 @@ test-slow: .venv/done
 RUN ?= $(BIN)/python
 PARTS := kernels loader step engine testbeds
 kernels := tests/test_kernels.py tests/test_triton.py
-loader := tests/test_data.py tests/test_shards.py
-step := tests/test_step.py tests/test_train.py tests/test_cache.py tests/test_throughput.py
+loader := tests/test_data.py tests/test_shards.py tests/test_placement.py
+step := tests/test_step.py tests/test_graphs.py tests/test_train.py tests/test_cache.py tests/test_throughput.py
 engine := tests/test_engine.py tests/test_exchange.py
 testbeds := tests/test_methods.py tests/test_models.py
 bench-kernels := kernels.py --minutes 5

@@ -10,7 +10,6 @@ Each round starts three fresh processes of the real commands, on so many cores a
 One round before them does not count: it fills the disk cache and compiles Python files.  Writes
 bench/results/startup-cpu.json."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, row_of_rounds, write
+from harness import ROOT, command, row_of_rounds
 from PIL import Image
 
 AIMS = {"help_s": 0.3, "wrong_key_s": 1.0, "first_step_s": 12.0}
@@ -28,13 +27,11 @@ CONFIG = ("--config", "tests/tiny.yaml")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="folder of the result, if not bench/results")
-    args = parser.parse_args()
+    options = command.parser(__doc__)
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--cores", type=int, default=2)
+    options.add_argument("--out", type=Path, help="folder of the result, if not bench/results")
+    args = options.parse_args()
     # The processes that are started inherit it.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     with tempfile.TemporaryDirectory() as folder:
@@ -42,9 +39,7 @@ def main() -> None:
     summary = [
         row_of_rounds(name, samples[name], 3, "s", aim, "lower") for name, aim in AIMS.items()
     ]
-    print(write("startup", "cpu", summary, samples, args.out))
-    for row in summary:
-        print(row["name"], row["value"], row["unit"], "aim", row["aim"])
+    command.finish("startup", "cpu", summary, samples, args.out)
 
 
 def measure(folder: Path, rounds: int) -> dict[str, list[float]]:

@@ -17,7 +17,6 @@ from PIL import Image
 from fastdisco import config
 
 sys.path.insert(0, str(ROOT / "bench"))
-import common
 import report
 from harness import command, pictures, results, rounds, runs, synthetic, tables
 from pictures import accuracy, throughput
@@ -218,11 +217,11 @@ def test_seconds_of_a_call():
     assert len(calls) == 4
 
 
-def test_the_name_that_benches_used_before_the_harness(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    path = common.write("probe", "cpu", [common.row("a", 1, "s", 2, "lower")], [], more=3)
+def test_a_result_goes_where_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    path = results.write("probe", "cpu", [results.row("a", 1, "s", 2, "lower")], [], more=3)
     assert path == tmp_path / "probe-cpu.json" and json.loads(path.read_text())["more"] == 3
-    assert common.write("probe", "cpu", [], [], tmp_path / "b").parent == tmp_path / "b"
+    assert results.write("probe", "cpu", [], [], tmp_path / "b").parent == tmp_path / "b"
 
 
 def test_the_command_of_a_training_parses(folder, tmp_path):

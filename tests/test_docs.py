@@ -211,8 +211,15 @@ def bench_parser(path):
                 names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
                 files = [file.parent / f"{n.rpartition('.')[2]}.py" for n in names]
                 todo += [f for f in files if f.is_file()]
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            # Some give the method a short name: add = options.add_argument.
+            called = getattr(node, "func", None)
+            if "add_argument" in (
+                getattr(called, "attr", ""),
+                getattr(called, "id", "") + "_argument",
+            ):
                 names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                if not names or not all(isinstance(n, str) for n in names):
+                    continue
                 how = {
                     k.arg: k.value.value
                     for k in node.keywords

@@ -123,7 +123,7 @@ def test_open_mpis_variables_are_understood_on_one_host(environment):
     "variables, says",
     [
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "mpirun -x MASTER_ADDR=HOST"),
-        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is 2: an MPI has started several"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is 2: an MPI has started several"),
         ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 .* without RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "without MASTER_ADDR, MASTER_PORT"),

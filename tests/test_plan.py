@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT, tiny
-from test_formats import save, small_swav
+from layouts import save, small_swav
 from torch import nn
 
 from fastdisco import config, models

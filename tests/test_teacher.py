@@ -2,6 +2,7 @@
 ResNet, and everything that is refused."""
 
 import os
+import shlex
 import shutil
 import types
 from functools import partial
@@ -412,7 +413,7 @@ class Evil:
         self.mark = mark
 
     def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
+        return os.system, (f"touch {shlex.quote(str(self.mark))}",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -434,7 +435,8 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(
         file,
         f"its pickle asks for {asks}",
         "throw-away container",
-        "if k in ('state_dict', 'model', 'teacher') or torch.is_tensor(v)",
+        # Tests of the command itself are in test_pickles.py.
+        "python -c ",
     )
     assert not (tmp_path / "mark").exists()
     if make is Evil:  # the test's file does run code where it is allowed to

@@ -52,11 +52,7 @@ def measure(
     memory = (reserved(device) - before) / 1e9
     half = in_bf16(cfg, listing, device)
     recorded, cosine = recorded_teacher(ours, few, device)
-    # As published: its batch norms are not folded away.
-    options = teacher.Options(device)
-    net = teacher.load(
-        cfg.teacher.file, cfg.teacher.arch, cfg.teacher.kwargs, cfg.student.dim, options
-    ).net
+    net = published_teacher(cfg, device)
     workers, theirs = cores(device), official_recipe(ours, net, device)
     run = arms(ours, half, recorded, theirs, ready, plain_folder(few, folder), workers)
     idle = 1.5 * ours.loader.placement.prefetch
@@ -70,13 +66,20 @@ def measure(
         cached_cosine=cosine,
         **roofline.work(ours, net, device, 2 * cfg.bn.groups),
         workers=workers,
+        **described(cfg),
+    )
+    return found | judged(found, rates, batch)
+
+
+def described(cfg: config.Config) -> dict:
+    """What was measured, as tables and pictures name it."""
+    return dict(
         student=cfg.student.arch,
         teacher=cfg.teacher.arch,
         size=cfg.view.size,
         precision=cfg.engine.precision,
         threads=cfg.data.threads,
     )
-    return found | judged(found, rates, batch)
 
 
 def timed(
@@ -181,6 +184,12 @@ def recorded_teacher(
     replayed, live = recorded(seen.views).z, ours.nets.teacher(seen.views).z.float()
     cosine = torch.nn.functional.cosine_similarity(replayed, live, dim=-1)
     return recorded, cosine.min().item()
+
+
+def published_teacher(cfg: config.Config, device: torch.device) -> models.Net:
+    """The teacher's network as published: its batch norms are not folded away."""
+    t, options = cfg.teacher, teacher.Options(device)
+    return teacher.load(t.file, t.arch, t.kwargs, cfg.student.dim, options).net
 
 
 def official_recipe(ours: Ours, net: models.Net, device: torch.device) -> official.Official:

@@ -7,7 +7,7 @@ build.py       the Net of a configuration
 batchnorm.py   batch norm over part of a batch, or over all ranks
 ema.py         the mean student (EMA)
 queue.py       MoCo's queue of negatives
-weights.py     weights from files, strictly
+weights.py     weights from files, strictly;  pickles.py  what else a file may hold
 runs.py        the networks of finished runs
 
 Level 1: imports config, common and kernels.  No other package makes timm's models."""

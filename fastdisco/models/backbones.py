@@ -21,8 +21,15 @@ _OURS = {
     "in_chans": "images have 3 channels",
     "features_only": "the pooled features are used",
     "pretrained": "training starts from random weights",
+    "pretrained_cfg": "training starts from random weights",
+    "pretrained_cfg_overlay": "training starts from random weights",
     "checkpoint_path": "training starts from random weights",
 }
+
+_NEVER_LOADED = (
+    "which are never loaded (a student starts from random weights, and a teacher's are those of its "
+    "file)"
+)
 
 
 def backbone(arch: str, kwargs: dict[str, Any], sizes: tuple[int, ...] = ()) -> nn.Module:
@@ -35,8 +42,8 @@ def backbone(arch: str, kwargs: dict[str, Any], sizes: tuple[int, ...] = ()) -> 
     kwargs  further arguments of timm.create_model; they win over ours
     sizes   sides of the images that it will get, pixels.  A transformer is made with position
             embeddings for the first and interpolates them for the others; (): the architecture's
-    Raises UserError for an unknown name, an argument that timm refuses or that is not the user's to
-    set, and a size that the network cannot take."""
+    Raises UserError for an unknown name or one of pretrained weights, an argument that timm refuses
+    or that is not the user's to set, and a size that the network cannot take."""
     _check(arch, kwargs)
     try:
         if arch in WIDE:
@@ -65,6 +72,7 @@ def shapes(arch: str) -> dict[str, tuple[int, ...]]:
 
 
 def _check(arch: str, kwargs: dict[str, Any]) -> None:
+    _refuse_weights(arch)
     if not timm.is_model(arch) and arch not in WIDE:
         near = difflib.get_close_matches(arch, [*WIDE, *timm.list_models()], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"
@@ -74,6 +82,25 @@ def _check(arch: str, kwargs: dict[str, Any]) -> None:
             raise UserError(
                 f"kwargs: {key} of {arch} is not for you to set ({_OURS[key]}); remove it"
             )
+
+
+def _refuse_weights(arch: str) -> None:
+    """Refuses timm's names of pretrained weights, which would promise what nobody loads: a tag, as
+    in resnet18.a1_in1k; the Hub, as in hf-hub:timm/resnet18.a1_in1k; a folder, as in local-dir:X."""
+    source, colon, path = arch.rpartition(":")
+    name, dot, tag = path.rpartition("/")[2].partition(".")
+    known = timm.is_model(name) or name in WIDE
+    if colon:
+        write = f"the name of the architecture alone{f', {name}' if known else ''}"
+        raise UserError(
+            f"arch: timm {timm.__version__} has no model '{arch}', and {source}: means weights, "
+            f"{_NEVER_LOADED}; write {write}"
+        )
+    if dot and known:
+        raise UserError(
+            f"arch: the tag {tag} of {arch} means timm's pretrained weights, {_NEVER_LOADED}; write "
+            f"{name}"
+        )
 
 
 def _fixed_size(arch: str) -> int | None:

@@ -1,11 +1,10 @@
 """Weights from files: read without running code from them, and copied strictly into a network."""
 
-import argparse
-import pathlib
 import pickle
 import re
+import shlex
+import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,19 @@ from torch import Tensor, nn
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.models.pickles import HARMLESS
 
-# Beside tensors and torch's own list, what a pickle may ask for: plain values, the command line in
-# DINO's checkpoints.
-_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    (pathlib.PosixPath, "pathlib.PosixPath"),
-]
+# Keeps of a file the weights alone, where there are whole networks and other objects in it.  By torch
+# alone, since it must run where the code of those objects is; in one line, to be copied.
+_REWRITE = (
+    "import sys, torch; "
+    "weights = lambda x: weights(x.state_dict()) if isinstance(x, torch.nn.Module) "
+    "else {str(k): weights(v) for k, v in x.items()} if isinstance(x, dict) "
+    "else x if torch.is_tensor(x) else None; "
+    'torch.save(weights(torch.%s(sys.argv[1], map_location="cpu"%s)), sys.argv[2])'
+)
+_PICKLE = _REWRITE % ("load", ", weights_only=False")
+_SCRIPT = _REWRITE % ("jit.load", "")
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -40,8 +45,7 @@ def read(file: Path) -> dict[str, Any]:
     # torch's readers raise RuntimeError, EOFError, OSError, struct.error ... wherever the bytes
     # stop making sense.
     except Exception as e:
-        asked = isinstance(e, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(e))
-        raise UserError(_unsafe(file, asked[1]) if asked else _damaged(file)) from None
+        raise UserError(_refusal(file, e)) from None
     if not isinstance(found, dict):
         raise UserError(
             f"{file}: holds a {type(found).__name__}, not a dict of weights; give a checkpoint file"
@@ -84,7 +88,11 @@ def _contents(file: Path) -> object:
             # torch does not compare the checksums of what it maps.
             if records.testzip():
                 raise zipfile.BadZipFile
-    with torch.serialization.safe_globals(_HARMLESS):
+    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+        # Of another pickle protocol, or of TorchScript; where it matters, an error follows.
+        warnings.filterwarnings(
+            "ignore", "Detected pickle protocol|'torch.load' received a zip file"
+        )
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
 
 
@@ -112,18 +120,42 @@ def _finite(x: Tensor) -> bool:
     return plain and bool(x.isfinite().all())
 
 
-def _unsafe(file: Path, asked: str) -> str:
-    return (
-        f"{file}: refused, since its pickle asks for {asked}, and building what a pickle asks for "
-        "can run code; if you trust its author, run this in a throw-away container without network "
-        f"and give what it writes: torch.save({{k: v for k, v in torch.load('{file}', "
-        "map_location='cpu', weights_only=False).items() if k in ('state_dict', 'model', "
-        f"'teacher') or torch.is_tensor(v)}}, 'weights.pth.tar')"
-    )
-
-
-def _damaged(file: Path) -> str:
+def _refusal(file: Path, error: Exception) -> str:
+    """What to tell of a file that torch's reader gave up with `error`."""
+    found = str(error)
+    if "TorchScript" in found:
+        return _unsafe(file, "it is a TorchScript archive, and loading one can run code", _SCRIPT)
+    if isinstance(error, pickle.UnpicklingError):
+        if asked := re.search(r"GLOBAL (\S+)", found):
+            why = (
+                f"its pickle asks for {asked[1]}, and building what a pickle asks for can run code"
+            )
+            return _unsafe(file, why, _PICKLE)
+        if "Unsupported operand" in found and (protocol := _protocol(file)) > 2:
+            why = f"its pickle is of protocol {protocol}, and without running code torch reads 2 alone"
+            return _unsafe(file, why, _PICKLE)
     return (
         f"{file}: not a readable torch checkpoint (cut short, damaged, or of another kind); "
         "copy or download it again and compare its size or checksum"
     )
+
+
+def _unsafe(file: Path, why: str, code: str) -> str:
+    # The file's name is an argument and no part of the code, so that it cannot bring code of its own.
+    command = shlex.join(["python", "-c", code, str(file), "weights.pth.tar"])
+    return (
+        f"{file}: refused, since {why}; if you trust its author, run this in a throw-away container "
+        f"without network, in a folder with the training's code, and give what it writes: `{command}`"
+    )
+
+
+def _protocol(file: Path) -> int:
+    """Of the file's pickle, by its first two bytes; 0 where they say none."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as records:
+            name = next((n for n in records.namelist() if n.endswith("/data.pkl")), None)
+            start = records.read(name)[:2] if name else b""
+    else:
+        with open(file, "rb") as f:
+            start = f.read(2)
+    return start[1] if len(start) == 2 and start[0] == pickle.PROTO[0] else 0

@@ -1,7 +1,7 @@
 """The teacher: a frozen network from a checkpoint, loaded strictly or not at all.
 
-formats.py      what a checkpoint may be, by its keys
-architectures.py, head_kinds.py  which networks it may hold, by its shapes
+formats.py      what a teacher can be read from;  layouts.py  what a checkpoint is, by its keys;
+                architectures.py, head_kinds.py  by its shapes;  strangers.py  what is not read
 runtime.py      how the teacher runs: half precision, CUDA graph
 fold.py         batch norm folded into the layers before it
 cache.py        recorded embeddings in the teacher's place;  cache_files.py  their files
@@ -62,8 +62,8 @@ def load(
     run: Options | None = None,
     student: str | None = None,
 ) -> Teacher:
-    """The teacher from a checkpoint of the kinds in formats.FORMATS, or from the folder of one of
-    our runs (or of one of its checkpoints).
+    """The teacher from a checkpoint of the kinds in layouts.FORMATS, or from the folder of one of our
+    runs (or of one of its checkpoints).
 
     arch, kwargs  the timm model that its backbone belongs to; None: the file tells
     dim           width of the student's embedding, which the teacher's must have

@@ -1,10 +1,8 @@
-"""What a teacher can be read from: checkpoint formats, told apart by their keys, and the folders of
-our own runs.
-
-A new format is a row of FORMATS, at the end."""
+"""What a teacher can be read from: checkpoint files, whose layouts are in layouts.py, and the folders
+of our own runs."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,17 +12,10 @@ from torch import Tensor
 from fastdisco import models
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.teacher import strangers
 from fastdisco.teacher.architectures import ARCHS, FULL_CHECKPOINTS, recognise
-from fastdisco.teacher.head_kinds import (
-    DINO,
-    DINO_BN,
-    LINEAR,
-    MLP,
-    MLP_BN,
-    Head,
-    nearest,
-    widths,
-)
+from fastdisco.teacher.head_kinds import nearest, widths
+from fastdisco.teacher.layouts import FORMATS, from_xcit, unwrapped
 
 
 class Source(NamedTuple):
@@ -40,26 +31,6 @@ class Source(NamedTuple):
     dim: int
     # Why -> names in the file that are no part of the network.
     ignored: dict[str, list[str]]
-
-
-class Parts(NamedTuple):
-    """A file's contents, sorted."""
-
-    # backbone.* and head.*; what is neither keeps a name that fits no network.
-    weights: dict[str, Tensor]
-    ignored: dict[str, list[str]]
-
-
-class Format(NamedTuple):
-    """A kind of checkpoint."""
-
-    name: str
-    # Whether what the file holds is of this format.
-    detect: Callable[[dict], bool]
-    split: Callable[[dict], Parts]
-    # Those that it can have, and under which keys.
-    heads: tuple[Head, ...]
-    head_keys: str
 
 
 def read(
@@ -94,6 +65,8 @@ def read(
 
 def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
     found = models.read(file)
+    if told := strangers.told(found):
+        raise UserError(f"{file}: {told}")
     row = next((f for f in FORMATS if f.detect(found)), None)
     if row is None:
         _refuse(file, found)
@@ -111,15 +84,18 @@ def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:
             f"weights {share:.0%} agree); set teacher.arch to the timm model that it was trained "
             "with"
         )
+    remedy = _remedy(arch, kwargs, detected, share)
+    arch = arch or detected
+    all_kwargs = {**row.kwargs.get(arch, {}), **kwargs}
     head = nearest(row.heads, weights)
     hidden, dim = (_rows(weights.get(name)) for name in ("head.0.weight", head.last))
     # What is drawn here is overwritten.  A seed gives the same student with and without a teacher.
     with torch.random.fork_rng(devices=[]):
         make = lambda features: head.make(features, hidden, dim)
-        net = models.create(arch or detected, make, kwargs)
-    models.load_weights(net, weights, file, _remedy(arch, kwargs, detected, share))
+        net = models.create(arch, make, all_kwargs)
+    models.load_weights(net, weights, file, remedy)
     kind = f"{head.name}: {widths(net.head)}"
-    return Source(net, row.name, arch or detected, kwargs, kind, dim, ignored)
+    return Source(net, row.name, arch, all_kwargs, kind, dim, ignored)
 
 
 def _from_run(
@@ -162,10 +138,20 @@ def _remedy(arch: str | None, kwargs: dict[str, Any], detected: str, share: floa
 
 def _refuse(file: Path, found: dict) -> NoReturn:
     """Raises UserError for a file of no format: a backbone without head, or something else."""
-    state = _unwrapped(found)
+    state = unwrapped(found)
+    names = [k.removeprefix("backbone.") for k in state]
     heads = ("fc.", "head.", "classifier.")
-    backbone = {f"backbone.{k}": x for k, x in state.items() if not k.startswith(heads)}
-    arch, share = recognise(_from_xcit(backbone))
+    backbone = {
+        f"backbone.{k}": x for k, x in zip(names, state.values()) if not k.startswith(heads)
+    }
+    arch, share = recognise(from_xcit(backbone))
+    layers = [k for k in names if re.fullmatch(r"(fc|head|classifier)\.\d+\.weight", k)]
+    if share == 1 and len(layers) > 1:
+        raise UserError(
+            f"{file}: holds {arch} and {shorten(layers)}, perhaps its projection head, without the "
+            "prefix that tells whose they are; if the head is linear, ReLU, linear, put encoder_q. "
+            "before each name and give that (docs/teachers.md, Other layouts)"
+        )
     if share == 1:
         full = "see docs/teachers.md"
         if arch in FULL_CHECKPOINTS:
@@ -181,129 +167,6 @@ def _refuse(file: Path, found: dict) -> NoReturn:
     )
 
 
-# ---- reading the formats
-
-
-def _unwrapped(found: dict) -> dict[str, Any]:
-    """The weights of a dict that holds them under a key, as trainings save them, or that is them;
-    without the prefix of DistributedDataParallel."""
-    nested = (found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict))
-    return {str(k).removeprefix("module."): x for k, x in next(nested, found).items()}
-
-
-def _sort(state: dict[str, Any], part: Callable[[str], tuple[str | None, str]]) -> Parts:
-    """part: gives for a key its new name; or None, and the reason why it is ignored."""
-    weights, ignored = {}, {}
-    for key, x in state.items():
-        name, why = part(key)
-        if name is None:
-            ignored.setdefault(why, []).append(key)
-        else:
-            # A name that fits no network, so that loading refuses it.
-            weights[f"{key} (twice)" if name in weights else name] = x
-    return Parts(weights, ignored)
-
-
-def _is_moco(found: dict) -> bool:
-    wrapped = isinstance(found.get("state_dict"), dict)
-    return wrapped and any(k.startswith("encoder_q.") for k in _unwrapped(found))
-
-
-def _from_moco(found: dict) -> Parts:
-    def part(key: str) -> tuple[str | None, str]:
-        if key in ("queue", "queue_ptr"):
-            return None, "negatives of its training"
-        if key.startswith("encoder_k."):
-            return None, "momentum encoder"
-        if key.startswith(("teacher_encoder_q.", "teacher_encoder_k.")):
-            return None, "teacher of its training by DisCo"
-        own = key.removeprefix("encoder_q.")
-        if own == key:
-            return f"{key} (not of encoder_q)", ""
-        # The head lies where ResNets, and others, keep the classifier.
-        first, _, rest = own.partition(".")
-        return (f"head.{rest}" if first in ("fc", "classifier") else f"backbone.{own}"), ""
-
-    return _sort(_unwrapped(found), part)
-
-
-def _is_swav(found: dict) -> bool:
-    return any(k.startswith("projection_head.") for k in _unwrapped(found))
-
-
-def _from_swav(found: dict) -> Parts:
-    def part(key: str) -> tuple[str | None, str]:
-        if key.startswith("prototypes"):
-            return None, "prototypes"
-        own = key.removeprefix("projection_head.")
-        return (f"backbone.{key}" if own == key else f"head.{own}"), ""
-
-    return _sort(_unwrapped(found), part)
-
-
-def _is_dino(found: dict) -> bool:
-    state = found.get("teacher")
-    if not isinstance(state, dict):
-        return False
-    return any(str(k).removeprefix("module.").startswith("backbone.") for k in state)
-
-
-def _from_dino(found: dict) -> Parts:
-    def part(key: str) -> tuple[str | None, str]:
-        if key.startswith("head.last_layer."):
-            return None, "prototypes of the last layer"
-        if key.startswith("head.mlp."):
-            return f"head.{key.removeprefix('head.mlp.')}", ""
-        return key, ""
-
-    state = {str(k).removeprefix("module."): x for k, x in found["teacher"].items()}
-    weights, ignored = _sort(state, part)
-    if isinstance(found.get("student"), dict):
-        ignored["student of its training"] = [f"student.{k}" for k in found["student"]]
-    return Parts(_from_xcit(weights), ignored)
-
-
-def _from_xcit(weights: dict[str, Any]) -> dict[str, Any]:
-    """timm's names for XCiT: that of the position embedding, and three layers for query, key and
-    value of class attention in place of one."""
-    out = {}
-    for key, x in weights.items():
-        key = key.replace(".pos_embeder.", ".pos_embed.")
-        joint = re.fullmatch(r"(backbone\.cls_attn_blocks\.\d+\.attn\.)qkv(\.\w+)", key)
-        if joint and isinstance(x, Tensor) and x.ndim and len(x) % 3 == 0:
-            before, after = joint.groups()
-            out |= {f"{before}{name}{after}": part for name, part in zip("qkv", x.chunk(3))}
-        else:
-            out[key] = x
-    return out
-
-
 def _rows(x: Any) -> int:
     # 1 where there are none: loading then complains of another shape.
     return len(x) if isinstance(x, Tensor) and x.ndim else 1
-
-
-FORMATS = (
-    Format(
-        "a MoCo v1 or v2 or official DisCo checkpoint ([module.]encoder_q.* in state_dict)",
-        _is_moco,
-        _from_moco,
-        (MLP, LINEAR),
-        "fc.* or classifier.*",
-    ),
-    Format(
-        "a SwAV, DeepCluster-v2 or SeLa-v2 checkpoint ([module.]projection_head.*, bare or in "
-        "state_dict)",
-        _is_swav,
-        _from_swav,
-        (MLP_BN, MLP, LINEAR),
-        "projection_head.*",
-    ),
-    Format(
-        "a full DINO checkpoint ([module.]backbone.* and head.mlp.* in teacher)",
-        _is_dino,
-        _from_dino,
-        (DINO, DINO_BN, LINEAR),
-        "head.mlp.*",
-    ),
-)

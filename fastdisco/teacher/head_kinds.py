@@ -13,16 +13,35 @@ class Head(NamedTuple):
     """A kind of head."""
 
     name: str
-    # Places of its layers in the state dict, () for a single one.  The last layer is linear, and
-    # its rows are the embedding's width.
+    # Places in the state dict of its layers with weights or buffers, () for a single one.
     places: tuple[int, ...]
     # From the widths of features, hidden layers and embedding.
     make: Callable[[int, int, int], nn.Module]
+    # Whether a batch norm follows the last linear layer.
+    bn_last: bool = False
 
     @property
     def last(self) -> str:
         """The name of the last linear layer's weight; its rows are the embedding's width."""
-        return f"head.{self.places[-1]}.weight" if self.places else "head.weight"
+        at = -2 if self.bn_last else -1
+        return f"head.{self.places[at]}.weight" if self.places else "head.weight"
+
+
+def _moco_v3(layers: int) -> Callable[[int, int, int], nn.Module]:
+    """MoCo v3's projector (arXiv:2104.02057): so many linear layers without bias, each with a batch
+    norm, the last of which has no weights, and ReLUs between them."""
+
+    def make(features: int, hidden: int, dim: int) -> nn.Module:
+        parts: list[nn.Module] = []
+        width = features
+        for _ in range(layers - 1):
+            linear = nn.Linear(width, hidden, bias=False)
+            parts += [linear, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        last = nn.Linear(width, dim, bias=False)
+        return nn.Sequential(*parts, last, nn.BatchNorm1d(dim, affine=False))
+
+    return make
 
 
 LINEAR = Head("one linear layer", (), lambda features, hidden, dim: heads.mlp(features, 0, dim))
@@ -37,6 +56,10 @@ DINO_BN = Head(
     "3 linear layers with batch norm and GELU",
     (0, 1, 3, 4, 6),
     lambda features, hidden, dim: heads.dino_mlp(features, hidden, dim, bn=True),
+)
+MOCO_V3 = Head("2 linear layers, each with batch norm, and ReLU", (0, 1, 3, 4), _moco_v3(2), True)
+MOCO_V3_VIT = Head(
+    "3 linear layers, each with batch norm, and ReLU", (0, 1, 3, 4, 6, 7), _moco_v3(3), True
 )
 
 
