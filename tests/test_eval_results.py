@@ -207,6 +207,16 @@ def test_a_table_refuses_two_protocols_in_one_column():
         results.table({"a": [result()]}, ["nothing"])
 
 
+def test_parts_of_the_labels_have_columns_of_their_own():
+    whole, part = result()._replace(what="linear"), result(acc=0.5)._replace(what="semi-1pct")
+    t = results.table({"a": [whole, part]})
+    assert t.columns[1:] == ["knn_top1_k20", "other", "semi-1pct/knn_top1_k20", "semi-1pct/other"]
+    assert list(results.versus([whole, part], [whole, part])) == [
+        "knn_top1_k20",
+        "semi-1pct/knn_top1_k20",
+    ]
+
+
 def test_versus_pairs_the_same_images():
     a, b = result(), result("b", acc=0.6, seed=5)
     got = results.versus([a], [b])["knn_top1_k20"]

@@ -91,6 +91,7 @@ def evaluate(
     std: Sequence[float],
     reader: dict[str, Any],
     placement: Placement,
+    interpolation: str = "linear",
 ) -> DataNode:
     """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision
     rounds."""
@@ -101,7 +102,8 @@ def evaluate(
     spare = new - size
     half = spare // 2
     start = half + (spare - 2 * half) * (half - half // 2 * 2)
-    x = fn.resize(image, size=fn.cast(new, dtype=types.FLOAT))
+    filter_ = INTERPOLATION[interpolation]
+    x = fn.resize(image, size=fn.cast(new, dtype=types.FLOAT), interp_type=filter_)
     x = fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
     return _normalise(x, mean, std, placement)
 

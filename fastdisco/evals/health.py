@@ -125,6 +125,20 @@ def agreement(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
     return float((both.double() / k).mean())
 
 
+def among_others(f: Features, classes: int, k: int, temp: float) -> Tensor:
+    """[N] the classes that the k nearest other images vote for, each with exp(cos / temp)."""
+    unit = F.normalize(f.x, dim=1)
+    index = torch.arange(len(unit), device=unit.device)
+    out = []
+    for rows in index.split(1024):
+        near = _others(unit, index, rows, k)
+        cosine = (unit[rows][:, None] * unit[near]).sum(2).double()
+        votes = cosine.new_zeros(len(rows), classes)
+        votes.scatter_add_(1, f.label[near], ((cosine - 1) / temp).exp())
+        out.append(votes.argmax(1))
+    return torch.cat(out)
+
+
 def _others(unit: Tensor, index: Tensor, rows: Tensor, k: int) -> Tensor:
     """[n,k] nearest rows of these rows, themselves left out."""
     found = nearest(unit, index, unit[rows], k + 1)[1]

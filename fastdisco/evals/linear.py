@@ -194,8 +194,8 @@ def run(
     return report(training)[0]
 
 
-def report(training: Training) -> tuple[dict[str, float], int]:
-    """Named numbers, and the head that was chosen.
+def report(training: Training, what: str = "linear") -> tuple[dict[str, float], int]:
+    """Named numbers, and the head that was chosen.  what: begins every name.
 
     linear_top1_selected         last epoch; the head that is best on the images held out
     linear_top1_preset_last      last epoch of the protocol's own lr and weight decay
@@ -205,23 +205,23 @@ def report(training: Training) -> tuple[dict[str, float], int]:
     diverged."""
     heads, curves = training.heads, training.curves
     finite = heads.finite().cpu()
-    choice.refuse_all_broken("linear", finite)
+    choice.refuse_all_broken(what, finite)
     val, top5 = torch.stack(curves["val"]), torch.stack(curves["val_top5"])  # [E,G]
     names = [f"lr {r.lr:g} wd {r.weight_decay:g}" for r in heads.rates]
     held = curves["held"][-1] if curves["held"] else None
-    found, at = choice.report("linear", names, val[-1], held)
-    found["linear_top1_best_on_val"] = float(val.max())
+    found, at = choice.report(what, names, val[-1], held)
+    found[f"{what}_top1_best_on_val"] = float(val.max())
     found |= {
-        "linear_top1_preset_last": float(val[-1, 0]),
-        "linear_top5_preset_last": float(top5[-1, 0]),
-        "linear_top1_preset_best_on_val": float(val[:, 0].max()),
-        "linear_diverged_heads": float((~finite).sum()),
+        f"{what}_top1_preset_last": float(val[-1, 0]),
+        f"{what}_top5_preset_last": float(top5[-1, 0]),
+        f"{what}_top1_preset_best_on_val": float(val[:, 0].max()),
+        f"{what}_diverged_heads": float((~finite).sum()),
     }
     if held is not None:
         found |= {
-            "linear_top5_selected": float(top5[-1, at]),
-            "linear_lr_selected": heads.rates[at].lr,
-            "linear_weight_decay_selected": heads.rates[at].weight_decay,
+            f"{what}_top5_selected": float(top5[-1, at]),
+            f"{what}_lr_selected": heads.rates[at].lr,
+            f"{what}_weight_decay_selected": heads.rates[at].weight_decay,
         }
     return found, at
 

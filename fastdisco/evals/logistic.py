@@ -12,9 +12,8 @@ from torch import Tensor
 from fastdisco.common import dist
 from fastdisco.evals import choice
 from fastdisco.evals.features import Features, count
+from fastdisco.evals.settings import CS
 
-# Weak to strong fit: each starts from the one before it.
-CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 # Logits in memory at a time.
 CELLS = 2**24
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.evals.features import Features, count, gathered
+from fastdisco.evals.settings import KS, TEMPS
 
-KS = (1, 5, 10, 20, 100, 200)
-TEMPS = (0.07,)
 # Similarities in memory at a time are QUERIES x BANK: 64 MiB.
 QUERIES, BANK = 1024, 16384
 # Candidates beyond k, so that equal similarities at the end are cut by index and not by chance.

@@ -37,6 +37,12 @@ class Result(NamedTuple):
     def hash(self) -> str:
         return short_hash(self.protocol)
 
+    def named(self, key: str) -> str:
+        """A value's name where results stand together: of evaluations that one run can have
+        several of, it says which."""
+        several = self.what.partition("-")[0] in ("semi", "transfer")
+        return f"{self.what}/{key}" if several else key
+
 
 def make(
     what: str,
@@ -107,6 +113,16 @@ def read_all(folder: Path) -> list[Result]:
     return [read(p) for p in paths]
 
 
+def newest(folder: Path) -> tuple[list[Result], int]:
+    """The results of the weights that were evaluated last, and how many there are of others: a
+    run that went on has other weights."""
+    paths = sorted(folder.glob("*-????????.json"), key=lambda p: p.stat().st_mtime_ns)
+    found = read_all(folder)
+    last = read(paths[-1]).protocol["network"]
+    same = [r for r in found if r.protocol["network"] == last]
+    return same, len(found) - len(same)
+
+
 class Table(NamedTuple):
     columns: list[str]  # the first is that of the networks
     rows: list[list[str]]
@@ -123,10 +139,11 @@ def table(runs: dict[str, Sequence[Result]], only: Sequence[str] = ()) -> Table:
     for name, found in runs.items():
         for result in found:
             for key in result.values:
-                if not only or key in only:
-                    column = cells.setdefault(key, {})
+                full = result.named(key)
+                if not only or full in only:
+                    column = cells.setdefault(full, {})
                     if name in column:
-                        _refuse(key, (name, column[name][1]), (name, result))
+                        _refuse(full, (name, column[name][1]), (name, result))
                     column[name] = _cell(key, result), result
     if not cells:
         raise UserError(f"table: none of the results has {', '.join(only) or 'a value'}")
@@ -166,7 +183,7 @@ def versus(first: Sequence[Result], second: Sequence[Result]) -> dict[str, inter
                 if not np.array_equal(a.labels, b.labels):
                     raise UserError(f"{key}: the two were measured on other images")
                 right = (r.predictions[key] == r.labels for r in (a, b))
-                out[key] = intervals.paired(*right)
+                out[a.named(key)] = intervals.paired(*right)
     if not out:
         raise UserError("versus: the two runs have no value with stored predictions in common")
     return dict(sorted(out.items()))
@@ -210,6 +227,6 @@ def _refuse(key: str, one: tuple[str, Result], other: tuple[str, Result]) -> Non
     if not differ:
         said = f"nothing but the network or the versions, both of {one[0]}"
     raise UserError(
-        f"{key}: two protocols do not stand in one column; they differ in {said}; choose one "
-        "result by its hash, or evaluate again alike"
+        f"{key}: two protocols do not stand in one column; they differ in {said}; give "
+        "the file of one result in place of its folder, or evaluate again alike"
     )

@@ -12,14 +12,14 @@ from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.evals.features import Features, gathered
 from fastdisco.evals.neighbours import rounded
+from fastdisco.evals.settings import RECALLS
 
-KS = (1, 5, 10)
 # Cosines in memory at a time.
 CELLS = 2**24
 
 
 @torch.no_grad()
-def run(own: Features, ks: Sequence[int] = KS) -> dict[str, float]:
+def run(own: Features, ks: Sequence[int] = RECALLS) -> dict[str, float]:
     """Recall at k (share of queries with an image of their class among the k nearest) and the mean
     average precision over the whole ranking, 0..1; a query is not among its own answers.
 

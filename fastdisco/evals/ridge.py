@@ -12,9 +12,8 @@ from torch import Tensor
 from fastdisco.common import dist
 from fastdisco.evals import choice
 from fastdisco.evals.features import Features
+from fastdisco.evals.settings import STRENGTHS
 
-# Penalties as multiples of the mean eigenvalue of the features' scatter matrix.
-STRENGTHS = tuple(10 ** (-6 + 7 * i / 19) for i in range(20))
 ROWS = 8192
 
 

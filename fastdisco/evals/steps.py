@@ -43,7 +43,7 @@ def crops(
     """Steps of `batch` images over all ranks, each image's view hashed from the loader's seed,
     the epoch and its index.
 
-    loader   for batches of batch / ranks, with one crop; its own position is not touched
+    loader   with one crop; its batches as `chunk` says; its position is not touched
     indices  the images to train on
     encode   [n,3,S,S] -> [n,F], without gradient
     Raises UserError where the batch does not divide by the ranks."""
@@ -62,24 +62,51 @@ def crops(
         steps = _split(whole[member[whole]], batch)[start:]
         share = batch // ranks
         own = [s[dist.rank() * share :][:share] for s in steps]
-        batches = loader.views_of(np.concatenate(own) if own else whole[:0], epoch)
+        wanted = np.concatenate(own) if own else whole[:0]
+        rows = _Rows(loader.views_of(wanted, epoch), encode, loader)
         for images, mine in zip(steps, own):
-            if len(mine):
-                now = next(batches)
-                x = encode(now.views[0]).float()
-                yield Step(x, now.label.to(x.device), len(images))
-            else:
-                yield Step(*_nothing(loader, encode), len(images))
+            yield Step(*rows.take(len(mine)), len(images))
 
     return source
+
+
+def chunk(batch: int, most: int) -> int:
+    """Images for the loader of `crops`: as many as `most` allows of which a rank's share of a step
+    is a multiple.  So every step begins with a batch of its own, and a resumed evaluation rounds
+    as one that was never stopped."""
+    share = max(1, batch // dist.world())
+    return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
 
 
 def _split(order: np.ndarray, batch: int) -> list[np.ndarray]:
     return [order[i : i + batch] for i in range(0, len(order), batch)]
 
 
-def _nothing(loader: data.TrainLoader, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Features and labels of no image, for a rank that the last step leaves without."""
-    size = loader.crops[0].size
-    x = encode(torch.zeros(1, 3, size, size, device=loader.device)).float()
-    return x[:0], torch.zeros(0, dtype=torch.int64, device=x.device)
+class _Rows:
+    """Features and labels of batches as they come, handed out in other portions."""
+
+    def __init__(
+        self,
+        batches: Iterator[data.Batch],
+        encode: Callable[[Tensor], Tensor],
+        loader: data.TrainLoader,
+    ) -> None:
+        self.batches, self.encode, self.loader = batches, encode, loader
+        self.left: tuple[Tensor, Tensor] | None = None
+
+    def take(self, n: int) -> tuple[Tensor, Tensor]:
+        """The next n, which there must be."""
+        parts = [] if self.left is None else [self.left]
+        while sum(len(y) for _, y in parts) < n:
+            batch = next(self.batches)
+            x = self.encode(batch.views[0]).float()
+            parts.append((x, batch.label.to(x.device)))
+        x, y = (torch.cat(t) for t in zip(*(parts or [self._nothing()])))
+        self.left = x[n:], y[n:]
+        return x[:n], y[:n]
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        """Features and labels of no image: the last step may leave a rank without."""
+        size = self.loader.crops[0].size
+        x = self.encode(torch.zeros(1, 3, size, size, device=self.loader.device)).float()[:0]
+        return x, torch.zeros(0, dtype=torch.int64, device=x.device)

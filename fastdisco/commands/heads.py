@@ -1,0 +1,336 @@
+"""Evaluations that train classifiers on the frozen network: linear, semi, transfer and probe."""
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdisco import data
+from fastdisco.commands.measure import Stopped, Work, named, plain, versions
+from fastdisco.common import dist
+from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
+from fastdisco.data import cifar, pack
+from fastdisco.engine import autocast
+from fastdisco.evals import features as feats
+from fastdisco.evals import linear as heads
+from fastdisco.evals import logistic, passes, protocols, results, ridge, settings, splits, steps
+from fastdisco.evals.features import Features
+from fastdisco.evals.linear import Training
+from fastdisco.evals.protocols import Protocol
+from fastdisco.evals.settings import Trained
+
+# Steps between two looks for a stop, and seconds between two saves.
+LOOK, SAVE = 20, 60.0
+
+
+# Values, the classes predicted for this rank's validation images, and the settings.
+Probed = tuple[dict[str, float], Tensor, dict[str, Any]]
+
+
+class Sets(NamedTuple):
+    """What a classifier is trained and measured on."""
+
+    train: data.Listing
+    indices: np.ndarray  # training images
+    val: data.Listing
+
+
+def linear(work: Work) -> results.Result:
+    """A classifier on all training images by a published protocol."""
+    return _trained(
+        work, "linear", Sets(work.train, work.train.kept, work.val), work.settings.linear
+    )
+
+
+def semi(work: Work) -> list[results.Result]:
+    """A classifier on 1 % and 10 % of the labels; the mean and deviation over draws."""
+    s, out = work.settings.semi, []
+    if s.lists:
+        for path in s.lists:
+            some = splits.published(path, work.train)
+            sets = Sets(work.train, some, work.val)
+            out.append(_trained(work, f"semi-{path.stem}", sets, s))
+        return out
+    for share in s.shares:
+        tries = [
+            splits.drawn(work.train.labels, work.train.kept, share, work.cfg.run.seed + i)
+            for i in range(s.tries)
+        ]
+        what = f"semi-{100 * share:g}pct"
+        found = [
+            _trained(work, f"{what}-try{i}", Sets(work.train, some, work.val), s)
+            for i, some in enumerate(tries)
+        ]
+        out += found if s.tries == 1 else [*found, _mean(work, what, found)]
+    return out
+
+
+def transfer(work: Work) -> results.Result:
+    """A classifier on another data set."""
+    s = work.settings.transfer
+    if s.train is None:
+        raise UserError("transfer.train: give another data set, as transfer.train=PATH")
+    train_path, val_path = (
+        _archive(work, s.train) if cifar.is_archive(s.train) else (s.train, s.val)
+    )
+    if val_path is None:
+        raise UserError("transfer.val: give the validation images of that data set")
+    quarantine = work.cfg.data.quarantine
+    train, val = data.listing(train_path, quarantine), data.listing(val_path, quarantine)
+    data.same_classes(train, val)
+    passes.refuse_equal(train, val)
+    return _trained(work, f"transfer-{_short(s.train)}", Sets(train, train.kept, val), s)
+
+
+def probe(work: Work) -> list[results.Result]:
+    """Ridge, logistic regression and SGD on features that are computed once."""
+    s, whole = work.settings.probe, work.train_features()
+    val, classes = work.val_features(), len(work.val.classes)
+    indices, held = work.train.kept, None
+    if s.held:
+        indices, some = splits.held_out(work.train.labels, indices, s.held, work.cfg.run.seed)
+        held = work.train_features(some)
+    train = whole if held is None else work.train_features(indices)
+    _refuse_few(val, Sets(work.train, indices, work.val))
+    kinds = {"ridge": _ridge, "logistic": _logistic, "sgd": _sgd}
+    out = []
+    for kind in s.kinds:
+        begin = time.perf_counter()
+        values, predicted, own = kinds[kind](work, train, held, val, classes)
+        protocol = work.protocol(kind, own | {"held": s.held}, work.train.kept)
+        reported = f"{kind}_top1_{'selected' if held is not None else 'best_on_val'}"
+        out.append(_save(work, kind, values, protocol, begin, {reported: predicted}, val))
+    return out
+
+
+def _ridge(
+    work: Work, train: Features, held: Features | None, val: Features, classes: int
+) -> Probed:
+    s = work.settings.probe.strengths
+    return *ridge.predict(train, held, val, classes, s), {"strengths": s}
+
+
+def _logistic(
+    work: Work, train: Features, held: Features | None, val: Features, classes: int
+) -> Probed:
+    s = work.settings.probe
+    own = {"cs": s.cs, "iterations": s.iterations}
+    return *logistic.predict(train, held, val, classes, s.cs, s.iterations), own
+
+
+def _sgd(work: Work, train: Features, held: Features | None, val: Features, classes: int) -> Probed:
+    s, seed = work.settings.probe, work.cfg.run.seed
+    mean, deviation = logistic.moments(train.x)
+    even = lambda f: f._replace(x=logistic.standardised(f.x, mean, deviation))
+    train, val, held = even(train), even(val), None if held is None else even(held)
+    p = Protocol(epochs=s.epochs, batch=s.batch, lr=s.lrs[0], schedule="cosine")
+    rates = heads.grid(p, s.lrs)
+    training = Training(heads.Heads(rates, val.x.shape[1], classes, p, seed, work.device))
+    with work.bar("sgd on features", s.epochs) as tick:
+        watch = lambda t: tick(1) if t.step == 0 else None
+        training.run(steps.cached(train, s.batch, seed), val, held, watch)
+    values, at = heads.report(training, "sgd")
+    own = {"lrs": s.lrs, "epochs": s.epochs, "batch": s.batch, "seed": seed}
+    return values, heads.predictions(training.heads, val, at), own
+
+
+def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
+    """A linear evaluation: trained from random crops, measured after each epoch; goes on where it
+    was stopped."""
+    begin = time.perf_counter()
+    p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize)
+    if p.trunk_lr is not None:
+        raise UserError(f"{what}.preset: {block.preset} trains the backbone too; take a linear one")
+    rates, seed = heads.grid(p, block.lrs, block.weight_decays), work.cfg.run.seed
+    indices, some = sets.indices, None
+    if len(rates) > 1 and block.held:
+        indices, some = splits.held_out(sets.train.labels, indices, block.held, seed)
+    val = _measured(work, sets.val, sets.val.kept, p)
+    held = None if some is None else _measured(work, sets.train, some, p)
+    _refuse_few(val, sets)
+    own = {
+        "protocol": p.model_dump(mode="json"),
+        "preset": block.preset,
+        "rates": rates,
+        "held": block.held if some is not None else 0,
+        "seed": seed,
+        "decode": data.place(work.cfg.data, work.device).decode,
+    }
+    protocol = {
+        "network": work.network.about,
+        "data": named(sets.val, sets.val.kept, "val") | named(sets.train, sets.indices, "train"),
+        "precision": work.cfg.engine.precision,
+        "linear": own,
+        "versions": versions(work.device),
+    }
+    training = Training(
+        heads.Heads(rates, val.x.shape[1], len(sets.train.classes), p, seed, work.device)
+    )
+    name = f"{what}-{results.short_hash(plain(protocol))}.pt"
+    state = _State(work, work.network.folder / name, training, what, len(indices))
+    state.load()
+    loader = _loader(work, sets.train, p)
+    source = steps.crops(loader, indices, _encoder(work, p), p.batch, seed)
+    with state:
+        training.run(source, val, held, state.watch)
+    values, at = heads.report(training)
+    reported = {"linear_top1_preset_last": heads.predictions(training.heads, val, 0)}
+    if some is not None:
+        reported["linear_top1_selected"] = heads.predictions(training.heads, val, at)
+    result = _save(work, what, values, protocol, begin, reported, val)
+    state.remove()
+    return result
+
+
+def _measured(work: Work, listing: data.Listing, indices: np.ndarray, p: Protocol) -> Features:
+    """Features without augmentation; what another evaluation has seen alike costs no pass."""
+    view = passes.of_protocol(p)
+    if p.blocks == 1 and view == work.view and listing is work.val:
+        return work.val_features()
+    if p.blocks == 1 and view == work.view and listing is work.train:
+        return work.train_features(indices)
+    encode = _encoder(work, p)
+    one = lambda x: {"features": encode(x)}
+    return work.pass_over(listing, indices, view, one, f"{p.blocks} blocks")["features"]
+
+
+def _encoder(work: Work, p: Protocol) -> Callable[[Tensor], Tensor]:
+    half = autocast(work.cfg.engine.precision, work.device)
+    return torch.no_grad()(half(work.network.encoder(p.blocks)))
+
+
+def _loader(work: Work, train: data.Listing, p: Protocol) -> data.TrainLoader:
+    images = work.cfg.data
+    fits = max(1, len(train.kept) // dist.world())
+    return data.TrainLoader(
+        train,
+        [protocols.crop(p)],
+        min(fits, steps.chunk(p.batch, images.eval_batch)),
+        work.cfg.run.seed,
+        p.epochs,
+        1,
+        images.threads,
+        work.device,
+        placement=data.place(images, work.device),
+    )
+
+
+class _State:
+    """Where a training is kept while it goes on, its bar, and how it is stopped."""
+
+    def __init__(self, work: Work, path: Path, training: Training, what: str, images: int) -> None:
+        self.work, self.path, self.training, self.what = work, path, training, what
+        self.images, self.saved = images, time.monotonic()
+
+    def load(self) -> None:
+        if self.path.exists():
+            try:
+                found = torch.load(self.path, map_location=self.work.device, weights_only=True)
+            except Exception:
+                raise UserError(
+                    f"{self.path}: is damaged; remove it, the evaluation starts over"
+                ) from None
+            self.training.load_state_dict(found)
+            say(
+                f"{self.what}: continues after epoch {self.training.epoch}, step {self.training.step}"
+            )
+
+    def __enter__(self) -> None:
+        p = self.training.heads.protocol
+        self._context = self.work.bar(
+            f"{self.what}: {len(self.training.heads.rates)} classifiers, {p.epochs} epochs",
+            p.epochs,
+        )
+        self._tick = self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def watch(self, training: Training) -> None:
+        """Called after every step and epoch."""
+        ended, stop = training.step == 0, self.work.stop
+        if ended and dist.rank() == 0 and time.monotonic() - self.saved > SAVE:
+            self.save()
+        # Every rank asks at the same steps, for asking waits for all.
+        looks = stop is not None and (ended or training.step % LOOK == 0)
+        if looks and dist.any_rank(stop.asked):
+            self.save()
+            dist.barrier()
+            raise Stopped
+        if ended:
+            self._tick(1)
+
+    def save(self) -> None:
+        if dist.rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = io.BytesIO()
+            torch.save(self.training.state_dict(), content)
+            part = self.path.with_suffix(".part")
+            part.write_bytes(content.getvalue())
+            part.replace(self.path)
+            self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        if dist.rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+
+def _save(
+    work: Work,
+    what: str,
+    values: dict[str, float],
+    protocol: dict[str, Any],
+    begin: float,
+    predicted: dict[str, Tensor],
+    val: Features,
+) -> results.Result:
+    """With the predictions of all ranks, in the order of the images' indices."""
+    order = feats.ragged(val.index).argsort(stable=True)
+    every = {k: feats.ragged(p)[order].cpu().numpy() for k, p in predicted.items()}
+    labels = feats.ragged(val.label)[order].cpu().numpy()
+    return work.save(what, values, protocol, time.perf_counter() - begin, every, labels)
+
+
+def _mean(work: Work, what: str, found: list[results.Result]) -> results.Result:
+    """Mean and deviation of every value over draws of the part."""
+    values = {}
+    for key in found[0].values:
+        each = np.array([r.values[key] for r in found])
+        values |= {f"{key}_mean": float(each.mean()), f"{key}_deviation": float(each.std(ddof=1))}
+    protocol = dict(found[0].protocol)
+    protocol["tries"] = [r.protocol["data"]["train"]["indices"] for r in found]
+    return work.save(what, values, protocol, sum(r.seconds for r in found))
+
+
+def _refuse_few(val: Features, sets: Sets) -> None:
+    classes = len(sets.train.classes)
+    if len(sets.indices) < classes:
+        raise UserError(
+            f"{sets.train.source}: {len(sets.indices)} training images are fewer than {classes} "
+            "classes; give more"
+        )
+    feats.refuse_few(val, 1, str(sets.val.source))
+
+
+def _archive(work: Work, path: Path) -> tuple[Path, Path]:
+    """CIFAR's archive, packed beside the results where that was not done yet."""
+    folder = work.network.folder / "data" / _short(path)
+    if dist.rank() == 0:
+        say(f"{path}: packed into {folder}")
+        pack.pack(path, folder)
+    dist.barrier()
+    return folder / "train", folder / "val"
+
+
+def _short(path: Path) -> str:
+    """A name for files, of a data set's path."""
+    name = path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+    if name in ("train", "val"):
+        name = path.parent.name
+    return "".join(c if c.isalnum() or c in "._+" else "_" for c in name) or "data"
