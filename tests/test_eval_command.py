@@ -11,6 +11,7 @@ from conftest import ROOT, ranks
 from PIL import Image
 
 from fastdisco import cli, config, data, models
+from fastdisco.commands import kept
 from fastdisco.common import dist
 from fastdisco.data import loader as loading
 from fastdisco.evals import knn, results
@@ -198,9 +199,7 @@ def stop_after(monkeypatch, steps):
 def test_a_stopped_linear_evaluation_continues_to_the_same_numbers(
     run, capsys, tmp_path, monkeypatch
 ):
-    from fastdisco.commands import heads
-
-    monkeypatch.setattr(heads, "LOOK", 1)
+    monkeypatch.setattr(kept, "LOOK", 1)
     arguments = ["linear", run, *LINEAR, "linear.lrs=[0.1, 1.0]", "linear.held=0.1"]
     want, _ = evaluate(capsys, *arguments, f"--out={tmp_path}/whole")
     with monkeypatch.context() as m:
@@ -258,6 +257,24 @@ def test_semi_of_a_list_and_of_several_draws(run, textures, capsys, tmp_path):
     assert values["eval/semi-20pct/linear_top1_preset_last_mean"] == pytest.approx(np.mean(each))
     deviation = np.std(each, ddof=1)
     assert values["eval/semi-20pct/linear_top1_preset_last_deviation"] == pytest.approx(deviation)
+
+
+def test_semi_by_fine_tuning_is_named_apart(run, capsys, tmp_path):
+    more = ["semi.finetune=true", "semi.epochs=2", "semi.batch=8", "semi.shares=[0.2, 0.04]"]
+    more += ["semi.lr=0.01"]
+    values, _ = evaluate(capsys, "semi", run, f"--out={tmp_path}", *more)
+    assert values.keys() == {
+        f"eval/finetune-{share}pct-try0/finetune_{name}"
+        for share in (4, 20)
+        for name in ("top1_last", "top5_last", "top1_best_on_val")
+    }
+    four, twenty = results.read_all(tmp_path)[::-1]
+    for result, preset, trunk in ((four, "finetune-1", 0.02), (twenty, "finetune-10", 0.01)):
+        own = result.protocol["finetune"]
+        assert own["preset"] == preset and own["protocol"]["trunk_lr"] == trunk
+        assert own["protocol"]["lr"] == 0.01 and own["protocol"]["milestones"] == [12, 16]
+        found = result.predictions["finetune_top1_last"]
+        assert (found == result.labels).mean() == result.values["finetune_top1_last"]
 
 
 def test_transfer_to_another_set(run, textures, capsys, tmp_path):

@@ -1,6 +1,5 @@
 """Evaluations that train classifiers on the frozen network: linear, semi, transfer and probe."""
 
-import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdisco import data
-from fastdisco.commands.measure import Stopped, Work, named, plain, versions
+from fastdisco import config, data
+from fastdisco.commands.kept import Kept
+from fastdisco.commands.measure import Work, named, versions
 from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.data import cifar, pack
 from fastdisco.engine import autocast
+from fastdisco.evals import (
+    choice,
+    finetune,
+    logistic,
+    passes,
+    protocols,
+    results,
+    ridge,
+    settings,
+    splits,
+    steps,
+)
 from fastdisco.evals import features as feats
 from fastdisco.evals import linear as heads
-from fastdisco.evals import logistic, passes, protocols, results, ridge, settings, splits, steps
 from fastdisco.evals.features import Features
 from fastdisco.evals.linear import Training
 from fastdisco.evals.protocols import Protocol
 from fastdisco.evals.settings import Trained
-
-# Steps between two looks for a stop, and seconds between two saves.
-LOOK, SAVE = 20, 60.0
-
 
 # Values, the classes predicted for this rank's validation images, and the settings.
 Probed = tuple[dict[str, float], Tensor, dict[str, Any]]
@@ -51,20 +58,22 @@ def linear(work: Work) -> results.Result:
 def semi(work: Work) -> list[results.Result]:
     """A classifier on 1 % and 10 % of the labels; the mean and deviation over draws."""
     s, out = work.settings.semi, []
+    train = _tuned if s.finetune else _trained
+    kind = "finetune" if s.finetune else "semi"
     if s.lists:
         for path in s.lists:
             some = splits.published(path, work.train)
             sets = Sets(work.train, some, work.val)
-            out.append(_trained(work, f"semi-{path.stem}", sets, s))
+            out.append(train(work, f"{kind}-{path.stem}", sets, s))
         return out
     for share in s.shares:
         tries = [
             splits.drawn(work.train.labels, work.train.kept, share, work.cfg.run.seed + i)
             for i in range(s.tries)
         ]
-        what = f"semi-{100 * share:g}pct"
+        what = f"{kind}-{100 * share:g}pct"
         found = [
-            _trained(work, f"{what}-try{i}", Sets(work.train, some, work.val), s)
+            train(work, f"{what}-try{i}", Sets(work.train, some, work.val), s)
             for i, some in enumerate(tries)
         ]
         out += found if s.tries == 1 else [*found, _mean(work, what, found)]
@@ -160,23 +169,13 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
         "rates": rates,
         "held": block.held if some is not None else 0,
         "seed": seed,
-        "decode": data.place(work.cfg.data, work.device).decode,
     }
-    protocol = {
-        "network": work.network.about,
-        "data": named(sets.val, sets.val.kept, "val") | named(sets.train, sets.indices, "train"),
-        "precision": work.cfg.engine.precision,
-        "linear": own,
-        "versions": versions(work.device),
-    }
+    protocol = _protocol(work, sets, work.cfg.engine.precision, "linear", own)
     training = Training(
         heads.Heads(rates, val.x.shape[1], len(sets.train.classes), p, seed, work.device)
     )
-    name = f"{what}-{results.short_hash(plain(protocol))}.pt"
-    state = _State(work, work.network.folder / name, training, what, len(indices))
-    state.load()
-    loader = _loader(work, sets.train, p)
-    source = steps.crops(loader, indices, _encoder(work, p), p.batch, seed)
+    state = Kept(work, what, protocol, training, f"{len(rates)} classifiers", p.epochs)
+    source = steps.crops(_loader(work, sets.train, p), indices, _encoder(work, p), p.batch, seed)
     with state:
         training.run(source, val, held, state.watch)
     values, at = heads.report(training)
@@ -186,6 +185,56 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
     result = _save(work, what, values, protocol, begin, reported, val)
     state.remove()
     return result
+
+
+def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
+    """The whole network trained on these images; goes on where it was stopped."""
+    begin = time.perf_counter()
+    if dist.world() > 1 and work.device.type == "cpu":
+        raise UserError(
+            "semi.finetune: batch norm over several ranks needs GPUs; start one rank on CPUs"
+        )
+    # Each published setting is for its share of the labels.
+    preset = "finetune-1" if len(sets.indices) <= 0.05 * len(sets.train.kept) else "finetune-10"
+    p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize, preset)
+    if block.lrs or block.weight_decays:
+        raise UserError("semi.lrs: a grid is for linear evaluations; set semi.lr with finetune")
+    seed, view, size = work.cfg.run.seed, passes.of_protocol(p), work.network.about["features"]
+    own = {"protocol": p.model_dump(mode="json"), "preset": preset, "seed": seed}
+    protocol = _protocol(work, sets, "fp32", "finetune", own)
+    classes = len(sets.train.classes)
+    tuning = finetune.Tuning(work.net.backbone, size, classes, p, seed)
+
+    def logits(net: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        one = lambda x: {"logits": net(x.float())}
+        found = passes.features(one, sets.val, sets.val.kept, view, work.cfg.data, work.device)
+        return found["logits"].x, found["logits"].label
+
+    images = work.cfg.data.model_copy(update={"eval_batch": p.batch})
+    source = steps.images(_loader(work, sets.train, p, images), sets.indices, p.batch, seed)
+    state = Kept(work, what, protocol, tuning, "fine-tuning", p.epochs)
+    with state:
+        tuning.run(source, logits, state.watch)
+    last, label = logits(tuning.net.eval())
+    index = passes.share(data.reading_order(sets.val, sets.val.kept), work.cfg.data.eval_batch)
+    val = Features(last, label, torch.from_numpy(index).to(last.device))
+    reported = {"finetune_top1_last": choice.classes_of(last)}
+    result = _save(work, what, finetune.report(tuning), protocol, begin, reported, val)
+    state.remove()
+    return result
+
+
+def _protocol(
+    work: Work, sets: Sets, precision: str, what: str, own: dict[str, Any]
+) -> dict[str, Any]:
+    decode = data.place(work.cfg.data, work.device).decode
+    return {
+        "network": work.network.about,
+        "data": named(sets.val, sets.val.kept, "val") | named(sets.train, sets.indices, "train"),
+        "precision": precision,
+        what: own,
+        "versions": versions(work.device) | {"decode": decode},
+    }
 
 
 def _measured(work: Work, listing: data.Listing, indices: np.ndarray, p: Protocol) -> Features:
@@ -205,8 +254,10 @@ def _encoder(work: Work, p: Protocol) -> Callable[[Tensor], Tensor]:
     return torch.no_grad()(half(work.network.encoder(p.blocks)))
 
 
-def _loader(work: Work, train: data.Listing, p: Protocol) -> data.TrainLoader:
-    images = work.cfg.data
+def _loader(
+    work: Work, train: data.Listing, p: Protocol, images: config.Data | None = None
+) -> data.TrainLoader:
+    images = images or work.cfg.data
     fits = max(1, len(train.kept) // dist.world())
     return data.TrainLoader(
         train,
@@ -219,66 +270,6 @@ def _loader(work: Work, train: data.Listing, p: Protocol) -> data.TrainLoader:
         work.device,
         placement=data.place(images, work.device),
     )
-
-
-class _State:
-    """Where a training is kept while it goes on, its bar, and how it is stopped."""
-
-    def __init__(self, work: Work, path: Path, training: Training, what: str, images: int) -> None:
-        self.work, self.path, self.training, self.what = work, path, training, what
-        self.images, self.saved = images, time.monotonic()
-
-    def load(self) -> None:
-        if self.path.exists():
-            try:
-                found = torch.load(self.path, map_location=self.work.device, weights_only=True)
-            except Exception:
-                raise UserError(
-                    f"{self.path}: is damaged; remove it, the evaluation starts over"
-                ) from None
-            self.training.load_state_dict(found)
-            say(
-                f"{self.what}: continues after epoch {self.training.epoch}, step {self.training.step}"
-            )
-
-    def __enter__(self) -> None:
-        p = self.training.heads.protocol
-        self._context = self.work.bar(
-            f"{self.what}: {len(self.training.heads.rates)} classifiers, {p.epochs} epochs",
-            p.epochs,
-        )
-        self._tick = self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-
-    def watch(self, training: Training) -> None:
-        """Called after every step and epoch."""
-        ended, stop = training.step == 0, self.work.stop
-        if ended and dist.rank() == 0 and time.monotonic() - self.saved > SAVE:
-            self.save()
-        # Every rank asks at the same steps, for asking waits for all.
-        looks = stop is not None and (ended or training.step % LOOK == 0)
-        if looks and dist.any_rank(stop.asked):
-            self.save()
-            dist.barrier()
-            raise Stopped
-        if ended:
-            self._tick(1)
-
-    def save(self) -> None:
-        if dist.rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = io.BytesIO()
-            torch.save(self.training.state_dict(), content)
-            part = self.path.with_suffix(".part")
-            part.write_bytes(content.getvalue())
-            part.replace(self.path)
-            self.saved = time.monotonic()
-
-    def remove(self) -> None:
-        if dist.rank() == 0:
-            self.path.unlink(missing_ok=True)
 
 
 def _save(

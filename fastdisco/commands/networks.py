@@ -78,7 +78,7 @@ def _from_run(path: Path, args: argparse.Namespace, overrides: list[str]) -> Net
 def _from_file(path: Path, args: argparse.Namespace, overrides: list[str]) -> Network:
     found = formats.read(path, args.arch, student=args.student)
     cfg, has_train = _config(path.stem, overrides)
-    about = _about(found.net, found.arch, found.kwargs, found.format)
+    about = _about(found.net, found.arch, dict(found.kwargs), found.format)
     folder = _out(args, cfg.run.out / "eval" / path.name)
     return Network(found.net.eval(), about, cfg, folder, has_train, True)
 

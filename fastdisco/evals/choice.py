@@ -36,6 +36,12 @@ def accuracy(predictions: Tensor, label: Tensor) -> Tensor:
     return right / dist.all_sum(torch.tensor(float(len(label)), device=label.device))
 
 
+def classes_of(logits: Tensor) -> Tensor:
+    """[N,C] -> [N]: the class with the largest logit; -1, which is never right, where one is no
+    finite number."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
 def refuse_all_broken(what: str, finite: Tensor) -> None:
     """finite: [G] bool.  Raises UserError where no setting has weights that are numbers."""
     if not bool(finite.any()):

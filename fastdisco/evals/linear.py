@@ -228,14 +228,14 @@ def report(training: Training, what: str = "linear") -> tuple[dict[str, float], 
 
 @torch.no_grad()
 def accuracies(heads: Heads, own: Features) -> tuple[Tensor, Tensor]:
-    """Top-1 and top-5 of every head, [G] float64, over all ranks.  A logit that is no number is
-    never right, and the class must win: among equal logits it loses at top-5, and at top-1 unless
-    it is the first."""
+    """Top-1 and top-5 of every head, [G] float64, over all ranks.  Logits that are no finite
+    numbers are never right, and the class must win: among equal logits it loses at top-5, and at
+    top-1 unless it is the first."""
     sums = torch.zeros(2, len(heads.rates), dtype=torch.float64, device=own.x.device)
     for x, y in _pieces(heads, own):
         logits = heads.logits(x)
         true = logits.gather(2, y[:, None, None].expand(-1, logits.shape[1], 1))
-        number = true[..., 0].isfinite()
+        number = logits.isfinite().all(2)
         sums[0] += ((logits.argmax(2) == y[:, None]) & number).sum(0)
         sums[1] += (((logits >= true).sum(2) <= 5) & number).sum(0)
     dist.all_sum(sums)
@@ -245,10 +245,10 @@ def accuracies(heads: Heads, own: Features) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def predictions(heads: Heads, own: Features, head: int) -> Tensor:
-    """The classes that a head predicts for this rank's images, [n]."""
+    """The classes that a head predicts for this rank's images, [n], as `choice.classes_of`."""
     weight, bias = heads.weight[head], heads.bias[head]
     rows = max(1, CELLS // len(weight))
-    return torch.cat([(x @ weight.T + bias).argmax(1) for x in own.x.split(rows)])
+    return torch.cat([choice.classes_of(x @ weight.T + bias) for x in own.x.split(rows)])
 
 
 def _pieces(heads: Heads, own: Features) -> Iterator[tuple[Tensor, Tensor]]:

@@ -40,7 +40,7 @@ class Result(NamedTuple):
     def named(self, key: str) -> str:
         """A value's name where results stand together: of evaluations that one run can have
         several of, it says which."""
-        several = self.what.partition("-")[0] in ("semi", "transfer")
+        several = self.what.partition("-")[0] in ("semi", "finetune", "transfer")
         return f"{self.what}/{key}" if several else key
 
 

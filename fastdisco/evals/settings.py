@@ -56,6 +56,8 @@ class Semi(Trained):
     lists: tuple[Path, ...] = ()  # SimCLR's 1percent.txt and 10percent.txt
     shares: tuple[float, ...] = (0.01, 0.1)  # drawn by seed and class where there are no lists
     tries: int = Field(1, ge=1)  # draws of each share
+    # Train the whole network by SwAV's settings instead: presets finetune-1 and finetune-10.
+    finetune: bool = False
 
 
 class Transfer(Trained):
@@ -124,8 +126,9 @@ def load(overrides: Sequence[str]) -> Settings:
 def nested(item: str) -> dict[str, Any]:
     """'a.b=1' -> {'a': {'b': 1}}"""
     key, eq, value = item.partition("=")
+    found: Any = None
     try:
-        found: Any = yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError:
         eq = ""
     if not eq or "." not in key:
@@ -135,12 +138,13 @@ def nested(item: str) -> dict[str, Any]:
     return found
 
 
-def protocol(block: Trained, size: int, resize: int) -> Protocol:
+def protocol(block: Trained, size: int, resize: int, name: str | None = None) -> Protocol:
     """The preset with the block's own keys laid over it.
 
+    name          of a preset in place of the block's
     size, resize  of the data's evaluation: where they are not ImageNet's 224 and 256, crops are
     of that size unless the block says one"""
-    preset = protocols.preset(block.preset)
+    preset = protocols.preset(name or block.preset)
     given = dict(block.protocol)
     if (size, resize) != (224, 256):
         given = {"size": size, "resize": resize} | given

@@ -48,12 +48,7 @@ def crops(
     encode   [n,3,S,S] -> [n,F], without gradient
     Raises UserError where the batch does not divide by the ranks."""
     ranks = dist.world()
-    if batch % ranks:
-        below = batch // ranks * ranks
-        raise UserError(
-            f"batch: {batch} images do not divide by {ranks} ranks; nearest: {below or ranks} or "
-            f"{below + ranks}"
-        )
+    _refuse_indivisible(batch)
     member = np.zeros(len(loader.listing.files), bool)
     member[indices] = True
 
@@ -70,12 +65,49 @@ def crops(
     return source
 
 
+def images(
+    loader: data.TrainLoader, indices: np.ndarray, batch: int, seed: int
+) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
+    """(epoch, first step) -> random crops [n,3,S,S] and labels [n] of this rank, for a network that
+    is itself trained: every rank has as many.
+
+    loader  with one crop, for batches of batch / ranks
+    As torch's DistributedSampler does, the order is filled up from its beginning to a multiple of
+    the ranks.  A last step of one image for each rank is left out: batch norm needs two."""
+    ranks = dist.world()
+    _refuse_indivisible(batch)
+    member = np.zeros(len(loader.listing.files), bool)
+    member[indices] = True
+
+    def source(epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        whole = loading.order(seed, epoch, loader.listing)
+        whole = whole[member[whole]]
+        whole = np.concatenate([whole, np.resize(whole, -len(whole) % ranks)])
+        steps = [s.reshape(ranks, -1)[dist.rank()] for s in _split(whole, batch)]
+        wanted = [s for s in steps if len(s) > 1][start:]
+        if wanted:
+            for found in loader.views_of(np.concatenate(wanted), epoch):
+                yield found.views[0], found.label.to(found.views[0].device)
+
+    return source
+
+
 def chunk(batch: int, most: int) -> int:
     """Images for the loader of `crops`: as many as `most` allows of which a rank's share of a step
     is a multiple.  So every step begins with a batch of its own, and a resumed evaluation rounds
     as one that was never stopped."""
     share = max(1, batch // dist.world())
     return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
+
+
+def _refuse_indivisible(batch: int) -> None:
+    ranks = dist.world()
+    if batch % ranks:
+        below = batch // ranks * ranks
+        raise UserError(
+            f"batch: {batch} images do not divide by {ranks} ranks; nearest: {below or ranks} or "
+            f"{below + ranks}"
+        )
 
 
 def _split(order: np.ndarray, batch: int) -> list[np.ndarray]:
