@@ -1,7 +1,6 @@
 """Evaluations that train classifiers on the frozen network: linear, semi, transfer and probe."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.data import cifar, pack
-from fastdisco.engine import autocast
 from fastdisco.evals import (
     choice,
     finetune,
@@ -175,7 +173,9 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
         heads.Heads(rates, val.x.shape[1], len(sets.train.classes), p, seed, work.device)
     )
     state = Kept(work, what, protocol, training, f"{len(rates)} classifiers", p.epochs)
-    source = steps.crops(_loader(work, sets.train, p), indices, _encoder(work, p), p.batch, seed)
+    source = steps.crops(
+        _loader(work, sets.train, p), indices, work.frozen(p.blocks), p.batch, seed
+    )
     with state:
         training.run(source, val, held, state.watch)
     values, at = heads.report(training)
@@ -244,14 +244,9 @@ def _measured(work: Work, listing: data.Listing, indices: np.ndarray, p: Protoco
         return work.val_features()
     if p.blocks == 1 and view == work.view and listing is work.train:
         return work.train_features(indices)
-    encode = _encoder(work, p)
+    encode = work.frozen(p.blocks)
     one = lambda x: {"features": encode(x)}
     return work.pass_over(listing, indices, view, one, f"{p.blocks} blocks")["features"]
-
-
-def _encoder(work: Work, p: Protocol) -> Callable[[Tensor], Tensor]:
-    half = autocast(work.cfg.engine.precision, work.device)
-    return torch.no_grad()(half(work.network.encoder(p.blocks)))
 
 
 def _loader(

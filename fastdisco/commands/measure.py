@@ -22,7 +22,7 @@ from fastdisco.common import dist
 from fastdisco.common.console import console, say
 from fastdisco.common.errors import UserError
 from fastdisco.engine import autocast
-from fastdisco.evals import embed, health, intervals, neighbours, passes, results, retrieve
+from fastdisco.evals import embed, frozen, health, intervals, neighbours, passes, results, retrieve
 from fastdisco.evals import features as feats
 from fastdisco.evals.features import Features
 from fastdisco.evals.passes import View
@@ -76,7 +76,13 @@ class Work:
 
     @cached_property
     def encode(self) -> Callable[[Tensor], Tensor]:
-        return autocast(self.cfg.engine.precision, self.device)(self.network.encoder())
+        return self.frozen()
+
+    def frozen(self, blocks: int = 1) -> Callable[[Tensor], Tensor]:
+        """[B,3,S,S] -> [B,F] float32; see `Network.encoder`."""
+        encode = self.network.encoder(blocks)
+        precision, graphs = self.cfg.engine.precision, self.cfg.perf.graphs
+        return frozen.encoder(encode, precision, self.device, graphs)
 
     def val_kinds(self) -> dict[str, Features]:
         """Features of the validation images and, from the same pass, embeddings: this rank's part."""
@@ -170,8 +176,7 @@ class Work:
         f = self.encode(x)
         if not self.network.embeds:
             return {"features": f}
-        with torch.autocast(self.device.type, enabled=False):
-            return {"features": f, "embedding": self.net.head(f.float())}
+        return {"features": f, "embedding": self.net.head(f)}
 
     @staticmethod
     def _key(listing: data.Listing, indices: np.ndarray, view: View, what: str = "") -> tuple:
