@@ -196,6 +196,15 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Heads, "step", step)
 
 
+def test_the_evaluation_does_not_depend_on_the_runs_seed(textures, run, capsys, tmp_path):
+    arguments = [*LINEAR, "linear.lrs=[0.1, 1.0]", "linear.held=0.1", "--only=linear"]
+    a, b = (
+        evaluate(capsys, "all", run, f"--out={tmp_path}/{s}", *arguments, f"run.seed={s}")[0]
+        for s in (0, 1)
+    )
+    assert a == b
+
+
 def test_a_stopped_linear_evaluation_continues_to_the_same_numbers(
     run, capsys, tmp_path, monkeypatch
 ):

@@ -66,7 +66,7 @@ def semi(work: Work) -> list[results.Result]:
         return out
     for share in s.shares:
         tries = [
-            splits.drawn(work.train.labels, work.train.kept, share, work.cfg.run.seed + i)
+            splits.drawn(work.train.labels, work.train.kept, share, s.seed + i)
             for i in range(s.tries)
         ]
         what = f"{kind}-{100 * share:g}pct"
@@ -101,7 +101,7 @@ def probe(work: Work) -> list[results.Result]:
     val, classes = work.val_features(), len(work.val.classes)
     indices, held = work.train.kept, None
     if s.held:
-        indices, some = splits.held_out(work.train.labels, indices, s.held, work.cfg.run.seed)
+        indices, some = splits.held_out(work.train.labels, indices, s.held, s.seed)
         held = work.train_features(some)
     train = whole if held is None else work.train_features(indices)
     _refuse_few(val, Sets(work.train, indices, work.val))
@@ -110,7 +110,7 @@ def probe(work: Work) -> list[results.Result]:
     for kind in s.kinds:
         begin = time.perf_counter()
         values, predicted, own = kinds[kind](work, train, held, val, classes)
-        protocol = work.protocol(kind, own | {"held": s.held}, work.train.kept)
+        protocol = work.protocol(kind, own | {"held": s.held, "held_seed": s.seed}, work.train.kept)
         reported = f"{kind}_top1_{'selected' if held is not None else 'best_on_val'}"
         out.append(_save(work, kind, values, protocol, begin, {reported: predicted}, val))
     return out
@@ -132,7 +132,7 @@ def _logistic(
 
 
 def _sgd(work: Work, train: Features, held: Features | None, val: Features, classes: int) -> Probed:
-    s, seed = work.settings.probe, work.cfg.run.seed
+    s, seed = work.settings.probe, work.settings.probe.seed
     mean, deviation = logistic.moments(train.x)
     even = lambda f: f._replace(x=logistic.standardised(f.x, mean, deviation))
     train, val, held = even(train), even(val), None if held is None else even(held)
@@ -154,7 +154,7 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
     p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize)
     if p.trunk_lr is not None:
         raise UserError(f"{what}.preset: {block.preset} trains the backbone too; take a linear one")
-    rates, seed = heads.grid(p, block.lrs, block.weight_decays), work.cfg.run.seed
+    rates, seed = heads.grid(p, block.lrs, block.weight_decays), block.seed
     indices, some = sets.indices, None
     if len(rates) > 1 and block.held:
         indices, some = splits.held_out(sets.train.labels, indices, block.held, seed)
@@ -174,7 +174,7 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
     )
     state = Kept(work, what, protocol, training, f"{len(rates)} classifiers", p.epochs)
     source = steps.crops(
-        _loader(work, sets.train, p), indices, work.frozen(p.blocks), p.batch, seed
+        _loader(work, sets.train, p, seed), indices, work.frozen(p.blocks), p.batch, seed
     )
     with state:
         training.run(source, val, held, state.watch)
@@ -199,7 +199,7 @@ def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
     p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize, preset)
     if block.lrs or block.weight_decays:
         raise UserError("semi.lrs: a grid is for linear evaluations; set semi.lr with finetune")
-    seed, view, size = work.cfg.run.seed, passes.of_protocol(p), work.network.about["features"]
+    seed, view, size = block.seed, passes.of_protocol(p), work.network.about["features"]
     own = {"protocol": p.model_dump(mode="json"), "preset": preset, "seed": seed}
     protocol = _protocol(work, sets, "fp32", "finetune", own)
     classes = len(sets.train.classes)
@@ -211,7 +211,7 @@ def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
         return found["logits"].x, found["logits"].label
 
     images = work.cfg.data.model_copy(update={"eval_batch": p.batch})
-    source = steps.images(_loader(work, sets.train, p, images), sets.indices, p.batch, seed)
+    source = steps.images(_loader(work, sets.train, p, seed, images), sets.indices, p.batch, seed)
     state = Kept(work, what, protocol, tuning, "fine-tuning", p.epochs)
     with state:
         tuning.run(source, logits, state.watch)
@@ -250,7 +250,11 @@ def _measured(work: Work, listing: data.Listing, indices: np.ndarray, p: Protoco
 
 
 def _loader(
-    work: Work, train: data.Listing, p: Protocol, images: config.Data | None = None
+    work: Work,
+    train: data.Listing,
+    p: Protocol,
+    seed: int,
+    images: config.Data | None = None,
 ) -> data.TrainLoader:
     images = images or work.cfg.data
     fits = max(1, len(train.kept) // dist.world())
@@ -258,7 +262,7 @@ def _loader(
         train,
         [protocols.crop(p)],
         min(fits, steps.chunk(p.batch, images.eval_batch)),
-        work.cfg.run.seed,
+        seed,
         p.epochs,
         1,
         images.threads,

@@ -39,6 +39,9 @@ class Trained(Block):
     weight_decays: tuple[float, ...] = ()
     # Share of the training images on which one of several is chosen; 0: none, no choice.
     held: float = Field(0.01, ge=0, lt=1)
+    # Of weights, order, crops and images held out.  Not run.seed: runs that differ in their seed
+    # are compared by the same evaluation.
+    seed: int = Field(0, ge=0, lt=2**32)
     protocol: dict[str, Any] = Field({})
 
     @model_validator(mode="before")
@@ -69,6 +72,7 @@ class Transfer(Trained):
 
 class Probe(Block):
     held: float = Field(0.01, ge=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**32)
     strengths: tuple[float, ...] = STRENGTHS  # of ridge regression
     cs: tuple[float, ...] = CS
     iterations: int = Field(200, ge=1)  # of L-BFGS, for each C
