@@ -1,5 +1,6 @@
 """`fastdisco eval` from end to end: what it prints, writes, refuses and resumes."""
 
+import argparse
 import json
 import shutil
 import signal
@@ -9,12 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, ranks
 from PIL import Image
+from test_formats import save, small_swav
 
 from fastdisco import cli, config, data, models
-from fastdisco.commands import kept
+from fastdisco.commands import kept, networks
 from fastdisco.common import dist
+from fastdisco.common.errors import UserError
 from fastdisco.data import loader as loading
-from fastdisco.evals import knn, results
+from fastdisco.evals import knn, passes, results
 from fastdisco.evals.linear import Heads, Rate
 from fastdisco.evals.protocols import Protocol
 
@@ -352,7 +355,10 @@ def test_the_table_and_the_comparison(textures, run, capsys, tmp_path):
     folders = [tmp_path / f"{r.name}-results" for r in (run, other)]
     assert cli.main(["eval", "table", *map(str, folders), "--format=markdown"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("| network | knn_top1_k1_t0.07 |") and "| run2-results |" in out
+    assert out.startswith("| value | run0-results | run2-results |")
+    assert "\n| knn_top1_k1_t0.07 | " in out
+    assert cli.main(["eval", "table", *map(str, folders), "--rows=networks", "--format=csv"]) == 0
+    assert capsys.readouterr().out.startswith("network,knn_top1_k1_t0.07,")
     assert cli.main(["eval", "table", str(folders[0]), "--versus", str(folders[1])]) == 0
     out = capsys.readouterr().out
     a, b = (results.read_all(f)[0] for f in folders)
@@ -388,6 +394,45 @@ def test_timm_and_a_file_of_weights(textures, capsys, tmp_path):
     assert "give its weights as --weights FILE, or --untrained" in said
     said = evaluate(capsys, "knn", "timm:resnet18", "--untrained", code=2)[1]
     assert "data.val: give the images" in said
+
+
+def test_a_teachers_file(textures, capsys, tmp_path):
+    file = save(tmp_path, small_swav()[0])
+    sets = [f"data.{k}={textures}/{k}" for k in ("train", "val")]
+    small = ["data.eval_size=32", "data.eval_resize=32", "data.threads=1", f"run.out={tmp_path}"]
+    values, _ = evaluate(capsys, "all", file, *sets, *small, "--only=knn,health")
+    assert 0 < values["eval/knn_top1"] < 1 and values["eval/rankme"] > 1
+    (_, result) = results.read_all(tmp_path / "eval" / file.name)
+    assert "SwAV" in result.protocol["network"]["source"]
+    assert result.protocol["network"]["arch"] == "resnet18"
+
+
+def test_class_tokens_of_the_last_blocks(textures, capsys, tmp_path):
+    args = argparse.Namespace(
+        network="timm:vit_tiny_patch16_224", weights=None, untrained=True, out=tmp_path
+    )
+    sizes = ["data.eval_size=32", "data.eval_resize=32"]
+    network = networks.read(args, [f"data.val={textures}/val", *sizes])
+    body, x, tokens = network.net.backbone, torch.randn(2, 3, 32, 32), []
+    hooks = [b.register_forward_hook(lambda m, i, o: tokens.append(o)) for b in body.blocks[-4:]]
+    with torch.no_grad():
+        body(x)
+        for h in hooks:
+            h.remove()
+        want = torch.cat([body.norm(t)[:, 0] for t in tokens], 1)
+        torch.testing.assert_close(network.encoder(4)(x), want)
+        assert want.shape[1] == 4 * network.about["features"]
+    args.network = "timm:resnet18"
+    with pytest.raises(UserError, match="resnet18 has no class tokens of 4 blocks"):
+        networks.read(args, [f"data.val={textures}/val", *sizes]).encoder(4)
+
+
+def test_fewer_images_than_ranks_are_refused(run, monkeypatch):
+    _, cfg = models.from_run(run)
+    val, view = data.listing(cfg.data.val), passes.of_config(cfg)
+    monkeypatch.setattr(dist, "world", lambda: 31)
+    with pytest.raises(UserError, match="30 images are fewer than 31 ranks"):
+        passes.features(lambda x: {}, val, val.kept, view, cfg.data, torch.device("cpu"))
 
 
 def test_refusals(run, textures, capsys, tmp_path):

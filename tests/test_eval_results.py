@@ -194,6 +194,13 @@ def test_the_table_in_three_forms():
     assert results.as_csv(t).splitlines()[1] == f'a,"{cell}",1.5'
 
 
+def test_a_table_is_turned():
+    t = results.table({"a": [result()], "b": [result("b", acc=0.6)]})
+    u = results.turned(t)
+    assert u.columns == ["value", "a", "b"] and [r[0] for r in u.rows] == t.columns[1:]
+    assert [r[1] for r in u.rows] == t.rows[0][1:] and [r[2] for r in u.rows] == t.rows[1][1:]
+
+
 def test_a_table_refuses_two_protocols_in_one_column():
     with pytest.raises(UserError, match=r"knn_top1_k20: .* differ in knn.k \(20 of a, 10 of b\)"):
         results.table({"a": [result()], "b": [result("b", k=10)]})

@@ -52,6 +52,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--versus", type=Path, metavar="RUN", help="paired differences to this one")
     p.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
+    p.add_argument(
+        "--rows", choices=("networks", "values"), default="values", help="what stands in rows"
+    )
     p.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these values")
 
 
@@ -194,6 +197,8 @@ def table(args: argparse.Namespace) -> None:
             print("\n".join(f"  {line}" for line in measures.pairs(pairs)))
         return
     shown = results.table({_name(run, args.runs): _results(run) for run in args.runs}, args.only)
+    if args.rows == "values":
+        shown = results.turned(shown)
     write = {"text": results.text, "csv": results.as_csv, "markdown": results.markdown}
     print(write[args.format](shown))
 

@@ -62,6 +62,9 @@ class Heads:
         self.weight = weight.to(device).repeat(len(self.rates), 1, 1)  # [G,C,F]
         self.bias = torch.zeros(len(self.rates), classes, device=device)  # [G,C]
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        # [G] each, and of which epoch: made once an epoch, for the step must not wait for the device.
+        self._decay = self._column([r.weight_decay for r in self.rates])
+        self._lr, self._lr_epoch = self._decay, -1
 
     @torch.no_grad()
     def step(self, step: Step, epoch: int) -> Tensor:
@@ -76,8 +79,11 @@ class Heads:
         slope.scatter_add_(2, at, slope.new_full((1, 1, 1), -1.0).expand_as(at))
         slope /= step.images
         grad = (slope.flatten(1).T @ step.x).view_as(self.weight), slope.sum(0)
+        if epoch != self._lr_epoch:
+            lrs = [protocols.rate(self.protocol, epoch, r.lr) for r in self.rates]
+            self._lr, self._lr_epoch = self._column(lrs), epoch
         for value, g, velocity in zip((self.weight, self.bias), grad, self.velocity):
-            self._move(value, dist.all_sum(g), velocity, epoch)
+            self._move(value, dist.all_sum(g), velocity)
         return dist.all_sum(loss)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -85,13 +91,13 @@ class Heads:
         out = x @ self.weight.flatten(0, 1).T
         return out.view(len(x), *self.bias.shape).add_(self.bias)
 
-    def _move(self, value: Tensor, grad: Tensor, velocity: Tensor, epoch: int) -> None:
-        ones = (1,) * (value.ndim - 1)
-        column = lambda numbers: value.new_tensor(numbers).view(-1, *ones)
-        decay = column([r.weight_decay for r in self.rates])
-        lr = column([protocols.rate(self.protocol, epoch, r.lr) for r in self.rates])
-        velocity.mul_(self.protocol.momentum).add_(grad).addcmul_(decay, value)
-        value.addcmul_(lr, velocity, value=-1)
+    def _move(self, value: Tensor, grad: Tensor, velocity: Tensor) -> None:
+        shape = (-1, *(1,) * (value.ndim - 1))
+        velocity.mul_(self.protocol.momentum).add_(grad).addcmul_(self._decay.view(shape), value)
+        value.addcmul_(self._lr.view(shape), velocity, value=-1)
+
+    def _column(self, numbers: list[float]) -> Tensor:
+        return self.weight.new_tensor(numbers)
 
     def finite(self) -> Tensor:
         """[G] bool: heads whose weights are numbers."""

@@ -189,6 +189,12 @@ def versus(first: Sequence[Result], second: Sequence[Result]) -> dict[str, inter
     return dict(sorted(out.items()))
 
 
+def turned(t: Table) -> Table:
+    """Values in rows, networks in columns."""
+    columns, *rows = zip(t.columns, *t.rows)
+    return Table(["value", *columns[1:]], [list(r) for r in rows], t.notes)
+
+
 def text(t: Table) -> str:
     """Columns aligned, the numbers to the right."""
     wide = [max(len(r[i]) for r in (t.columns, *t.rows)) for i in range(len(t.columns))]

@@ -34,7 +34,8 @@ def published(path: Path, listing: Listing) -> np.ndarray:
     if strange := [n for n in names if n not in at]:
         raise UserError(
             f"{path}: names {len(strange)} images that {listing.source} does not have: "
-            f"{shorten(strange)}; the list is of bare file names without a header"
+            f"{shorten(strange)}; the list is of bare file names without a header, and packed tars do "
+            "not keep names: give class folders"
         )
     if doubtful := [n for n in names if n in twice]:
         raise UserError(
