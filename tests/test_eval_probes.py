@@ -9,6 +9,7 @@ from made import join, made, part
 from sklearn.linear_model import LogisticRegression, Ridge
 from test_knn import vote
 
+from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.evals import features, health, logistic, neighbours, retrieve, ridge
 
@@ -199,6 +200,10 @@ def on_a_rank():
     # One rank alone has the broken row; all must refuse.
     broken = sets()[2]
     broken.x[2, 0] = torch.nan
+    # Sorted by class, so that each rank sees other ones.
+    whole = sets()[2]
+    rows = whole.label.argsort().tensor_split(dist.world())[dist.rank()]
+    features.refuse_few(whole.take(rows), CLASSES, "val", 101)
     return found_on_a_rank(), refusal(part(broken, mix=False))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdisco import config, data
 from fastdisco.commands.kept import Kept
-from fastdisco.commands.measure import Work, named, versions
+from fastdisco.commands.measure import Work, named
 from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
@@ -139,7 +139,7 @@ def _sgd(work: Work, train: Features, held: Features | None, val: Features, clas
     p = Protocol(epochs=s.epochs, batch=s.batch, lr=s.lrs[0], schedule="cosine")
     rates = heads.grid(p, s.lrs)
     training = Training(heads.Heads(rates, val.x.shape[1], classes, p, seed, work.device))
-    with work.bar("sgd on features", s.epochs) as tick:
+    with work.bar("sgd on features", s.epochs, shared=False) as tick:
         watch = lambda t: tick(1) if t.step == 0 else None
         training.run(steps.cached(train, s.batch, seed), val, held, watch)
     values, at = heads.report(training, "sgd")
@@ -227,13 +227,12 @@ def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
 def _protocol(
     work: Work, sets: Sets, precision: str, what: str, own: dict[str, Any]
 ) -> dict[str, Any]:
-    decode = data.place(work.cfg.data, work.device).decode
     return {
         "network": work.network.about,
         "data": named(sets.val, sets.val.kept, "val") | named(sets.train, sets.indices, "train"),
         "precision": precision,
         what: own,
-        "versions": versions(work.device) | {"decode": decode},
+        "versions": work.versions,
     }
 
 
@@ -305,7 +304,7 @@ def _refuse_few(val: Features, sets: Sets) -> None:
             f"{sets.train.source}: {len(sets.indices)} training images are fewer than {classes} "
             "classes; give more"
         )
-    feats.refuse_few(val, 1, str(sets.val.source))
+    feats.refuse_few(val, classes, str(sets.val.source), learned=False)
 
 
 def _archive(work: Work, path: Path) -> tuple[Path, Path]:

@@ -34,7 +34,7 @@ class Kept:
         """Continues where a training by the same protocol was stopped."""
         self.work, self.training, self.saved = work, training, time.monotonic()
         self.path = work.network.folder / f"{what}-{short_hash(plain(protocol))}.pt"
-        self._bar = work.bar(f"{what}: {text}, {epochs} epochs", epochs)
+        self._bar = work.bar(f"{what}: {text}, {epochs} epochs", epochs, shared=False)
         if self.path.exists():
             training.load_state_dict(self._load())
             say(f"{what}: continues after epoch {training.epoch}, step {training.step}")

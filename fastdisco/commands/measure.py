@@ -138,8 +138,20 @@ class Work:
             "view": self.view._asdict(),
             "precision": self.cfg.engine.precision,
             what: own,
-            "versions": versions(self.device),
+            "versions": self.versions,
         }
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """What computed a number."""
+        decode = data.place(self.cfg.data, self.device).decode
+        found = {"device": self.device.type, "decode": decode}
+        for name in ("torch", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "fastdisco"):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return found
 
     def save(
         self,
@@ -158,15 +170,15 @@ class Work:
         return result
 
     @contextmanager
-    def bar(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, text: str, total: int, shared: bool = True) -> Iterator[Callable[[int], None]]:
         """Yields what is told of every piece done on this rank; a stop asked for is heard there,
-        where no other rank waits."""
+        where no other rank waits.  shared: each rank does its part of the total."""
         shown = dist.rank() == 0 and console.is_terminal
         with Progress(console=console, transient=True, disable=not shown) as progress:
             task = progress.add_task(text, total=total)
 
             def tick(n: int) -> None:
-                progress.advance(task, n * dist.world())
+                progress.advance(task, n * (dist.world() if shared else 1))
                 if dist.world() == 1 and self.stop and self.stop.asked:
                     raise Stopped
 
@@ -211,7 +223,8 @@ def retrieval(work: Work) -> results.Result:
     """Validation images among each other."""
     begin = time.perf_counter()
     val, ks = work.val_features(), work.settings.retrieve.k
-    feats.refuse_few(val, len(work.val.classes), str(work.val.source), max(ks) + 1)
+    classes, source = len(work.val.classes), str(work.val.source)
+    feats.refuse_few(val, classes, source, max(ks) + 1, learned=False)
     values = retrieve.run(val, ks)
     return work.save(
         "retrieve", values, work.protocol("retrieve", {"k": ks}), time.perf_counter() - begin
@@ -233,7 +246,7 @@ def embedded(work: Work) -> results.Result:
         "view": work.view._asdict(),
         "precision": work.cfg.engine.precision,
         "embed": {"format": s.format},
-        "versions": versions(work.device),
+        "versions": work.versions,
     }
     return work.save("embed", values, protocol, time.perf_counter() - begin)
 
@@ -308,7 +321,7 @@ def _features_of(work: Work, path: Path) -> dict[str, Features]:
 def _refuse_few(work: Work, train: Features, val: Features, least: int = 1) -> None:
     classes = len(work.val.classes)
     feats.refuse_few(train, classes, str(work.train.source), least)
-    feats.refuse_few(val, 1, str(work.val.source))
+    feats.refuse_few(val, classes, str(work.val.source), learned=False)
 
 
 def named(listing: data.Listing, indices: np.ndarray, part: str) -> dict[str, Any]:
@@ -324,17 +337,6 @@ def named(listing: data.Listing, indices: np.ndarray, part: str) -> dict[str, An
     }
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What computed a number."""
-    found = {"device": device.type}
-    for name in ("torch", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "fastdisco"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def plain(tree: Any) -> Any:
     """As JSON gives it back, so that a hash now is a hash then."""
     return json.loads(json.dumps(tree, default=str))
@@ -346,7 +348,7 @@ def summary(result: results.Result) -> str:
     for name, value in result.values.items():
         ends = result.intervals.get(name)
         around = f" [{ends[0]:.2%}, {ends[1]:.2%}]" if ends else ""
-        shown = f"{value:.2%}" if ends else f"{value:.4g}"
+        shown = f"{value:.2%}" if results.is_share(name) else f"{value:.4g}"
         parts.append(f"{name} {shown}{around}")
     return f"{result.what} ({result.seconds:.1f} s, {result.hash}): " + ", ".join(parts)
 

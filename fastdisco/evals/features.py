@@ -94,9 +94,11 @@ def refuse_useless(own: Features, what: str) -> None:
         )
 
 
-def refuse_few(own: Features, classes: int, what: str, least: int = 1) -> None:
-    """Raises UserError, on every rank alike, where fewer images than classes or than `least` are
-    there, or all are of one class."""
+def refuse_few(
+    own: Features, classes: int, what: str, least: int = 1, learned: bool = True
+) -> None:
+    """Raises UserError, on every rank alike, where all images are of one class or fewer than `least`
+    are there.  learned: something learns from them, so there must be as many as classes."""
     n = count(own.x)
     seen = dist.all_sum(torch.bincount(own.label, minlength=classes))
     if int((seen > 0).sum()) < 2:
@@ -104,6 +106,6 @@ def refuse_few(own: Features, classes: int, what: str, least: int = 1) -> None:
             f"{what}: all {n} images are of one class, so any answer would be right; give a data "
             "set with classes"
         )
-    if n < classes or n < least:
-        need = f"{classes} classes" if n < classes else f"{least} neighbours"
+    if n < least or (learned and n < classes):
+        need = f"{least} neighbours" if n < least else f"{classes} classes"
         raise UserError(f"{what}: {n} images are fewer than {need}; give more images")

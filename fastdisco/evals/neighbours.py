@@ -55,10 +55,9 @@ def predict(
         raise UserError(
             f"knn: {max(ks)} neighbours of {total} bank images; give a smaller k or a larger bank"
         )
-    rows = F.normalize(bank.x, dim=1)
     parts: dict[str, list[Tensor]] = {name(k, t): [] for k in ks for t in temps}
     for x in F.normalize(gathered(queries).x, dim=1).split(QUERIES):
-        sim, _, label = _of_all_ranks(*nearest(rows, bank.index, x, max(ks)), bank, max(ks))
+        sim, _, label = _of_all_ranks(*nearest(bank.x, bank.index, x, max(ks)), bank, max(ks))
         for key, classes_of in _votes(sim, label, classes, ks, temps).items():
             parts[key].append(classes_of)
     return {key: torch.cat(p) for key, p in parts.items()}
@@ -73,14 +72,15 @@ def nearest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines, image indices and bank rows [Q,k'] of the k' = min(k, N) nearest, nearest first.
 
-    bank, queries  unit rows [N,F], [Q,F]
-    index          [N], which decides between equal cosines
-    rows           of the bank at a time"""
+    bank     [N,F], normalised here piece by piece: a copy of it would double the memory
+    queries  unit rows [Q,F]
+    index    [N], which decides between equal cosines
+    rows     of the bank at a time"""
     k = min(k, len(bank))
     none = queries.new_zeros(len(queries), 0)
     best, ids, at = none, none.long(), none.long()
     for start in range(0, len(bank), rows):
-        sim = queries @ bank[start : start + rows].T
+        sim = queries @ F.normalize(bank[start : start + rows], dim=1).T
         sim, here = sim.topk(min(k + SPARE, sim.shape[1]), dim=1)
         here = here + start
         best, ids, at = _first(

@@ -123,6 +123,11 @@ def newest(folder: Path) -> tuple[list[Result], int]:
     return same, len(found) - len(same)
 
 
+def is_share(key: str) -> bool:
+    """Whether a value is an accuracy, 0..1, which is shown in percent."""
+    return key == "map" or any(part in key for part in ("_top1", "_top5", "recall_at_"))
+
+
 class Table(NamedTuple):
     columns: list[str]  # the first is that of the networks
     rows: list[list[str]]
@@ -157,7 +162,7 @@ def table(runs: dict[str, Sequence[Result]], only: Sequence[str] = ()) -> Table:
             json.dumps(r.protocol.get("versions"), sort_keys=True) for _, r in column.values()
         }
     rows = [[name, *(column.get(name, ("",))[0] for column in cells.values())] for name in runs]
-    notes = ["in brackets: 95 % interval over the validation images"]
+    notes = ["accuracies in percent; in brackets: 95 % interval over the validation images"]
     if len(versions) > 1:
         notes.append(f"computed by other versions: {' and '.join(sorted(versions))}")
     return Table(["network", *cells], rows, notes)
@@ -220,7 +225,7 @@ def as_csv(t: Table) -> str:
 def _cell(key: str, result: Result) -> str:
     value = result.values[key]
     if key not in result.intervals:
-        return f"{value:.4g}"
+        return f"{100 * value:.2f}" if is_share(key) else f"{value:.4g}"
     low, high = result.intervals[key]
     return f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
