@@ -1,9 +1,12 @@
 """`fastdisco eval` from end to end: what it prints, writes, refuses and resumes."""
 
 import argparse
+import io
 import json
+import pickle
 import shutil
 import signal
+import tarfile
 
 import numpy as np
 import pytest
@@ -312,6 +315,37 @@ def test_transfer_to_another_set(run, textures, capsys, tmp_path):
     assert "transfer.train: give another data set" in said
 
 
+def cifar_archive(path):
+    """CIFAR-100's python archive, of three classes, 20 and 10 images."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w:gz") as tar:
+
+        def add(name, content):
+            raw = pickle.dumps(content, protocol=2)
+            info = tarfile.TarInfo(f"cifar-100-python/{name}")
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+
+        for name, n in (("train", 20), ("test", 10)):
+            pixels = rng.integers(0, 256, size=(n, 3072), dtype=np.uint8)
+            add(name, {b"data": pixels, b"fine_labels": [i % 3 for i in range(n)]})
+        add("meta", {b"fine_label_names": [b"a", b"b", b"c"]})
+    return path
+
+
+def test_transfer_to_cifars_archive(run, capsys, tmp_path):
+    archive = cifar_archive(tmp_path / "cifar-100-python.tar.gz")
+    more = ["transfer.epochs=2", "transfer.batch=8", "transfer.lr=0.1"]
+    arguments = ["transfer", run, f"--out={tmp_path}/out", f"transfer.train={archive}", *more]
+    values, said = evaluate(capsys, *arguments)
+    assert "packed into" in said
+    name = "eval/transfer-cifar_100_python/linear_top1_preset_last"
+    assert evaluate(capsys, *arguments)[0][name] == values[name]
+    (result,) = results.read_all(tmp_path / "out")
+    sizes = [result.protocol["data"][part]["images"] for part in ("train", "val")]
+    assert sizes == [20, 10]
+
+
 def test_health_beside_a_teacher(textures, run, capsys, tmp_path):
     other = a_run(textures, tmp_path, seed=1)
     values, _ = evaluate(
@@ -447,6 +481,8 @@ def test_refusals(run, textures, capsys, tmp_path):
     assert "its classes are not those of" in refused("knn", run, f"data.val={one}")
     shutil.rmtree(one / "class2")
     assert "all 10 images are of one class" in refused("retrieve", run, f"data.val={one}")
+    said = refused("all", run, f"data.val={one}", "--only=retrieve,knn")
+    assert "retrieve: left out: " in said and "are of one class" in said
     assert "200 neighbours" in refused("knn", run, "knn.k=[200]")
     assert "did you mean linear.epochs?" in refused("linear", run, "linear.epoch=3")
     assert "did you mean knn.temp?" in refused("knn", run, "knn.temps=[1]")

@@ -17,6 +17,7 @@ from fastdisco.common.errors import UserError
 if TYPE_CHECKING:
     from fastdisco.commands.measure import Work
     from fastdisco.evals.results import Result
+    from fastdisco.evals.settings import Settings
     from fastdisco.run.signals import Stop
 
 # In the order in which `all` does them.
@@ -33,7 +34,7 @@ COMMANDS = {
     "table": "results of runs side by side",
 }
 # What `all` does without being told more.
-USUAL = ("knn", "retrieve", "health", "probe", "semi", "linear")
+USUAL = ("knn", "retrieve", "health", "probe", "semi", "transfer", "linear")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +107,7 @@ def measure(args: argparse.Namespace) -> int:
     with _stoppable() as stop:
         work = measures.Work(network, wanted, device, stop)
         try:
-            found = _each(work, _chosen(args), strict=args.what != "all")
+            found = _each(work, _chosen(args, wanted), strict=args.what != "all")
         except measures.Stopped:
             say("stopped as asked; the same command continues from there")
             return 0
@@ -136,10 +137,12 @@ def _stoppable() -> Iterator["Stop"]:
             signal.signal(number, handler)
 
 
-def _chosen(args: argparse.Namespace) -> list[str]:
+def _chosen(args: argparse.Namespace, wanted: "Settings") -> list[str]:
     if args.what != "all":
         return [args.what]
-    chosen = args.only.split(",") if args.only else list(USUAL)
+    # Another data set is measured where one is given.
+    usual = [c for c in USUAL if c != "transfer" or wanted.transfer.train]
+    chosen = args.only.split(",") if args.only else usual
     if strange := [c for c in chosen if c not in USUAL]:
         raise UserError(f"--only: {strange[0]} is none of {', '.join(USUAL)}")
     # Where all training images are needed at all, the first pass over them serves everyone.
@@ -151,6 +154,7 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
     from fastdisco.commands import measure as measures
 
     out: list[Result] = []
+    lacking: UserError | None = None
     for what in chosen:
         begin = time.perf_counter()
         try:
@@ -159,10 +163,13 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
             if strict:
                 raise
             say(f"{what}: left out: {e}")
+            lacking = e
             continue
         out += found if isinstance(found, list) else [found]
         if not strict:
             say(f"{what}: {time.perf_counter() - begin:.1f} s")
+    if lacking and not out:
+        raise lacking
     for result in out:
         say(measures.summary(result))
     say(f"results in {work.network.folder}")
