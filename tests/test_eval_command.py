@@ -474,7 +474,7 @@ def test_refusals(run, textures, capsys, tmp_path):
         return evaluate(capsys, *arguments, f"--out={tmp_path}", code=2)[1]
 
     train = textures / "train"
-    assert "holds the images of" in refused("knn", run, f"data.val={train}")
+    assert "are also images of" in refused("knn", run, f"data.val={train}")
     one = tmp_path / "one"
     shutil.copytree(textures / "val", one)
     shutil.rmtree(one / "class1")

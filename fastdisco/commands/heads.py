@@ -91,7 +91,7 @@ def transfer(work: Work) -> results.Result:
     quarantine = work.cfg.data.quarantine
     train, val = data.listing(train_path, quarantine), data.listing(val_path, quarantine)
     data.same_classes(train, val)
-    passes.refuse_equal(train, val)
+    data.apart(train, val, "give transfer.val other images")
     return _trained(work, f"transfer-{_short(s.train)}", Sets(train, train.kept, val), s)
 
 

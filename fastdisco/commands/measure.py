@@ -63,7 +63,7 @@ class Work:
             )
         found = data.listing(self.cfg.data.train, self.cfg.data.quarantine)
         data.same_classes(found, self.val)
-        passes.refuse_equal(found, self.val)
+        data.apart(found, self.val)
         return found
 
     @cached_property

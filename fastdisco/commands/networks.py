@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdisco import config, models
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import expanded
 from fastdisco.config import Config
 from fastdisco.config.merge import overlay
 from fastdisco.evals import settings
@@ -54,7 +55,10 @@ def read(args: argparse.Namespace, overrides: list[str]) -> Network:
         return _from_timm(name.removeprefix(TIMM), args, overrides)
     if args.weights or args.untrained:
         raise UserError("--weights and --untrained belong to timm:NAME; leave them out")
-    path = Path(name)
+    try:
+        path = expanded(Path(name))
+    except ValueError as e:
+        raise UserError(f"{name}: {e}") from None
     return _from_run(path, args, overrides) if path.is_dir() else _from_file(path, args, overrides)
 
 

@@ -1,6 +1,6 @@
 """One pass of the frozen networks over a part of a data set, each rank its share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -71,32 +71,3 @@ def share(indices: np.ndarray, batch: int) -> np.ndarray:
     batch = max(1, min(batch, len(indices) // dist.world()))
     starts = range(dist.rank() * batch, len(indices), dist.world() * batch)
     return np.concatenate([indices[:0], *(indices[i : i + batch] for i in starts)])
-
-
-def refuse_equal(train: data.Listing, val: data.Listing) -> None:
-    """Raises UserError where val holds the training images: as many, of which some, spread evenly,
-    are the same bytes."""
-    if len(train.files) != len(val.files):
-        return
-    some = np.linspace(0, len(val.files) - 1, min(16, len(val.files))).astype(int).tolist()
-    if all(_bytes(train, i) == _bytes(val, i) for i in some):
-        raise UserError(
-            f"{val.source}: holds the images of {train.source}, so an accuracy would be that of "
-            "images seen in training; give other validation images"
-        )
-
-
-def refuse_same_images(train: Sequence[int], val: Sequence[int]) -> None:
-    """The same of two parts of one listing."""
-    if both := len(set(train) & set(val)):
-        raise UserError(f"{both} images are in training and validation; give two that are apart")
-
-
-def _bytes(listing: data.Listing, index: int) -> bytes:
-    try:
-        return listing.read(index)
-    except OSError as e:
-        raise UserError(
-            f"{listing.root / listing.files[index]}: cannot be read ({e}); restore it, or leave it "
-            "out by fastdisco data check"
-        ) from None
