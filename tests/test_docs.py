@@ -20,6 +20,8 @@ from conftest import ROOT
 import fastdisco
 from fastdisco import cli, config
 from fastdisco.commands import arguments, train
+from fastdisco.evals import settings
+from fastdisco.evals.protocols import Protocol
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # A fenced block: its fence, language and body.
@@ -337,8 +339,10 @@ def check_config(args, base):
 
 
 def load(path, overrides):
+    theirs, ours = settings.split(overrides)
     try:
-        config.load(path, overrides)
+        settings.load(ours)
+        config.load(path, theirs)
     except config.UserError as e:
         raise Refused(str(e)) from None
 
@@ -360,7 +364,8 @@ def overrides_of(span):
     line = re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)*): (\S.*)", span)
     words = [f"{line[1]}={line[2]}"] if line else split(span)
     key = re.compile(r"([a-z_]+)(?:\.[a-z_]+)*=.")
-    ours = [bool(m := key.match(w)) and m[1] in config.Config.model_fields for w in words]
+    blocks = config.Config.model_fields | settings.Settings.model_fields
+    ours = [bool(m := key.match(w)) and m[1] in blocks for w in words]
     return words if all(ours) and "..." not in span else []
 
 
@@ -386,8 +391,16 @@ def known_keys():
     """Every key of the configuration by its whole name, and every block."""
     from fastdisco.config.reading import _tree
 
-    keys = config.flatten(_tree(config.Config))
+    keys = [*config.flatten(_tree(config.Config)), *settings_keys()]
     return {".".join(k.split(".")[: n + 1]) for k in keys for n in range(len(k.split(".")))}
+
+
+def settings_keys():
+    """Those of evaluations; the linear ones take the keys of their protocol too."""
+    for name, field in settings.Settings.model_fields.items():
+        block = field.annotation
+        more = Protocol.model_fields if issubclass(block, settings.Trained) else ()
+        yield from (f"{name}.{key}" for key in (*block.model_fields, *more))
 
 
 @each_page
@@ -412,7 +425,8 @@ def test_every_configuration_key_exists(page, base):
             names = rf"^ *(?:def|class) {last}\b|^    {last}: |\.{last}\("
             file = last in ("md", "py", "txt", "json", "yaml", "pt")
             in_code = file or re.search(names, code, re.MULTILINE)
-            if first in config.Config.model_fields and not in_code:
+            blocks = config.Config.model_fields | settings.Settings.model_fields
+            if first in blocks and not in_code:
                 wrong.append(f"{span}: neither a key nor a function")
     assert wrong == []
 

@@ -1,51 +1,226 @@
-"""Evaluates a run."""
+"""Evaluates a network: a run's, a teacher's, or timm's."""
 
 import argparse
 import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastdisco.commands import arguments
+from fastdisco.common import launch
+from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 
-COMMANDS = {"knn": "kNN accuracy of a run's last checkpoint, by the run's own configuration"}
+if TYPE_CHECKING:
+    from fastdisco.commands.measure import Work
+    from fastdisco.evals.results import Result
+    from fastdisco.evals.settings import Settings
+    from fastdisco.run.signals import Stop
+
+# In the order in which `all` does them.
+COMMANDS = {
+    "knn": "accuracy by nearest neighbours, for several k and temperatures",
+    "retrieve": "recall at 1, 5, 10 and mean average precision among the validation images",
+    "health": "spread and rank of the features, and how near they are to the teacher's",
+    "probe": "ridge, logistic regression and SGD on features computed once",
+    "semi": "a linear classifier on one and on ten percent of the labels",
+    "transfer": "a linear classifier on another data set",
+    "linear": "a linear classifier by a published protocol, on random crops",
+    "embed": "write features and embeddings of a set of images",
+    "all": "everything above that the data allow, from one pass over each split",
+    "table": "results of runs side by side",
+}
+# What `all` does without being told more.
+USUAL = ("knn", "retrieve", "health", "probe", "semi", "transfer", "linear")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastdisco eval`."""
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
-    p = arguments.command(sub, "knn", COMMANDS["knn"], knn)
+    for name, what in COMMANDS.items():
+        if name != "table":
+            _add_measure(arguments.command(sub, name, what, measure), name)
+    p = arguments.command(sub, "table", COMMANDS["table"], table)
     p.add_argument(
-        "folder",
+        "runs",
+        nargs="+",
         type=Path,
         metavar="RUN",
-        help="the run's folder, or one of its checkpoints/step_XXXXXXXX",
+        help="runs, folders of results, or a result's JSON",
+    )
+    p.add_argument("--versus", type=Path, metavar="RUN", help="paired differences to this one")
+    p.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
+    p.add_argument(
+        "--rows", choices=("networks", "values"), default="values", help="what stands in rows"
+    )
+    p.add_argument("--only", nargs="+", default=(), metavar="NAME", help="these values")
+
+
+def _add_measure(p: argparse.ArgumentParser, name: str) -> None:
+    p.add_argument(
+        "network",
+        metavar="NET",
+        help="a run's folder, one of its checkpoints/step_XXXXXXXX, a teacher's file, or timm:NAME",
     )
     p.add_argument(
-        "--net", choices=("student", "ema"), default="student", help="ema: the mean student"
+        "--net",
+        choices=("student", "ema"),
+        default="student",
+        help="of a run; ema: the mean student",
     )
     p.add_argument("--student", metavar="NAME", help="the name of one, for a run that has several")
-    arguments.overrides(p, "for example eval.k=200 data.val=/data/other")
+    p.add_argument("--arch", help="the timm model of a teacher's file, where the file does not say")
+    p.add_argument("--weights", type=Path, metavar="FILE", help="of timm:NAME")
+    p.add_argument("--untrained", action="store_true", help="timm:NAME with random weights")
+    p.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the results; by default the run's eval/"
+    )
+    if name == "all":
+        usual = ",".join(USUAL)
+        p.add_argument("--only", metavar="WHAT,...", help=f"of {usual}; without it all of them")
+    arguments.launched(p)
+    arguments.overrides(p, "for example data.val=/data/other knn.k=[20,200] linear.preset=swav")
+    p.set_defaults(what=name)
 
 
-def knn(args: argparse.Namespace) -> None:
-    """`fastdisco eval knn`."""
-    import torch
+def measure(args: argparse.Namespace) -> int:
+    """One evaluation or all of them; the last line on stdout is a JSON of every value."""
+    from fastdisco.evals import settings
 
-    from fastdisco import data, models
+    launch.defaults()
+    theirs, ours = settings.split(args.overrides)
+    wanted = settings.load(ours)
+    if args.what == "embed" and wanted.embed.data and not _has_val(theirs):
+        theirs.append(f"data.val={wanted.embed.data}")
+
+    from fastdisco import engine
+    from fastdisco.commands import measure as measures
+    from fastdisco.commands import networks
     from fastdisco.common import dist
-    from fastdisco.common.precision import autocast
-    from fastdisco.evals import knn
 
-    net, cfg = models.from_run(args.folder, args.net, args.overrides, args.student)
-    if cfg.data.val is None:
-        raise UserError(
-            f"{args.folder}: was trained without a validation folder; give one as data.val=FOLDER"
-        )
-    device = dist.device()
-    encode = autocast(cfg.engine.precision, device)(net.to(device).features)
-    train = data.listing(cfg.data.train, cfg.data.quarantine)
-    val = data.listing(cfg.data.val, cfg.data.quarantine)
-    data.apart(train, val)
-    with torch.no_grad():
-        scores = knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
-    print(json.dumps({f"eval/{k}": v for k, v in scores.items()}))
+    network = networks.read(args, theirs)
+    several = launch.world() > 1
+    device = engine.start(network.cfg.engine) if several else dist.device()
+    with _stoppable() as stop:
+        work = measures.Work(network, wanted, device, stop)
+        try:
+            found = _each(work, _chosen(args, wanted), strict=args.what != "all")
+        except measures.Stopped:
+            say("stopped as asked; the same command continues from there")
+            return 0
+        finally:
+            if several:
+                engine.stop()
+    values = {f"eval/{r.named(k)}": v for r in found for k, v in r.values.items()}
+    if launch.rank() == 0:
+        print(json.dumps(values), flush=True)
+    return 0
+
+
+def _has_val(overrides: list[str]) -> bool:
+    return any(o.startswith("data.val=") for o in overrides)
+
+
+@contextmanager
+def _stoppable() -> Iterator["Stop"]:
+    """SIGTERM and Ctrl-C are heard inside, and mean what they meant before outside."""
+    from fastdisco.run.signals import Stop
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield Stop()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _chosen(args: argparse.Namespace, wanted: "Settings") -> list[str]:
+    if args.what != "all":
+        return [args.what]
+    # Another data set is measured where one is given.
+    usual = [c for c in USUAL if c != "transfer" or wanted.transfer.train]
+    chosen = args.only.split(",") if args.only else usual
+    if strange := [c for c in chosen if c not in USUAL]:
+        raise UserError(f"--only: {strange[0]} is none of {', '.join(USUAL)}")
+    # Where all training images are needed at all, the first pass over them serves everyone.
+    return sorted(chosen, key=lambda c: (c != "probe", USUAL.index(c)))
+
+
+def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
+    """strict: what the data do not allow is refused, else said."""
+    from fastdisco.commands import measure as measures
+
+    out: list[Result] = []
+    lacking: UserError | None = None
+    for what in chosen:
+        begin = time.perf_counter()
+        try:
+            found = _functions()[what](work)
+        except UserError as e:
+            if strict:
+                raise
+            say(f"{what}: left out: {e}")
+            lacking = e
+            continue
+        out += found if isinstance(found, list) else [found]
+        if not strict:
+            say(f"{what}: {time.perf_counter() - begin:.1f} s")
+    if lacking and not out:
+        raise lacking
+    for result in out:
+        say(measures.summary(result))
+    say(f"results in {work.network.folder}")
+    return out
+
+
+def _functions() -> dict[str, Callable[["Work"], Any]]:
+    from fastdisco.commands import heads
+    from fastdisco.commands import measure as measures
+
+    return {
+        "knn": measures.knn,
+        "retrieve": measures.retrieval,
+        "health": measures.healthy,
+        "embed": measures.embedded,
+        "probe": heads.probe,
+        "semi": heads.semi,
+        "transfer": heads.transfer,
+        "linear": heads.linear,
+    }
+
+
+def table(args: argparse.Namespace) -> None:
+    """Results side by side, or paired differences to one run."""
+    from fastdisco.commands import measure as measures
+    from fastdisco.evals import results
+
+    if args.versus:
+        for run in args.runs:
+            pairs = results.versus(_results(run), _results(args.versus))
+            print(f"{run} versus {args.versus}")
+            print("\n".join(f"  {line}" for line in measures.pairs(pairs)))
+        return
+    shown = results.table({_name(run, args.runs): _results(run) for run in args.runs}, args.only)
+    if args.rows == "values":
+        shown = results.turned(shown)
+    write = {"text": results.text, "csv": results.as_csv, "markdown": results.markdown}
+    print(write[args.format](shown))
+
+
+def _results(run: Path) -> list["Result"]:
+    from fastdisco.evals import results
+
+    if run.is_file():
+        return [results.read(run)]
+    found, older = results.newest(run / "eval" if (run / "eval").is_dir() else run)
+    if older:
+        say(f"{run}: {older} results of earlier weights are left out")
+    return found
+
+
+def _name(run: Path, runs: list[Path]) -> str:
+    names = [r.resolve().name for r in runs]
+    return str(run) if names.count(run.resolve().name) > 1 else run.resolve().name

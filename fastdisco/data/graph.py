@@ -91,6 +91,7 @@ def evaluate(
     std: Sequence[float],
     reader: dict[str, Any],
     placement: Placement,
+    interpolation: str = "linear",
 ) -> DataNode:
     """Pipeline of one view [size,size,3]: short side to `resize`, centre crop, as torchvision
     rounds."""
@@ -101,8 +102,15 @@ def evaluate(
     spare = new - size
     half = spare // 2
     start = half + (spare - 2 * half) * (half - half // 2 * 2)
-    x = fn.resize(image, size=fn.cast(new, dtype=types.FLOAT))
-    x = fn.slice(x, start=fn.cast(start, dtype=types.INT32), shape=[size, size], axes=[0, 1])
+    # Only the crop is resized: of a thin image the whole would be enormous.
+    to_source = fn.cast(hw, dtype=types.FLOAT) / fn.cast(new, dtype=types.FLOAT)
+    x = fn.resize(
+        image,
+        size=[size, size],
+        roi_start=fn.cast(start, dtype=types.FLOAT) * to_source,
+        roi_end=fn.cast(start + size, dtype=types.FLOAT) * to_source,
+        interp_type=INTERPOLATION[interpolation],
+    )
     return _normalise(x, mean, std, placement)
 
 

@@ -256,11 +256,13 @@ class EvalLoader:
         mean: Sequence[float] = DEFAULT.mean,
         std: Sequence[float] = DEFAULT.std,
         placement: Placement | None = None,
+        interpolation: str = "linear",
     ) -> None:
         """The view is the image with its short side resized to `resize`, then a centre crop of
         `size`.
 
-        indices  which images of the listing, in which order; None: all but the quarantine's
+        indices        which images of the listing, in which order; None: all but the quarantine's
+        interpolation  of the resize, linear or cubic, antialiased
         Raises UserError where the crop does not fit."""
         if size > resize:
             raise UserError(
@@ -268,6 +270,7 @@ class EvalLoader:
                 f"{resize} (data.eval_resize); lower it"
             )
         self.listing, self.batch, self.threads, self.device = listing, batch, threads, device
+        self._interpolation = interpolation
         self.indices = listing.kept if indices is None else np.asarray(indices, np.int64)
         self.placement = placement or default_placement(device)
         self._view = resize, size, mean, std
@@ -278,6 +281,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         def pipeline(reader: dict[str, Any], images: np.ndarray, batch: int) -> Any:
             settings = pipelines.settings(batch, self.threads, self.device, self.placement)
+            settings |= {"interpolation": self._interpolation}
             return graphs().evaluate(*self._view, reader, self.placement, **settings)
 
         return _each(

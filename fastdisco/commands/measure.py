@@ -1,0 +1,362 @@
+"""The evaluations of one network, one after the other: what they share is made once."""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from fastdisco import data
+from fastdisco.commands import networks
+from fastdisco.commands.networks import Network
+from fastdisco.common import dist
+from fastdisco.common.console import console, say
+from fastdisco.common.errors import UserError
+from fastdisco.engine import autocast
+from fastdisco.evals import embed, frozen, health, intervals, neighbours, passes, results, retrieve
+from fastdisco.evals import features as feats
+from fastdisco.evals.features import Features
+from fastdisco.evals.passes import View
+from fastdisco.evals.settings import Settings
+from fastdisco.run.signals import Stop
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C; what was finished is kept."""
+
+
+class Work:
+    """One network and its images.  Features of a split are computed when first asked for, and then
+    kept."""
+
+    def __init__(
+        self, network: Network, settings: Settings, device: torch.device, stop: Stop | None = None
+    ) -> None:
+        self.network, self.settings, self.device, self.stop = network, settings, device, stop
+        self.cfg, self.net = network.cfg, network.net.to(device)
+        self.view = passes.of_config(self.cfg)
+        self._kept: dict[tuple, dict[str, Features]] = {}
+
+    @cached_property
+    def val(self) -> data.Listing:
+        if self.cfg.data.val is None:
+            raise UserError(
+                "data.val: the run was trained without validation images; give some as "
+                "data.val=FOLDER"
+            )
+        return data.listing(self.cfg.data.val, self.cfg.data.quarantine)
+
+    @cached_property
+    def train(self) -> data.Listing:
+        if not self.network.has_train:
+            raise UserError(
+                "data.train: this evaluation needs training images; give data.train=PATH"
+            )
+        found = data.listing(self.cfg.data.train, self.cfg.data.quarantine)
+        data.same_classes(found, self.val)
+        data.apart(found, self.val)
+        return found
+
+    @cached_property
+    def bank(self) -> np.ndarray:
+        """Training images of the kNN bank, ascending: drawn as during training."""
+        kept, size = self.train.kept, self.cfg.eval.bank
+        if not size or size >= len(kept):
+            return kept
+        return np.sort(np.random.default_rng(self.cfg.run.seed).permutation(kept)[:size])
+
+    @cached_property
+    def encode(self) -> Callable[[Tensor], Tensor]:
+        return self.frozen()
+
+    def frozen(self, blocks: int = 1) -> Callable[[Tensor], Tensor]:
+        """[B,3,S,S] -> [B,F] float32; see `Network.encoder`."""
+        encode = self.network.encoder(blocks)
+        precision, graphs = self.cfg.engine.precision, self.cfg.perf.graphs
+        return frozen.encoder(encode, precision, self.device, graphs)
+
+    def val_kinds(self) -> dict[str, Features]:
+        """Features of the validation images and, from the same pass, embeddings: this rank's part."""
+        return self.pass_over(self.val, self.val.kept, self.view, self.with_embedding)
+
+    def val_features(self) -> Features:
+        return self.val_kinds()["features"]
+
+    def train_features(self, indices: np.ndarray | None = None) -> Features:
+        """Of these training images, of all by default; a part of what is there already costs no
+        pass."""
+        wanted = self.train.kept if indices is None else indices
+        one = lambda x: {"features": self.encode(x)}
+        whole = self._kept.get(self._key(self.train, self.train.kept, self.view))
+        if whole is not None:
+            here = torch.isin(whole["features"].index.cpu(), torch.from_numpy(wanted))
+            return whole["features"].take(here.to(self.device))
+        return self.pass_over(self.train, wanted, self.view, one)["features"]
+
+    def pass_over(
+        self,
+        listing: data.Listing,
+        indices: np.ndarray,
+        view: View,
+        encode: Callable[[Tensor], dict[str, Tensor]],
+        what: str = "",
+    ) -> dict[str, Features]:
+        """One pass; checked to be of use, and kept for who asks for the same.  what: sets kinds of
+        features apart."""
+        key = self._key(listing, indices, view, what)
+        if key in self._kept:
+            return self._kept[key]
+        with self.bar(f"features of {listing.source}", len(indices)) as tick:
+            found = passes.features(
+                encode, listing, indices, view, self.cfg.data, self.device, tick
+            )
+        for name, f in found.items():
+            feats.refuse_useless(f, f"{listing.source}, {name}")
+        self._kept[key] = found
+        return found
+
+    def protocol(
+        self, what: str, own: dict[str, Any], train: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Everything that can change a number of this evaluation.  train: the training images that
+        it uses."""
+        images = named(self.val, self.val.kept, "val")
+        if train is not None:
+            images |= named(self.train, train, "train")
+        return {
+            "network": self.network.about,
+            "data": images,
+            "view": self.view._asdict(),
+            "precision": self.cfg.engine.precision,
+            what: own,
+            "versions": self.versions,
+        }
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """What computed a number."""
+        decode = data.place(self.cfg.data, self.device).decode
+        found = {"device": self.device.type, "decode": decode}
+        for name in ("torch", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "fastdisco"):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def save(
+        self,
+        what: str,
+        values: dict[str, float],
+        protocol: dict[str, Any],
+        seconds: float,
+        predictions: dict[str, np.ndarray] | None = None,
+        labels: np.ndarray | None = None,
+    ) -> results.Result:
+        """The result, written by rank 0."""
+        result = results.make(what, values, plain(protocol), seconds, predictions, labels)
+        if dist.rank() == 0:
+            results.write(self.network.folder, result)
+        dist.barrier()
+        return result
+
+    @contextmanager
+    def bar(self, text: str, total: int, shared: bool = True) -> Iterator[Callable[[int], None]]:
+        """Yields what is told of every piece done on this rank; a stop asked for is heard there,
+        where no other rank waits.  shared: each rank does its part of the total."""
+        shown = dist.rank() == 0 and console.is_terminal
+        with Progress(console=console, transient=True, disable=not shown) as progress:
+            task = progress.add_task(text, total=total)
+
+            def tick(n: int) -> None:
+                progress.advance(task, n * (dist.world() if shared else 1))
+                if dist.world() == 1 and self.stop and self.stop.asked:
+                    raise Stopped
+
+            yield tick
+
+    def with_embedding(self, x: Tensor) -> dict[str, Tensor]:
+        f = self.encode(x)
+        if not self.network.embeds:
+            return {"features": f}
+        return {"features": f, "embedding": self.net.head(f)}
+
+    @staticmethod
+    def _key(listing: data.Listing, indices: np.ndarray, view: View, what: str = "") -> tuple:
+        return str(listing.source), indices.tobytes(), view, what
+
+
+def knn(work: Work) -> results.Result:
+    """Nearest neighbours among the training images."""
+    begin = time.perf_counter()
+    s, classes = work.settings.knn, len(work.val.classes)
+    most = len(work.bank)
+    own = min(work.cfg.eval.k, most)
+    ks = s.k or tuple(sorted({k for k in (*neighbours.KS, own) if k <= most}))
+    temps = s.temp or (work.cfg.eval.temp,)
+    bank, val = work.train_features(work.bank), work.val_features()
+    _refuse_few(work, bank, val, max(ks))
+    found = neighbours.predict(bank, val, classes, ks, temps)
+    label = feats.gathered(val).label
+    # Under the name and with the settings that training logs.
+    usual = neighbours.name(own, work.cfg.eval.temp)
+    if usual in found:
+        found["knn_top1"] = found[usual]
+    values = {k: (p == label).double().mean().item() for k, p in found.items()}
+    protocol = work.protocol("knn", {"k": ks, "temp": temps, "usual": usual}, work.bank)
+    predictions = {k: p.cpu().numpy() for k, p in found.items()}
+    return work.save(
+        "knn", values, protocol, time.perf_counter() - begin, predictions, label.cpu().numpy()
+    )
+
+
+def retrieval(work: Work) -> results.Result:
+    """Validation images among each other."""
+    begin = time.perf_counter()
+    val, ks = work.val_features(), work.settings.retrieve.k
+    classes, source = len(work.val.classes), str(work.val.source)
+    feats.refuse_few(val, classes, source, max(ks) + 1, learned=False)
+    values = retrieve.run(val, ks)
+    return work.save(
+        "retrieve", values, work.protocol("retrieve", {"k": ks}), time.perf_counter() - begin
+    )
+
+
+def embedded(work: Work) -> results.Result:
+    """Features and embeddings written for other tools."""
+    begin = time.perf_counter()
+    s, folder = work.settings.embed, work.network.folder
+    listing = embed.images(s.data, work.cfg.data.quarantine) if s.data else work.val
+    kinds = work.pass_over(listing, listing.kept, work.view, work.with_embedding)
+    out = s.out or folder / "embed"
+    values = embed.run(kinds, listing, out, s.format)
+    say(f"{out}: {', '.join(kinds)} of {len(listing.kept)} images")
+    protocol = {
+        "network": work.network.about,
+        "data": named(listing, listing.kept, "images"),
+        "view": work.view._asdict(),
+        "precision": work.cfg.engine.precision,
+        "embed": {"format": s.format},
+        "versions": work.versions,
+    }
+    return work.save("embed", values, protocol, time.perf_counter() - begin)
+
+
+def healthy(work: Work) -> results.Result:
+    """Spread, rank and, where there is a teacher, how near the network is to it."""
+    begin = time.perf_counter()
+    kinds = {name: feats.gathered(f) for name, f in work.val_kinds().items()}
+    student = kinds["features"]
+    labelled = len(work.val.classes) > 1
+    teacher_file = _teacher(work)
+    teacher: dict[str, Features] = {}
+    if teacher_file is not None:
+        teacher = _features_of(work, teacher_file)
+    z, zt = kinds.get("embedding"), teacher.get("embedding")
+    same = z is not None and zt is not None and z.x.shape == zt.x.shape
+    values = health.run(
+        student,
+        teacher.get("features"),
+        z.x if same and z is not None else None,
+        zt.x if same and zt is not None else None,
+        labelled,
+    )
+    own: dict[str, Any] = {
+        "teacher": str(teacher_file) if teacher_file else None,
+        "k": work.settings.health.k,
+    }
+    if teacher and labelled:
+        values |= _gap(work, student, teacher["features"])
+    return work.save("health", values, work.protocol("health", own), time.perf_counter() - begin)
+
+
+def _gap(work: Work, student: Features, teacher: Features) -> dict[str, float]:
+    """To the teacher, by nearest neighbours among the other validation images; the classes that are
+    furthest behind are said."""
+    k, classes = work.settings.health.k, len(work.val.classes)
+    vote = lambda f: health.among_others(f, classes, min(k, len(f.x) - 1), work.cfg.eval.temp)
+    alone = None
+    if work.settings.health.alone is not None:
+        alone = vote(_features_of(work, work.settings.health.alone)["features"])
+    found, worst = health.gap(vote(student), vote(teacher), student.label, work.val.classes, alone)
+    behind = ", ".join(f"{name} {share:.1%}" for name, share in worst.items() if share > 0)
+    if behind:
+        say(f"furthest behind the teacher (kNN among the validation images): {behind}")
+    return found
+
+
+def _teacher(work: Work) -> Path | None:
+    if work.settings.health.teacher is not None:
+        return work.settings.health.teacher
+    file = work.cfg.teacher.file if work.cfg.teacher else None
+    if file is not None and not file.exists():
+        say(f"{file}: the teacher of this run is not here; health says nothing of it")
+        return None
+    return file
+
+
+def _features_of(work: Work, path: Path) -> dict[str, Features]:
+    """Features and embeddings of another network for the same validation images, of all ranks."""
+    net = networks.of_run(path).to(work.device)
+    precision = autocast(work.cfg.engine.precision, work.device)
+
+    def encode(x: Tensor) -> dict[str, Tensor]:
+        with precision:
+            f = net.features(x)
+        return {"features": f, "embedding": net.head(f.float())}
+
+    found = work.pass_over(work.val, work.val.kept, work.view, encode, str(path))
+    return {name: feats.gathered(f) for name, f in found.items()}
+
+
+def _refuse_few(work: Work, train: Features, val: Features, least: int = 1) -> None:
+    classes = len(work.val.classes)
+    feats.refuse_few(train, classes, str(work.train.source), least)
+    feats.refuse_few(val, classes, str(work.val.source), learned=False)
+
+
+def named(listing: data.Listing, indices: np.ndarray, part: str) -> dict[str, Any]:
+    """What says which images these are."""
+    chosen = hashlib.sha256(np.ascontiguousarray(indices).tobytes()).hexdigest()
+    return {
+        part: {
+            "fingerprint": listing.fingerprint,
+            "classes": len(listing.classes),
+            "images": len(indices),
+            "indices": chosen[:16],
+        }
+    }
+
+
+def plain(tree: Any) -> Any:
+    """As JSON gives it back, so that a hash now is a hash then."""
+    return json.loads(json.dumps(tree, default=str))
+
+
+def summary(result: results.Result) -> str:
+    """A line of values with their intervals, for people."""
+    parts = []
+    for name, value in result.values.items():
+        ends = result.intervals.get(name)
+        around = f" [{ends[0]:.2%}, {ends[1]:.2%}]" if ends else ""
+        shown = f"{value:.2%}" if results.is_share(name) else f"{value:.4g}"
+        parts.append(f"{name} {shown}{around}")
+    return f"{result.what} ({result.seconds:.1f} s, {result.hash}): " + ", ".join(parts)
+
+
+def pairs(found: dict[str, intervals.Paired]) -> list[str]:
+    """Lines of a comparison of two runs."""
+    return [
+        f"{name}: {p.difference:+.2%} [{p.interval.low:+.2%}, {p.interval.high:+.2%}], "
+        f"p {p.p:.2g} (only the first right: {p.only_first}, only the second: {p.only_second})"
+        for name, p in found.items()
+    ]

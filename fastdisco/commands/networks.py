@@ -1,0 +1,150 @@
+"""The network that an evaluation is of: a run's, a teacher's file, or timm's."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdisco import config, models
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import expanded
+from fastdisco.config import Config
+from fastdisco.config.merge import overlay
+from fastdisco.evals import settings
+from fastdisco.teacher import formats, runtime
+
+TIMM = "timm:"
+
+
+class Network(NamedTuple):
+    net: models.Net  # in eval mode
+    about: dict[str, Any]  # fingerprint, architecture, where it was read: for a result's protocol
+    cfg: Config  # of the run, or made of the defaults; overrides laid over it
+    folder: Path  # for results
+    has_train: bool  # whether the configuration names training images
+    embeds: bool  # whether its head is one
+
+    def encoder(self, blocks: int = 1) -> Callable[[Tensor], Tensor]:
+        """[B,3,S,S] -> [B,F]: the pooled output of the backbone, or of a ViT the normalised class
+        tokens of its last blocks.  Raises UserError where the backbone has no such tokens."""
+        if blocks == 1:
+            return self.net.features
+        tokens: Any = getattr(self.net.backbone, "get_intermediate_layers", None)
+        if tokens is None or not getattr(self.net.backbone, "num_prefix_tokens", 0):
+            raise UserError(
+                f"blocks: {self.about['arch']} has no class tokens of {blocks} blocks; set "
+                "linear.blocks=1"
+            )
+
+        def encode(x: Tensor) -> Tensor:
+            found = tokens(x, n=blocks, return_prefix_tokens=True, norm=True)
+            return torch.cat([prefix[:, 0] for _, prefix in found], 1)
+
+        return encode
+
+
+def read(args: argparse.Namespace, overrides: list[str]) -> Network:
+    """The network that the arguments name; overrides: of the configuration.
+
+    Raises UserError for what is none, or a checkpoint that is damaged or half written."""
+    name = str(args.network)
+    if name.startswith(TIMM):
+        return _from_timm(name.removeprefix(TIMM), args, overrides)
+    if args.weights or args.untrained:
+        raise UserError("--weights and --untrained belong to timm:NAME; leave them out")
+    try:
+        path = expanded(Path(name))
+    except ValueError as e:
+        raise UserError(f"{name}: {e}") from None
+    return _from_run(path, args, overrides) if path.is_dir() else _from_file(path, args, overrides)
+
+
+def of_run(folder: Path, which: str = "student", student: str | None = None) -> models.Net:
+    """The network of a run or of a file, for a comparison."""
+    if folder.is_dir():
+        return models.from_run(folder, which, student=student)[0]
+    return formats.read(folder, student=student).net.eval()
+
+
+def _from_run(path: Path, args: argparse.Namespace, overrides: list[str]) -> Network:
+    net, cfg = models.from_run(path, args.net, overrides, args.student)
+    own = path.absolute()
+    run = own.parent.parent if (own / "state.pt").is_file() else own
+    # Of one run several networks can be evaluated, and none stands in another's place.
+    part = "-".join([*filter(None, [args.student]), *["ema"] * (args.net == "ema")])
+    about = _about(net, cfg.student.arch, cfg.student.kwargs, f"{args.net} of a run")
+    return Network(net, about, cfg, _out(args, run / "eval" / part), True, True)
+
+
+def _from_file(path: Path, args: argparse.Namespace, overrides: list[str]) -> Network:
+    found = formats.read(path, args.arch, student=args.student)
+    cfg, has_train = _config(path.stem, overrides)
+    about = _about(found.net, found.arch, dict(found.kwargs), found.format)
+    folder = _out(args, cfg.run.out / "eval" / path.name)
+    return Network(found.net.eval(), about, cfg, folder, has_train, True)
+
+
+def _from_timm(arch: str, args: argparse.Namespace, overrides: list[str]) -> Network:
+    if bool(args.weights) == args.untrained:
+        raise UserError(
+            f"{TIMM}{arch}: give its weights as --weights FILE, or --untrained for random ones"
+        )
+    cfg, has_train = _config(arch, overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.run.seed)
+        net = models.create(arch, lambda features: nn.Identity(), sizes=(cfg.data.eval_size,))
+    if args.weights:
+        _load(net.backbone, args.weights)
+    kind = "untrained" if args.untrained else "a file of weights"
+    about = _about(net, arch, {}, kind)
+    folder = _out(args, cfg.run.out / "eval" / f"{arch}{'-untrained' * args.untrained}")
+    return Network(net.eval(), about, cfg, folder, has_train, False)
+
+
+def _load(backbone: Any, file: Path) -> None:
+    found = models.read(file)
+    state = next(
+        (found[k] for k in ("state_dict", "model") if isinstance(found.get(k), dict)), found
+    )
+    classifier = (backbone.pretrained_cfg or {}).get("classifier") or "fc"
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    own = {
+        str(k).removeprefix("module."): x
+        for k, x in state.items()
+        if not str(k).removeprefix("module.").startswith(tuple(f"{h}." for h in heads))
+    }
+    models.load_weights(backbone, own, file, "name the timm model that the file was made with")
+
+
+def _config(name: str, overrides: list[str]) -> tuple[Config, bool]:
+    """The defaults with the overrides laid over them, and whether they name training images.
+    Raises UserError where no images are named."""
+    raw: dict[str, Any] = {}
+    for item in overrides:
+        raw = overlay(raw, settings.nested(item))
+    given = raw.get("data") or {}
+    if not given.keys() & {"train", "val"}:
+        raise UserError("data.val: give the images, as data.val=PATH and data.train=PATH")
+    # The configuration requires training images; where there are none, nothing asks for them.
+    data = {"train": given.get("val")} | given
+    label = "".join(c if c.isalnum() or c in "._+-" else "_" for c in name) or "network"
+    base = {"run": {"name": label.lstrip(".")}, "views": [{"count": 2}]}
+    return config.validate(overlay(base, raw | {"data": data}), "overrides"), "train" in given
+
+
+def _about(net: models.Net, arch: str, kwargs: dict[str, Any], source: str) -> dict[str, Any]:
+    width = getattr(net.backbone, "head_hidden_size", None) or net.backbone.num_features
+    return {
+        "fingerprint": runtime.fingerprint(net),
+        "arch": arch,
+        "kwargs": kwargs,
+        "source": source,
+        "features": width,
+    }
+
+
+def _out(args: argparse.Namespace, usual: Path) -> Path:
+    return args.out or usual

@@ -1,0 +1,243 @@
+"""Results of evaluations: one JSON for each protocol, and tables of several runs that compare like
+with like."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import write_whole
+from fastdisco.config.merge import flatten
+from fastdisco.evals import intervals
+
+# Of a protocol, what may differ within a column: whose numbers they are, and what computed them.
+OWN = ("network", "versions")
+
+
+class Result(NamedTuple):
+    what: str
+    values: dict[str, float]
+    # With the blocks `network` and `versions`; whatever can change a number is in it.
+    protocol: dict[str, Any]
+    # [N] int64 each, by the name of the value that they are of; in the order of the images'
+    # indices.
+    predictions: dict[str, np.ndarray]
+    labels: np.ndarray | None
+    seconds: float
+    # 95 % each, by the name of the value.
+    intervals: dict[str, tuple[float, float]]
+
+    @property
+    def hash(self) -> str:
+        return short_hash(self.protocol)
+
+    def named(self, key: str) -> str:
+        """A value's name where results stand together: of evaluations that one run can have
+        several of, it says which."""
+        several = self.what.partition("-")[0] in ("semi", "finetune", "transfer")
+        return f"{self.what}/{key}" if several else key
+
+
+def make(
+    what: str,
+    values: dict[str, float],
+    protocol: dict[str, Any],
+    seconds: float,
+    predictions: dict[str, np.ndarray] | None = None,
+    labels: np.ndarray | None = None,
+) -> Result:
+    """With an interval for every value that there are predictions of."""
+    found = predictions or {}
+    ends = {k: tuple(intervals.bootstrap(p == labels)) for k, p in found.items()}
+    return Result(what, values, protocol, found, labels, seconds, ends)
+
+
+def short_hash(protocol: dict[str, Any]) -> str:
+    """8 hexadecimal digits."""
+    text = json.dumps(protocol, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def write(folder: Path, result: Result) -> Path:
+    """<what>-<hash>.json, with the predictions beside it: another protocol has another name, and
+    only the same one is written anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.what}-{result.hash}.json"
+    if result.labels is not None:
+        part = path.with_suffix(".part.npz")
+        names, rows = list(result.predictions), list(result.predictions.values())
+        np.savez_compressed(part, labels=result.labels, names=names, predictions=np.stack(rows))
+        part.replace(path.with_suffix(".npz"))
+    text = {
+        "what": result.what,
+        "hash": result.hash,
+        "values": result.values,
+        "intervals": result.intervals,
+        "seconds": round(result.seconds, 3),
+        "protocol": result.protocol,
+    }
+    write_whole(path, json.dumps(text, indent=1) + "\n")
+    return path
+
+
+def read(path: Path) -> Result:
+    """Raises UserError for a file that is no result, or was changed since."""
+    try:
+        found = json.loads(path.read_text())
+        what, values, protocol = found["what"], found["values"], found["protocol"]
+        ends = {k: tuple(v) for k, v in found["intervals"].items()}
+        whole = short_hash(protocol) == found["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: is no result of an evaluation ({e}); run it again") from None
+    if not whole:
+        raise UserError(f"{path}: its hash is not that of its protocol; run the evaluation again")
+    predictions, labels = {}, None
+    if path.with_suffix(".npz").exists():
+        with np.load(path.with_suffix(".npz")) as stored:
+            predictions = dict(zip(stored["names"].tolist(), stored["predictions"]))
+            labels = stored["labels"]
+    return Result(what, values, protocol, predictions, labels, found["seconds"], ends)
+
+
+def read_all(folder: Path) -> list[Result]:
+    """Every result in a folder, by the order of file names.  Raises UserError where there is none."""
+    paths = sorted(folder.glob("*-????????.json"))
+    if not paths:
+        raise UserError(f"{folder}: holds no results; run fastdisco eval first")
+    return [read(p) for p in paths]
+
+
+def newest(folder: Path) -> tuple[list[Result], int]:
+    """The results of the weights that were evaluated last, and how many there are of others: a
+    run that went on has other weights."""
+    paths = sorted(folder.glob("*-????????.json"), key=lambda p: p.stat().st_mtime_ns)
+    found = read_all(folder)
+    last = read(paths[-1]).protocol["network"]
+    same = [r for r in found if r.protocol["network"] == last]
+    return same, len(found) - len(same)
+
+
+def is_share(key: str) -> bool:
+    """Whether a value is an accuracy, 0..1, which is shown in percent."""
+    return key == "map" or any(part in key for part in ("_top1", "_top5", "recall_at_"))
+
+
+class Table(NamedTuple):
+    columns: list[str]  # the first is that of the networks
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def table(runs: dict[str, Sequence[Result]], only: Sequence[str] = ()) -> Table:
+    """Networks in rows, values in columns.
+
+    runs  {name: its results}
+    only  names of values; (): all that any has
+    Raises UserError where one value has two protocols, naming what differs."""
+    cells: dict[str, dict[str, tuple[str, Result]]] = {}
+    for name, found in runs.items():
+        for result in found:
+            for key in result.values:
+                full = result.named(key)
+                if not only or full in only:
+                    column = cells.setdefault(full, {})
+                    if name in column:
+                        _refuse(full, (name, column[name][1]), (name, result))
+                    column[name] = _cell(key, result), result
+    if not cells:
+        raise UserError(f"table: none of the results has {', '.join(only) or 'a value'}")
+    versions = set()
+    for key, column in cells.items():
+        (first, (_, reference)), *others = column.items()
+        for name, (_, result) in others:
+            if comparable(result.protocol) != comparable(reference.protocol):
+                _refuse(key, (first, reference), (name, result))
+        versions |= {
+            json.dumps(r.protocol.get("versions"), sort_keys=True) for _, r in column.values()
+        }
+    rows = [[name, *(column.get(name, ("",))[0] for column in cells.values())] for name in runs]
+    notes = ["accuracies in percent; in brackets: 95 % interval over the validation images"]
+    if len(versions) > 1:
+        notes.append(f"computed by other versions: {' and '.join(sorted(versions))}")
+    return Table(["network", *cells], rows, notes)
+
+
+def comparable(protocol: dict[str, Any]) -> dict[str, Any]:
+    """What two results must share to stand in one column."""
+    return {k: v for k, v in protocol.items() if k not in OWN}
+
+
+def versus(first: Sequence[Result], second: Sequence[Result]) -> dict[str, intervals.Paired]:
+    """The paired difference of every value that both have predictions of.  Raises UserError where
+    the protocols differ, or there is nothing to pair."""
+    out = {}
+    for a in first:
+        for b in second:
+            for key in a.predictions.keys() & b.predictions.keys():
+                if a.what != b.what:
+                    continue
+                if comparable(a.protocol) != comparable(b.protocol):
+                    _refuse(key, ("the first", a), ("the second", b))
+                assert a.labels is not None and b.labels is not None
+                if not np.array_equal(a.labels, b.labels):
+                    raise UserError(f"{key}: the two were measured on other images")
+                right = (r.predictions[key] == r.labels for r in (a, b))
+                out[a.named(key)] = intervals.paired(*right)
+    if not out:
+        raise UserError("versus: the two runs have no value with stored predictions in common")
+    return dict(sorted(out.items()))
+
+
+def turned(t: Table) -> Table:
+    """Values in rows, networks in columns."""
+    columns, *rows = zip(t.columns, *t.rows)
+    return Table(["value", *columns[1:]], [list(r) for r in rows], t.notes)
+
+
+def text(t: Table) -> str:
+    """Columns aligned, the numbers to the right."""
+    wide = [max(len(r[i]) for r in (t.columns, *t.rows)) for i in range(len(t.columns))]
+    lines = [
+        "  ".join([r[0].ljust(wide[0]), *(x.rjust(w) for x, w in zip(r[1:], wide[1:]))]).rstrip()
+        for r in (t.columns, *t.rows)
+    ]
+    return "\n".join([*lines, *t.notes])
+
+
+def markdown(t: Table) -> str:
+    rule = ["---", *["---:"] * (len(t.columns) - 1)]
+    lines = ["| " + " | ".join(r) + " |" for r in (t.columns, rule, *t.rows)]
+    return "\n".join([*lines, "", *t.notes])
+
+
+def as_csv(t: Table) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([t.columns, *t.rows])
+    return out.getvalue().rstrip("\n")
+
+
+def _cell(key: str, result: Result) -> str:
+    value = result.values[key]
+    if key not in result.intervals:
+        return f"{100 * value:.2f}" if is_share(key) else f"{value:.4g}"
+    low, high = result.intervals[key]
+    return f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def _refuse(key: str, one: tuple[str, Result], other: tuple[str, Result]) -> None:
+    """Raises UserError with the first keys that differ."""
+    a, b = (flatten(comparable(r.protocol)) for _, r in (one, other))
+    differ = [k for k in sorted(a | b) if a.get(k) != b.get(k)]
+    said = ", ".join(f"{k} ({a.get(k)} of {one[0]}, {b.get(k)} of {other[0]})" for k in differ[:3])
+    if not differ:
+        said = f"nothing but the network or the versions, both of {one[0]}"
+    raise UserError(
+        f"{key}: two protocols do not stand in one column; they differ in {said}; give "
+        "the file of one result in place of its folder, or evaluate again alike"
+    )

@@ -1,0 +1,176 @@
+"""What an evaluation can be told beside the configuration of a run, as `block.key=value`.  Imports
+no torch, so that a mistyped key is answered at once."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from fastdisco.common.errors import UserError
+from fastdisco.config.block import Block
+from fastdisco.config.merge import overlay
+from fastdisco.evals import protocols
+from fastdisco.evals.protocols import Protocol
+
+# Neighbours that vote, and temperatures of their votes.
+KS, TEMPS = (1, 5, 10, 20, 100, 200), (0.07,)
+# Answers among which retrieval looks.
+RECALLS = (1, 5, 10)
+# Penalties of ridge regression, as multiples of the mean eigenvalue of the features' scatter matrix.
+STRENGTHS = tuple(10 ** (-6 + 7 * i / 19) for i in range(20))
+# Inverse penalties of logistic regression, weak to strong fit: each starts from the one before it.
+CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+
+
+class Knn(Block):
+    k: tuple[int, ...] | None = None  # null: 1, 5, 10, 20, 100, 200, as the bank allows, and eval.k
+    temp: tuple[float, ...] | None = None  # null: eval.temp
+
+
+class Trained(Block):
+    """A linear evaluation.  Keys of its protocol (lr, epochs, batch, size ...) are laid over those
+    of the preset."""
+
+    preset: str = "disco"
+    lrs: tuple[float, ...] = ()  # a grid beside the preset's own
+    weight_decays: tuple[float, ...] = ()
+    # Share of the training images on which one of several is chosen; 0: none, no choice.
+    held: float = Field(0.01, ge=0, lt=1)
+    # Of weights, order, crops and images held out.  Not run.seed: runs that differ in their seed
+    # are compared by the same evaluation.
+    seed: int = Field(0, ge=0, lt=2**32)
+    protocol: dict[str, Any] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_protocol(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        theirs = {k: v for k, v in raw.items() if k in Protocol.model_fields}
+        rest = {k: v for k, v in raw.items() if k not in theirs}
+        return rest | {"protocol": rest.get("protocol", {}) | theirs}
+
+
+class Semi(Trained):
+    preset: str = "semi"
+    lists: tuple[Path, ...] = ()  # SimCLR's 1percent.txt and 10percent.txt
+    shares: tuple[float, ...] = (0.01, 0.1)  # drawn by seed and class where there are no lists
+    tries: int = Field(1, ge=1)  # draws of each share
+    # Train the whole network by SwAV's settings instead: presets finetune-1 and finetune-10.
+    finetune: bool = False
+
+
+class Transfer(Trained):
+    preset: str = "cifar"
+    # Another data set: as data.train takes it, or CIFAR's python archive, which has both parts.
+    train: Path | None = None
+    val: Path | None = None
+
+
+class Probe(Block):
+    held: float = Field(0.01, ge=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    strengths: tuple[float, ...] = STRENGTHS  # of ridge regression
+    cs: tuple[float, ...] = CS
+    iterations: int = Field(200, ge=1)  # of L-BFGS, for each C
+    kinds: tuple[Literal["ridge", "logistic", "sgd"], ...] = ("ridge", "logistic", "sgd")
+    # Of SGD on the standardised features.
+    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    epochs: int = Field(30, ge=1)
+    batch: int = Field(256, ge=1)
+
+
+class Retrieve(Block):
+    k: tuple[int, ...] = RECALLS
+
+
+class Embed(Block):
+    data: Path | None = None  # a data set, or a folder of images; null: data.val
+    out: Path | None = None  # null: embed/ beside the results
+    format: Literal["npy", "parquet"] = "npy"
+
+
+class Health(Block):
+    teacher: Path | None = None  # null: that of the run
+    alone: Path | None = None  # a run of the same student without distillation
+    k: int = Field(20, ge=1)
+
+
+class Settings(Block):
+    knn: Knn = Knn()
+    linear: Trained = Trained()
+    semi: Semi = Semi()
+    transfer: Transfer = Transfer()
+    probe: Probe = Probe()
+    retrieve: Retrieve = Retrieve()
+    embed: Embed = Embed()
+    health: Health = Health()
+
+
+def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(those of a run's configuration, those of `Settings`)"""
+    ours = [o for o in overrides if o.partition(".")[0] in Settings.model_fields]
+    return [o for o in overrides if o not in ours], ours
+
+
+def load(overrides: Sequence[str]) -> Settings:
+    """Raises UserError naming the override, what is wrong and, for an unknown key, the nearest."""
+    raw: dict[str, Any] = {}
+    for item in overrides:
+        raw = overlay(raw, nested(item))
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as e:
+        raise UserError("; ".join(_sentence(err) for err in e.errors())) from None
+
+
+def nested(item: str) -> dict[str, Any]:
+    """'a.b=1' -> {'a': {'b': 1}}"""
+    key, eq, value = item.partition("=")
+    found: Any = None
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        eq = ""
+    if not eq or "." not in key:
+        raise UserError(f"override '{item}': expected block.key=value, for example knn.k=[20, 200]")
+    for part in reversed(key.split(".")):
+        found = {part: found}
+    return found
+
+
+def protocol(block: Trained, size: int, resize: int, name: str | None = None) -> Protocol:
+    """The preset with the block's own keys laid over it.
+
+    name          of a preset in place of the block's
+    size, resize  of the data's evaluation: where they are not ImageNet's 224 and 256, crops are
+    of that size unless the block says one"""
+    preset = protocols.preset(name or block.preset)
+    given = dict(block.protocol)
+    if (size, resize) != (224, 256):
+        given = {"size": size, "resize": resize} | given
+    try:
+        return Protocol.model_validate(preset.model_dump() | given)
+    except ValidationError as e:
+        raise UserError("; ".join(_sentence(err) for err in e.errors())) from None
+
+
+def _sentence(err: Any) -> str:
+    loc = [str(p) for p in err["loc"]]
+    where = ".".join(loc)
+    if err["type"] == "extra_forbidden":
+        block = Settings.model_fields[loc[0]].annotation if len(loc) > 1 else Settings
+        known = list(getattr(block, "model_fields", {}))
+        if isinstance(block, type) and issubclass(block, Trained):
+            known += Protocol.model_fields
+        near = difflib.get_close_matches(loc[-1], known, 1, 0.5)
+        return f"unknown key {where}; " + (
+            f"did you mean {'.'.join([*loc[:-1], near[0]])}?"
+            if near
+            else f"known: {', '.join(known)}"
+        )
+    said = err["msg"].removeprefix("Value error, ")
+    return f"{where}: {said} (found {err['input']!r})" if where else said
