@@ -25,8 +25,8 @@ test-slow: .venv/done
 RUN ?= $(BIN)/python
 PARTS := kernels loader step train engine kernels-bench loader-bench step-bench engine-bench testbeds-1 testbeds-2
 tests-kernels := tests/test_kernels.py tests/test_triton.py
-tests-loader := tests/test_data.py tests/test_shards.py
-tests-step := tests/test_step.py
+tests-loader := tests/test_data.py tests/test_shards.py tests/test_placement.py
+tests-step := tests/test_step.py tests/test_graphs.py
 tests-train := tests/test_gpu_step.py tests/test_train.py tests/test_cache.py tests/test_throughput.py
 tests-engine := tests/test_engine.py tests/test_exchange.py tests/test_methods.py tests/test_models.py
 bench-kernels-bench := kernels.py --minutes 7

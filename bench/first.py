@@ -5,7 +5,7 @@
     python bench/first.py --only twin trace
         some of them
 
-environment  docker/check.py: libraries, compiler, driver
+environment  docker/check.py, and a training's own check: libraries, compiler, driver
 kernels      the GPU tests of the losses' kernels
 loader       the GPU tests of DALI's graphs
 graphs       the GPU tests of CUDA graphs, and of backward and step beside plain torch
@@ -39,6 +39,13 @@ from harness.synthetic import jpegs, random_teacher
 TRACES = ROOT / "out/first"
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 STEPS, BATCH = 10, 32
+# A training's own check of the device.
+START = """
+from fastdisco import config, engine
+device = engine.start(config.Engine())
+print(f"ok    engine     {device}, {engine.describe(device)}", flush=True)
+engine.stop()
+"""
 # Row -> the part that gives it, unit, aim and what is better.
 ROWS = {
     "first_environment": ("environment", "checks that failed", 0, "lower"),
@@ -142,6 +149,9 @@ def environment(folder: Path, minutes: float) -> dict:
     log = folder / "log"
     with log.open("w") as f:
         call([sys.executable, "docker/check.py"], minutes, env, f)
+        f.flush()
+        if code := call([sys.executable, "-c", START], minutes, env, f):
+            print(f"FAIL  engine     does not start, exit code {code}", file=f)
     print(log.read_text())
     checks = [x for x in log.read_text().splitlines() if x.startswith(("ok ", "FAIL "))]
     if not checks:
@@ -263,13 +273,14 @@ def call(line: list[str], minutes: float, env: dict[str, str] | None = None, out
         raise
 
 
-STEP_TESTS = ["tests/test_gpu_step.py", "tests/test_step.py"]
+STEP_TESTS = [f"tests/test_{name}.py" for name in ("gpu_step", "graphs", "step")]
+LOADER_TESTS = [f"tests/test_{name}.py" for name in ("data", "placement", "shards")]
 # Those of CUDA graphs, and the steps beside plain torch; not the runs that look for waits.
 GRAPHS = "graph or eager or dropout or fused or plain_torch or command"
 PARTS = {
     "environment": Part(2, environment),
     "kernels": Part(7, tests("first_kernels", "tests/test_kernels.py", "tests/test_triton.py")),
-    "loader": Part(4, tests("first_loader", "tests/test_data.py", "tests/test_shards.py")),
+    "loader": Part(4, tests("first_loader", *LOADER_TESTS)),
     "graphs": Part(6, tests("first_graphs", *STEP_TESTS, "-k", GRAPHS)),
     "twin": Part(3, twin),
     "throughput": Part(6, throughput),

@@ -31,6 +31,7 @@ from fastdisco.run import checkpoint, students
 from fastdisco.run.folder import claim, describe
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
+from fastdisco.run.remarks import remarks
 from fastdisco.run.signals import Stop
 from fastdisco.run.students import TrainState
 
@@ -66,7 +67,9 @@ def train(cfg: Config, overwrite: bool = False) -> None:
         replayed.complete()
     steps = loader.steps_per_epoch * cfg.run.epochs
     steps = min(steps, cfg.run.max_steps or steps)
-    _announce(cfg, listing, states, micro, steps, start, folder)
+    _announce(cfg, listing, states, micro, steps, start, folder, device)
+    for remark in remarks(cfg, listing, val):
+        say(remark)
     if start < steps:
         states = students.prepare(states, targets, loader)
 
@@ -76,7 +79,7 @@ def train(cfg: Config, overwrite: bool = False) -> None:
         for step in range(start, steps):
             # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
-            rates = {s.name: optim.rate(cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
+            rates = {s.name: optim.rate(s.cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
             decay = optim.decay(cfg.optim, epoch, cfg.run.epochs)
             for student in states:
                 optim.move(student.optimizer, rates[student.name], decay)
@@ -160,12 +163,13 @@ def evaluate(
 
 
 def _listings(cfg: Config) -> tuple[data.Listing, data.Listing | None]:
-    """The images of training and validation, whose classes must be the same."""
+    """The images of training and validation: the same classes, other images."""
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     if cfg.data.val is None:
         return listing, None
     val = data.listing(cfg.data.val, cfg.data.quarantine)
     data.same_classes(listing, val)
+    data.apart(listing, val)
     return listing, val
 
 
@@ -186,8 +190,9 @@ def _announce(
     steps: int,
     start: int,
     folder: Path,
+    device: torch.device,
 ) -> None:
-    """Says what will be trained, before the first step."""
+    """Says what will be trained and on what, before the first step."""
     taught = f"teacher {cfg.teacher.file}" if cfg.teacher else "no teacher"
     for s in states:
         size = f"{s.size / 1e6:.1f} M weights with its head"
@@ -195,7 +200,7 @@ def _announce(
     say(
         f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = "
         f"{dist.world()} ranks x {micro} images x {cfg.data.accumulate} accumulated, {steps} steps, "
-        f"{cfg.engine.precision}, ZeRO stage {cfg.engine.stage}"
+        f"{cfg.engine.precision}, ZeRO stage {cfg.engine.stage}, on {engine.describe(device)}"
     )
     if left := len(listing.left_out):
         say(
@@ -206,6 +211,11 @@ def _announce(
         say(
             "one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups "
             "(the paper's: 32 images a group)"
+        )
+    if device.type == "cuda" and cfg.perf.cudnn_benchmark and start < steps:
+        say(
+            "the first step and the first evaluation may be silent for a minute or two: cuDNN looks "
+            "for what is fastest here (perf.cudnn_benchmark)"
         )
     if cfg.optim.lr_scale != "none":
         rates = ", ".join(

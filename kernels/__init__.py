@@ -96,13 +96,15 @@ def seed(
     return ops.seed(zs, zt, queue, temp_s, temp_t, differentiate)[0]
 
 
-def distill(zs: Tensor, zt: Tensor) -> Tensor:
+def distill(zs: Tensor, zt: Tensor, raw_targets: bool = False) -> Tensor:
     """Squared distance of the student's unit rows to the teacher's, same view to same view.  DisCo,
     arXiv:2104.09124.
 
-    zs, zt  [V,B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
-    Returns a float32 scalar, the sum over V of the mean over B, within 0..4V (float64 if zs is
-    float64).  An active autocast changes nothing.
+    zs, zt       [V,B,d] raw rows, normalised here in float32; gradient to zs only, in its dtype
+    raw_targets  the teacher's rows are taken as they are, as in DisCo's code for SwAV.  A row's
+                 gradient is then |zt| times as long
+    Returns a float32 scalar, the sum over V of the mean over B (float64 if zs is float64), within
+    0..4V unless targets are raw.  An active autocast changes nothing.
     Raises ValueError when zt requires grad (detach the teacher) or the shapes differ."""
     if zs.shape != zt.shape:
         raise ValueError(
@@ -111,7 +113,7 @@ def distill(zs: Tensor, zt: Tensor) -> Tensor:
         )
     checks.targets("distill", dict(zt=zt))
     with torch.autocast(zs.device.type, enabled=False):
-        return reference.distill(zs, zt)
+        return reference.distill(zs, zt, raw_targets)
 
 
 @torch.no_grad()

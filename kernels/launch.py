@@ -13,6 +13,9 @@ import torch
 
 FILE = Path(__file__).with_name("launch.json")
 FEW = 64  # up to so many rows, a block of 64 rows is enough
+# The oldest compute capability whose registers hold the sweep: on Turing (7.5) it spills 6 to 7 kB
+# a thread.
+OLDEST = (8, 0)
 
 
 class Launch(NamedTuple):
@@ -48,6 +51,12 @@ def choose(device: torch.device, dtype: torch.dtype, d: int, n: int, running: bo
     # The copy engine takes rows of a multiple of 16 bytes, and the kernel's tile must not be wider.
     copyable = d == padded(d) and d * dtype.itemsize % 16 == 0
     return how if copyable or not how.tma else how._replace(tma=False)
+
+
+def sweeps(device: torch.device) -> bool:
+    """Whether a GPU is one for the Triton sweep; an older one takes chunked torch, and wants its
+    queue in float32."""
+    return torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def key(arch: int, dtype: torch.dtype, d: int, n: int, running: bool) -> str:

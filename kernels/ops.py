@@ -3,7 +3,8 @@ CUDA graphs see of them.
 
 Each op returns the loss and, with `differentiate`, the gradient beside it, since both come from the
 same pass over the queue; backward only scales.  On CUDA a width of up to 256 takes the Triton
-kernels (queue.py), everything else chunked torch (chunked.py).
+kernels (queue.py) where the GPU is of sm_80 or later; everything else takes chunked torch
+(chunked.py).
 
 An op is four functions: the op, its fake (shapes alone, for torch.compile), what the forward saves,
 and the backward.  Shapes: V views, B images, d embedding, K rows of the queue."""
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from fastdisco.kernels import chunked
+from fastdisco.kernels import chunked, launch
 from fastdisco.kernels.reference import wide
 from torch import Tensor
 
@@ -22,6 +23,8 @@ WIDEST = 256  # the accumulator of a wider row does not fit the registers
 def _form(z: Tensor, queue: Tensor) -> ModuleType:
     """The module whose functions compute the ops for these rows."""
     if z.device.type != "cuda" or z.shape[-1] > WIDEST or torch.float64 in (z.dtype, queue.dtype):
+        return chunked
+    if not launch.sweeps(z.device):
         return chunked
     # Imported here, since a machine without a GPU need not have Triton.
     from fastdisco.kernels import queue as triton_queue

@@ -16,6 +16,7 @@ scratch memory is torch's, so CUDA graphs capture it.
 Shapes: V views, B = n images, d width, K rows of the queue, S ranges into which it is split, R rows
 of one sweep: B, or 2 B with student and teacher stacked."""
 
+import functools
 import math
 from typing import Any
 
@@ -143,8 +144,7 @@ def moments(
     mean = _new(queue, splits, rows, d) if want_mean else _new(queue, 0)
     if how.tma:
         # Descriptors made in the kernel live in scratch memory of the launch.
-        scratch = dict(dtype=torch.int8, device=queue.device)
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, **scratch))
+        triton.set_allocator(functools.partial(_scratch, queue.device))
     moments_kernel[splits, blocks](
         _units(first, second, rows, queue),
         queue,
@@ -211,6 +211,11 @@ def _gather(found: tuple[Tensor, Tensor, Tensor], d: int, splits: int = 1) -> di
         num_warps=4,
         **OPTIONS,
     )
+
+
+def _scratch(device: torch.device, size: int, alignment: int, stream: int | None) -> Tensor:
+    """Triton's allocator, which it keeps: so it must hold no tensor."""
+    return torch.empty(size, dtype=torch.int8, device=device)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

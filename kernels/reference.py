@@ -41,14 +41,16 @@ def seed(zs: Tensor, zt: Tensor, queue: Tensor, temp_s: float, temp_t: float) ->
     return F.cross_entropy(scores(zs) / temp_s, F.softmax(scores(zt) / temp_t, 1))
 
 
-def distill(zs: Tensor, zt: Tensor) -> Tensor:
+def distill(zs: Tensor, zt: Tensor, raw_targets: bool = False) -> Tensor:
     """Squared distance of the student's unit rows to the teacher's.  DisCo, arXiv:2104.09124,
     L_dis.
 
-    zs, zt  [V,B,d] raw rows, normalised here; the same view on both sides; the gradient goes to zs
-            only
+    zs, zt       [V,B,d] raw rows, normalised here; the same view on both sides; the gradient goes to
+                 zs only
+    raw_targets  zt is not normalised
     Returns a scalar, the sum over V of the mean over B; float64 if zs is, else float32."""
-    return (unit(zs) - unit(zt.detach()).to(wide(zs))).square().sum(-1).mean(-1).sum()
+    targets = zt.detach() if raw_targets else unit(zt.detach())
+    return (unit(zs) - targets.to(wide(zs))).square().sum(-1).mean(-1).sum()
 
 
 def swapped(scores: Tensor, targets: Tensor, temp: float) -> Tensor:

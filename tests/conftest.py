@@ -19,10 +19,19 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdisco import data
+from fastdisco.data import pack
+
+# What a helper asserts is told as a test's own.
+pytest.register_assert_rewrite("loading", "loop", "published", "training")
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 # Real images that a clone does not have.
 SHARED = Path(os.environ.get("FASTDISCO_DATA", ROOT.parent / "shared" / "data"))
+# Lie in scikit-image's package.
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+# Megabytes of a tar: the 43 images fill several.
+TAR_MB = 30 / 1024
 # Asked without touching the driver, so that processes can still be forked.
 _HIDDEN = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip() in ("", "-1")
 _GPU = not _HIDDEN and any(Path("/dev").glob("nvidia[0-9]*"))
@@ -64,6 +73,34 @@ def folder(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(small).resize((36 + i % 9, 40), Image.BICUBIC).save(path, quality=90)
     return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Two classes of two photographs, PNG so that every decoder reads the same pixels."""
+    import skimage.data
+
+    root = tmp_path_factory.mktemp("photos")
+    for i, name in enumerate(PHOTOS):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.open(Path(skimage.data.__file__).parent / name).convert("RGB").save(
+            root / "ab"[i % 2] / f"{i}.png", compress_level=1
+        )
+    return data.listing(root)
+
+
+@pytest.fixture(scope="session")
+def few(folder):
+    """43 small images."""
+    return data.listing(folder / "train")
+
+
+@pytest.fixture(scope="session")
+def packed(folder, tmp_path_factory):
+    """The 43 images in several tars."""
+    dst = tmp_path_factory.mktemp("packed") / "train"
+    pack.pack(folder / "train", dst, shard_mb=TAR_MB)
+    return data.listing(dst)
 
 
 def tiny(folder, tmp_path, *overrides):

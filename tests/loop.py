@@ -88,7 +88,10 @@ class Run:
         )
         self.net = models.Net(*copy.deepcopy(self.plain), joint=joint)
         if count := getattr(block, "prototypes", 0):
-            self.net.prototypes = drawn(heads.Prototypes(DIM, count), rng)
+            kind = heads.LastLayer if block.name == "dino" else heads.Prototypes
+            self.net.prototypes = prototypes = drawn(kind(DIM, count), rng)
+            # Loading scales the rows of SwAV's to length 1, as its code does before a forward.
+            prototypes.load_state_dict(prototypes.state_dict())
             self.plain_prototypes = self.net.prototypes.weight.detach().clone()
         models.split_bn(self.net, groups)
         self.method = methods.create(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, ranks, run, tiny
-from test_train import _differences, _fails, _train, losses, metrics
+from training import _differences, _fails, _train, losses, metrics, train_a_teacher
 
 from fastdisco import cli, config, data, teacher
 from fastdisco.config import Crop, UserError
@@ -42,18 +42,7 @@ def _record(args):
 def made(folder, tmp_path_factory):
     """teacher/, a run; cache/, recorded by two ranks."""
     out = tmp_path_factory.mktemp("made")
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            out,
-            "run.max_steps=2",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, out, steps=2)
     assert ranks(2, _record, _args(folder, out, out)) == [0, 0]
     return out
 
@@ -420,18 +409,7 @@ def test_a_replay_and_a_live_run_are_not_one_run(folder, made, tmp_path):
 def test_rows_reach_a_gpu_without_waiting(folder, tmp_path):
     """And are those that a teacher on the GPU gives."""
     args = [str(a) for a in _args(folder, tmp_path, tmp_path)]
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            tmp_path,
-            "run.max_steps=2",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, tmp_path, steps=2)
     assert ranks(1, _record, args) == [0]
     cfg = config.load(args[1], [*args[2:], "teacher.cache=replay"])
     device = torch.device("cuda", 0)

@@ -95,6 +95,7 @@ METHODS = {
         [
             CROPS,
             "method={name: dino, prototypes: 1024, momentum: 0.99}",
+            "bn.sync=false",
             "student.head_bn=true",
             "optim={lr: 1e-3, warmup_epochs: 0}",
         ],

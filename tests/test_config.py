@@ -276,6 +276,7 @@ def test_the_recipes_are_the_published_ones(tmp_path):
         {"drop_path_rate": 0.1},
         65536,
     )
+    assert dino.bn.sync
     assert (dino.optim.name, dino.optim.clip, dino.optim.weight_decay_end, dino.run.epochs) == (
         "adamw",
         3.0,
@@ -284,8 +285,25 @@ def test_the_recipes_are_the_published_ones(tmp_path):
     )
     assert (
         len(config.crops(seed)) == 1
-        and seed.optim.warmup_epochs == 5
+        and (seed.optim.warmup_epochs, seed.optim.warmup_from) == (5, "lr")
+        and (seed.optim.per, seed.optim.cosine_from) == ("epoch", "start")
         and seed.method.temp_teacher == 0.01
+    )
+
+
+def test_a_run_of_before_keeps_what_it_had(tmp_path):
+    """A key that is newer than the run's file has its own default, not a recipe's."""
+    cfg = load(tmp_path, BASE, "method.name=seed", "teacher.file=t", "optim.per=step")
+    raw = yaml.safe_load(config.dump(cfg))
+    for key in ("warmup_from", "cosine_from"):
+        del raw["optim"][key]
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(raw))
+    old = config.load(tmp_path / "old.yaml")
+    assert (old.optim.warmup_from, old.optim.cosine_from) == ("zero", "warmup")
+    assert (cfg.optim.warmup_from, cfg.optim.cosine_from) == ("lr", "start")
+    assert (
+        config.load(tmp_path / "old.yaml", ["optim.warmup_from=lr", "optim.cosine_from=start"])
+        == cfg
     )
 
 
@@ -350,6 +368,15 @@ def test_a_dumped_method_reads_back_equal(tmp_path, name):
             "method.queue: 3584 embeddings are no multiple of data.batch 96; nearest: 3552 or 3648",
         ),
         (["method.name=swav", "bn.groups=2"], "bn.sync: "),
+        (
+            [
+                "method.name=swav",
+                "method.target=published",
+                "teacher.file=t",
+                "teacher.cache=replay",
+            ],
+            "method.target: published needs the lengths",
+        ),
         (
             ["method.name=swav", "optim.name=sgd", "engine.stage=1"],
             "set method.freeze_steps=0 or engine.stage=0",

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from timm.layers import DropPath
+from torch import nn
 
 from fastdisco import config, models
 from fastdisco.commands import train
@@ -35,6 +37,14 @@ TEACHERS = {
     "ResNet-50 (SwAV)": "resnet50",
     "ViT-small (DINO)": "vit_small_patch16_224",
     "XCiT-small (DINO)": "xcit_small_12_p16_224",
+}
+# SEED's own EfficientNets, by its code.
+PUBLISHED = {
+    "drop_rate": 0.2,
+    "drop_path_rate": 0.2,
+    "bn_eps": 1e-3,
+    "bn_momentum": 0.01,
+    "pad_type": "same",
 }
 IMAGES = 1_281_167  # ImageNet-1k, training
 each = lambda files: pytest.mark.parametrize(
@@ -70,9 +80,9 @@ def test_the_header_is_true(path):
     )
     assert raw["student"]["arch"] == NAMES[student]
     # The published code's are torchvision's.
-    assert raw["student"].get("kwargs") == (
-        {"zero_init_last": False} if "ResNet" in student else None
-    )
+    theirs = PUBLISHED if path.stem.endswith("_published") else None
+    kwargs = config.load(path).student.kwargs if "kwargs" in raw["student"] else None
+    assert kwargs == ({"zero_init_last": False} if "ResNet" in student else theirs)
     assert (raw["teacher"] or {}).get("arch") == TEACHERS.get(teacher) and (teacher != "") == (
         raw["teacher"] is not None
     )
@@ -115,13 +125,13 @@ def test_the_rows_of_a_method_share_all_but_student_teacher_and_head():
         # Rows with and without one: then all of its keys.
         if any(f.get("teacher", ...) is None for f in flats):
             differ = {k for k in differ if not k.startswith("teacher.")}
-        differ -= {"method.distill"} if name == "rkd" else set()  # its rows with DisCo and without
+        # Its rows with DisCo and without.
+        differ -= {"rkd": {"method.distill"}, "swav": {"method.target"}}.get(name, set())
+        differ = {k for k in differ if not k.startswith("student.kwargs")}
         assert differ <= {
             "run.name",
             "student.arch",
             "student.hidden",
-            "student.kwargs",
-            "student.kwargs.zero_init_last",
             "teacher",
             "teacher.file",
             "teacher.arch",
@@ -149,6 +159,29 @@ def test_a_dry_run_works_without_data_and_teacher(path, capsys, tmp_path):
         and "data.val" in missing
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_seeds_own_student_is_that_of_its_code():
+    path = ROOT / "configs/seed/effb0_r50_published.yaml"
+    with torch.device("meta"):
+        net = models.of(config.load(path)).backbone
+    # Of all blocks but the first; timm uses it, as SEED's code does, where there is a shortcut.
+    paths = [m.drop_prob for m in net.modules() if isinstance(m, DropPath)]
+    assert paths == pytest.approx([0.2 * i / 16 for i in range(1, 16)])
+    assert net.drop_rate == 0.2
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 49 and {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
+    strided = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    assert len(strided) == 5 and {type(m).__name__ for m in strided} == {"Conv2dSame"}
+
+
+@each([p for p in FILES if p.parent.name in ("dino", "swav")])
+def test_dino_trains_in_bf16_and_disco_on_swav_has_the_published_target(path):
+    cfg = config.load(path)
+    if path.parent.name == "dino":
+        assert cfg.engine.precision == "bf16" and cfg.bn.sync
+    else:
+        assert cfg.method.target == ("published" if cfg.teacher else "normalised")
 
 
 def published(name):

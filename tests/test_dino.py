@@ -193,12 +193,24 @@ def test_schedules_are_the_published_ones():
     )
 
 
-@pytest.mark.parametrize("arch", ["test_vit", "xcit_nano_12_p16_224"])
-def test_only_the_student_drops_paths(arch):
+@pytest.mark.parametrize(
+    "arch, kwargs",
+    [
+        ("test_vit", {"drop_path_rate": 0.5}),
+        ("test_vit", {"drop_rate": 0.5}),
+        ("test_vit", {"patch_drop_rate": 0.5}),
+        ("test_vit", {"attn_drop_rate": 0.5, "proj_drop_rate": 0.5, "pos_drop_rate": 0.5}),
+        ("xcit_nano_12_p16_224", {"drop_path_rate": 0.5}),
+        ("test_efficientnet", {"drop_rate": 0.5}),
+        ("test_resnet", {"drop_rate": 0.5}),
+        ("mobilenetv3_small_050", {"drop_rate": 0.5}),
+        ("convnext_atto", {"drop_rate": 0.5}),
+    ],
+    ids=str,
+)
+def test_only_the_student_drops_something(arch, kwargs):
     torch.manual_seed(0)
-    net = models.create(
-        arch, lambda dim: heads.dino_mlp(dim, 8, 4), {"drop_path_rate": 0.5}, sizes=(32,)
-    )
+    net = models.create(arch, lambda dim: heads.dino_mlp(dim, 8, 4), kwargs, sizes=(32,))
     ema, x = models.ema_copy(net), [torch.randn(4, 3, 32, 32)]
     assert net.training and ema.training
     assert not torch.equal(net(x).z, net(x).z) and torch.equal(ema(x).z, ema(x).z)

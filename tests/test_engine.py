@@ -9,8 +9,8 @@ import types
 import pytest
 import torch
 from conftest import ranks, tiny
-from test_train import _differences, _knn, _train, losses
 from torch import nn
+from training import _differences, _knn, _train, losses
 
 from fastdisco import config, engine, models
 from fastdisco.common import dist

@@ -9,9 +9,11 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 
 from fastdisco import config, models
+from fastdisco.common import dist
 from fastdisco.common.console import shorten
 from fastdisco.config import UserError
 from fastdisco.models import batchnorm, heads
+from fastdisco.models.syncbn import SYNCED
 
 STUDENTS = {
     "mobilenetv3_large_100": 1280,
@@ -444,20 +446,43 @@ def test_groups_of_a_joint_forward_are_images_with_all_their_views():
     torch.testing.assert_close(whole(views).z, want)
 
 
-def test_prototypes_are_cosines_and_nothing_edits_them():
+def test_prototypes_are_cosines_to_rows_of_length_1():
     torch.manual_seed(0)
     layer, z = heads.Prototypes(4, 3), torch.randn(2, 5, 4)
-    before, w = layer.weight.detach().clone(), layer.weight.detach()
+    w, g = layer.weight.detach(), torch.randn(2, 5, 3)
+    torch.testing.assert_close(w.norm(dim=1), torch.ones(3))
+    want = (unit_z := z / z.norm(dim=2, keepdim=True)) @ w.T
+    torch.testing.assert_close(layer(z), want)
+    (layer(z) * g).sum().backward()
+    # The radial part is in it, as in the published code.
+    torch.testing.assert_close(layer.weight.grad, torch.einsum("vbp,vbd->pd", g, unit_z))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(z.bfloat16() * 1e-3).float().sub(want).abs().max() < 0.03
+    # Checkpoints once held rows of any length.
+    other = heads.Prototypes(4, 3)
+    other.load_state_dict({"weight": w * torch.tensor([[0.3], [1.0], [7.0]])})
+    torch.testing.assert_close(other.weight.detach(), w)
+    # A resume is exact: rows whose length is 1 up to rounding are not touched.
+    rounded = w * (1 + 1e-6)
+    other.load_state_dict({"weight": rounded})
+    assert torch.equal(other.weight.detach(), rounded)
+
+
+def test_dinos_last_layer_knows_directions_alone():
+    torch.manual_seed(0)
+    layer, z = heads.LastLayer(4, 3), torch.randn(2, 5, 4)
+    w = layer.weight.detach().clone()
     want = (z / z.norm(dim=2, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
     torch.testing.assert_close(layer(z), want)
     layer(z).square().sum().backward()
-    # Along the sphere.
-    assert torch.equal(layer.weight, before) and (layer.weight.grad * w).sum(1).abs().max() < 1e-6
-    long = heads.Prototypes(4, 3, gain=True)
-    long.load_state_dict({"weight": w, "gain": torch.tensor([1.0, 2.0, 3.0])})
-    torch.testing.assert_close(long(z), want * torch.tensor([1.0, 2.0, 3.0]))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(z.bfloat16() * 1e-3).float().sub(want).abs().max() < 0.03
+    # Along the sphere; and nothing edits the rows.
+    assert (layer.weight.grad * w).sum(1).abs().max() < 1e-6 and torch.equal(layer.weight, w)
+    long = heads.LastLayer(4, 3, gain=True)
+    assert long.gain.shape == (3, 1)
+    # As [P] in checkpoints of before.
+    for gain in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0], [2.0], [3.0]])):
+        long.load_state_dict({"weight": w, "gain": gain})
+        torch.testing.assert_close(long(z), want * torch.tensor([1.0, 2.0, 3.0]))
 
 
 def test_dinos_head_is_three_linear_layers_with_gelu():
@@ -523,25 +548,38 @@ def test_a_configuration_says_the_whole_network(method, head, prototypes, joint)
         and next(net.head.parameters()).shape[0] == 2048
     )
     assert (net.prototypes and tuple(net.prototypes.weight.shape)) == prototypes
-    assert net.prototypes is None or net.prototypes.gain is None
+    assert getattr(net.prototypes, "gain", None) is None
 
 
-def test_synchronised_batch_norm_is_refused_on_cpus(monkeypatch):
-    net = small()
-    assert models.sync_bn(net) is net  # nothing to do on one rank
+def test_an_unknown_batch_norm_is_not_synchronised(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="bn.sync: .*CPU.*bn.sync=false"):
-            models.sync_bn(net)
+    net = nn.Sequential(nn.BatchNorm3d(4))
+    with pytest.raises(UserError, match="bn.sync: the BatchNorm3d at 0 .*bn.sync=false"):
+        models.sync_bn(net)
+    # A ViT has nothing to synchronise.
+    plain = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    assert models.sync_bn(plain) is plain
 
 
-@pytest.mark.gpu
+def test_dino_synchronises_batch_norms_as_its_code_does(monkeypatch):
+    """XCiT's in its patches and blocks; the copy of the network, the mean student, has them, too."""
+    cfg = config.validate(
+        BASE | {"method": {"name": "dino"}, "student": {"arch": "xcit_nano_12_p16_224"}}, "test"
+    )
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    net = models.of(cfg, train=True)
+    for found in (net, models.ema_copy(net)):
+        norms = [m for m in found.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert len(norms) > 10 and all(type(m) in SYNCED.values() for m in norms)
+
+
 def test_synchronised_batch_norm_keeps_names_and_activations(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     plain = small(arch="mobilenetv3_small_050")
     keys = list(plain.state_dict())
     net = models.sync_bn(copy.deepcopy(plain))
-    assert list(net.state_dict()) == keys and any(
-        isinstance(m, nn.SyncBatchNorm) for m in net.modules()
+    assert list(net.state_dict()) == keys
+    assert any(
+        isinstance(m, SYNCED[nn.BatchNorm2d] | SYNCED[BatchNormAct2d]) for m in net.modules()
     )
     torch.testing.assert_close(net.eval()([images(2)]).z, plain.eval()([images(2)]).z)

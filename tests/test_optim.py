@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from fastdisco import engine
-from fastdisco.config import Engine, Optim, UserError
+from fastdisco.config import Engine, Optim, UserError, validate
 from fastdisco.engine import optim
 
 
@@ -52,6 +52,39 @@ def test_the_cosine_can_end_above_0_and_the_warm_up_does_not_begin_there():
     assert [
         optim.rate(Optim(lr_min=0.02, per="epoch"), 0.1, e, 2) for e in (0, 0.9, 1.5)
     ] == pytest.approx([0.1, 0.1, 0.06])
+
+
+@pytest.mark.parametrize("batch", [256, 1024, 64])
+def test_seeds_learning_rate_is_that_of_its_code(batch):
+    """Once an epoch: from lr to lr x batch / 256 in 5, then a cosine that counts from epoch 0."""
+    cfg = validate(
+        {
+            "run": {"name": "x"},
+            "data": {"train": "t", "batch": batch},
+            "teacher": {"file": "t"},
+            "method": {"name": "seed"},
+        },
+        "test",
+    )
+    top, epochs = 0.03 * batch / 256, cfg.run.epochs
+    assert epochs == 200
+    want = [0.03 + (top - 0.03) / 5 * e for e in range(5)]
+    want += [top * 0.5 * (1 + math.cos(math.pi * e / 200)) for e in range(5, 200)]
+    lr = optim.base_lr(cfg.optim, batch)
+    for within in (0.0, 0.5, 0.99):
+        assert [optim.rate(cfg.optim, lr, e + within, epochs) for e in range(200)] == pytest.approx(
+            want
+        )
+
+
+def test_a_warm_up_may_begin_at_lr_and_the_cosine_at_the_start_in_any_step():
+    cfg = Optim(lr=0.1, warmup_epochs=10, warmup_from="lr", cosine_from="start", lr_min=0.02)
+    assert [optim.rate(cfg, 0.5, e, 100) for e in (0, 2.5, 5, 50, 100)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.26, 0.02]
+    )
+    # A fraction of an epoch of warm-up lasts as long as the epoch, in both of its parts.
+    cfg = Optim(warmup_epochs=1.5, per="epoch", lr_min=0.02)
+    assert optim.rate(cfg, 0.5, 1.9, 100) == pytest.approx(0.5 * 2 / 2.5)
 
 
 def test_the_decay_follows_its_own_cosine_and_spares_what_has_none():

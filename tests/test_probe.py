@@ -2,6 +2,7 @@
 refuse."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -186,6 +187,9 @@ def test_check_lets_a_teacher_pass_that_tells_the_classes_and_refuses_one_that_d
             ("80 images" in out and "among 60 of" in out)
             if bank
             else ("30 images" in out and "among 30 others" in out)
+        )
+        assert re.search(
+            r"length of its embeddings: [\d.]+ on average, standard deviation [\d.]+", out
         )
         assert (kind, shares["teacher/features"]) == ("told", 1) or (
             kind == "broken" and "do not train with it" in err

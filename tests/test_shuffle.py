@@ -7,7 +7,7 @@ import torch
 import torch.distributed as td
 from conftest import ranks, tiny
 from test_moco import Run, batch
-from test_train import _differences, _train, losses
+from training import _differences, _train, losses
 
 from fastdisco import config, data
 from fastdisco.common import dist

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import ranks, tiny
-from test_train import _train, metrics
+from training import _train, metrics, train_a_teacher
 
 from fastdisco import cli, config, models, teacher
 from fastdisco.config import UserError
@@ -54,18 +54,7 @@ def _counted(args):
 def out(folder, tmp_path_factory):
     """Of 2 ranks: both/, each student alone under its name, halves/ stopped and continued."""
     out = tmp_path_factory.mktemp("students")
-    ranks(
-        1,
-        _train,
-        tiny(
-            folder,
-            out,
-            "run.max_steps=2",
-            "run.name=teacher",
-            "student.arch=test_resnet",
-            "student.kwargs={}",
-        ),
-    )
+    train_a_teacher(folder, out, steps=2)
     # Both views, once a batch.
     assert ranks(2, _counted, _args(folder, out, "both", PAIR)) == [[2] * STEPS] * 2
     for name, overrides in ALONE.items():

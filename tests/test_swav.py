@@ -24,7 +24,7 @@ from loop import (
 )
 from torch import nn
 
-from fastdisco import config
+from fastdisco import config, kernels
 from fastdisco.common import dist
 from fastdisco.methods.swav import sinkhorn
 
@@ -54,10 +54,16 @@ def swav(
     freeze=2,
     queue_epoch=0,
     distill=DISTILL,
+    target="normalised",
     **options,
 ):
     block = config.Swav(
-        prototypes=P, queue=queue, queue_epoch=queue_epoch, freeze_steps=freeze, distill=distill
+        prototypes=P,
+        queue=queue,
+        queue_epoch=queue_epoch,
+        freeze_steps=freeze,
+        distill=distill,
+        target=target,
     )
     return Run(
         block,
@@ -75,9 +81,12 @@ def swav(
 
 class Paper:
     """As the paper and its published code have it: crops of one size through the backbone at once,
-    all through the head, codes from matrices."""
+    all through the head, codes from matrices.
 
-    def __init__(self, run, queue):
+    published: DisCo's teacher is not normalised, as in its own code."""
+
+    def __init__(self, run, queue, published=False):
+        self.published = published
         self.net, self.teacher, self.prototypes = (
             run.plain.train(),
             run.plain_teacher,
@@ -94,7 +103,7 @@ class Paper:
 
     def embed(self, net, views):
         features = torch.cat([net[0](torch.cat(views[:2])), net[0](torch.cat(views[2:]))])
-        return unit(net[1](features)).view(len(views), B, DIM)
+        return net[1](features).view(len(views), B, DIM)
 
     def codes(self, scores):
         q = torch.exp(scores / 0.05).T  # [P,n]
@@ -105,8 +114,11 @@ class Paper:
         return (q * q.shape[1]).T
 
     def step(self, views, lr, frozen, queued=True):
-        c = unit(self.prototypes)
-        z = self.embed(self.net, views)
+        # In place before the forward, as the published code has it.
+        with torch.no_grad():
+            self.prototypes.copy_(unit(self.prototypes))
+        c = self.prototypes
+        z = unit(self.embed(self.net, views))
         scores = z @ c.T
         swav = 0.0
         for g in range(2):
@@ -123,6 +135,7 @@ class Paper:
         if self.teacher:
             with torch.no_grad():
                 t = self.embed(self.teacher, views)
+                t = t if self.published else unit(t)
             mse = (z - t).square().mean()
         loss = (swav + mse) / 2
         grads = dict(zip(self.weights, torch.autograd.grad(loss, list(self.weights.values()))))
@@ -136,17 +149,25 @@ class Paper:
                 step = trust * (g + 1e-2 * p)
                 self.velocity[name] = step.clone() if first else 0.9 * self.velocity[name] + step
                 p -= lr * self.velocity[name]
+            moved = unit(self.prototypes)
         for g in range(2 if queued and self.length else 0):
             self.queue[g] = (self.queue[g] + list(z[g].detach()))[-self.length :]
-        return loss.item(), swav.item() / 2, mse.item(), grads
+        # What the next forward will see; a frozen row stays to the last bit.
+        seen = self.weights | {"prototypes.weight": self.prototypes if frozen else moved}
+        return loss.item(), swav.item() / 2, mse.item(), grads, seen
 
 
-@pytest.mark.parametrize("teacher", [False, True], ids=["swav", "disco"])
+@pytest.mark.parametrize(
+    "teacher, target",
+    [(False, "normalised"), (True, "normalised"), (True, "published")],
+    ids=["swav", "disco", "disco published"],
+)
 @pytest.mark.parametrize("queue", [0, 16])
-def test_steps_are_those_of_the_paper(teacher, queue):
-    run = swav(teacher, queue=queue)  # two steps fill the queue, the third uses it
-    paper = Paper(run, queue)
-    for step in range(4):
+def test_steps_are_those_of_the_paper(teacher, target, queue):
+    # Two steps fill the queue, the third uses it.
+    run = swav(teacher, queue=queue, target=target)
+    paper = Paper(run, queue, target == "published")
+    for step in range(6):  # in the last three the prototypes have momentum
         views = crops(step, B, SIZES)
         loss, grads, terms = run.step(step, views)
         lr = 0.06 + (0.6 - 0.06) * 0.5 * (1 + np.cos(np.pi * step / 20))
@@ -158,12 +179,22 @@ def test_steps_are_those_of_the_paper(teacher, queue):
             assert terms["distill"].item() == pytest.approx(want[2] * len(SIZES) * DIM, rel=1e-10)
         close(run.all_grads, want[3])
         assert (grads["prototypes.weight"] is None) == (step < 2)
-        close(dict(run.net.named_parameters()), paper.weights)
+        close({n: p.detach() for n, p in run.net.named_parameters()}, want[4])
         assert run.method.filled == min(queue, B * (step + 1))
     if queue:
         close(
             sorted(run.method.queues[1].rows.tolist()), sorted(torch.stack(paper.queue[1]).tolist())
         )
+
+
+def test_the_published_target_pulls_by_its_length():
+    z = uniform(generator(1), 3, 4, DIM).requires_grad_()
+    t = 5 * uniform(generator(2), 3, 4, DIM)
+    pull = lambda raw: torch.autograd.grad(kernels.distill(z, t, raw_targets=raw), z)[0]
+    close(pull(True), pull(False) * t.norm(dim=-1, keepdim=True))
+    terms = swav(teacher=True, target="published").step(0, crops(0, B, SIZES))[2]
+    one = swav(teacher=True).step(0, crops(0, B, SIZES))[2]
+    assert terms["distill/cosine"].item() == pytest.approx(one["distill/cosine"].item(), abs=1e-6)
 
 
 def test_the_queue_changes_the_codes_and_begins_at_its_epoch():

@@ -2,6 +2,7 @@
 ResNet, and everything that is refused."""
 
 import os
+import shlex
 import shutil
 import types
 from functools import partial
@@ -412,7 +413,7 @@ class Evil:
         self.mark = mark
 
     def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
+        return os.system, (f"touch {shlex.quote(str(self.mark))}",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, ranks, run, tiny
 from PIL import Image
-from test_train import _train, losses
+from training import _train, losses
 
 from fastdisco import config, data, engine, methods, models
 from fastdisco.common import dist

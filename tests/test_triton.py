@@ -167,3 +167,14 @@ def test_interpreted():
     # Each case's error, beside that of rounding the operands.
     print(*re.findall(r"^(?:seed )?B \d.*", text, re.MULTILINE), sep="\n")
     assert re.search(r"\d{2,} passed", text), text[-4000:]
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_narrow_rows_compile_without_spills_on_sm_100(few):
+    """They take the rows of width 64, whose registers they use otherwise."""
+    for dtype in (torch.bfloat16, torch.float16):
+        running = dtype == torch.float16
+        how = launch.table()[launch.key(100, dtype, 32, 32 if few else 1024, running)]
+        for d in (16, 32):
+            found = sweep(how, 100, dtype, d, 1 << 16, running)
+            assert not [*faults(found, 100, how, True)], (d, dtype)

@@ -19,7 +19,7 @@ SHARED = dict(
     method=dict(name="moco", queue=4096, momentum=0.99), checkpoint=dict(every=100, keep=1)
 )
 # Spelled out, since a method may bring a recipe of its own.
-PLAIN = dict(lr_scale="none", warmup_epochs=0)
+PLAIN = dict(lr_scale="none", warmup_epochs=0, per="step")
 # The teacher's network and step size, how many steps tell the speed, and the student's configuration.
 PRESETS = {
     "cpu": dict(

@@ -2,7 +2,10 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from fastdisco.common.files import expanded
 
 
 def command(
@@ -28,7 +31,8 @@ def launched(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, of which overrides may stand between options; exits with 2 at unknown ones.
 
-    `parser` of the namespace is the command's own, whose usage an error shows."""
+    In paths, ~ and environment variables are replaced.  `parser` of the namespace is the command's
+    own, whose usage an error shows."""
     args, rest = parser.parse_known_args(argv)
     options = any(x.startswith("-") for x in rest)
     if rest and (options or not hasattr(args, "overrides")):
@@ -36,4 +40,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     # argparse takes no more positional arguments once an option has stood between them.
     if rest:
         args.overrides = [*args.overrides, *rest]
+    try:
+        for name, value in vars(args).items():
+            setattr(args, name, _expanded(value))
+    except ValueError as e:
+        args.parser.error(str(e))
     return args
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(x) for x in value]
+    return expanded(value) if isinstance(value, Path) else value

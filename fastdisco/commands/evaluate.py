@@ -45,6 +45,7 @@ def knn(args: argparse.Namespace) -> None:
     encode = autocast(cfg.engine.precision, device)(net.to(device).features)
     train = data.listing(cfg.data.train, cfg.data.quarantine)
     val = data.listing(cfg.data.val, cfg.data.quarantine)
+    data.apart(train, val)
     with torch.no_grad():
         scores = knn.score(encode, train, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
     print(json.dumps({f"eval/{k}": v for k, v in scores.items()}))

@@ -112,6 +112,8 @@ def show(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """`fastdisco teacher check`."""
+    import torch
+
     from fastdisco import data
     from fastdisco.common import dist
     from fastdisco.evals import probe
@@ -124,6 +126,8 @@ def check(args: argparse.Namespace) -> None:
     runtime.of_noise(found.net, runtime.noise((args.size,)))
     train = data.listing(args.bank, quarantine) if args.bank else val
     data.same_classes(train, val)
+    if args.bank:
+        data.apart(train, val, "give --bank other images, or leave it out")
     bank, queries = _drawn(train, val, args)
 
     def loader(listing: data.Listing, indices: "np.ndarray") -> data.EvalLoader:
@@ -137,12 +141,21 @@ def check(args: argparse.Namespace) -> None:
         f"{args.file}: {found.arch}; {len(queries)} images of {args.data}, their neighbours among "
         f"{len(bank)} {others}"
     )
+    lengths: list[torch.Tensor] = []
+    found.net.head.register_forward_hook(
+        lambda _module, _input, t: lengths.append(t.float().norm(dim=-1))
+    )
     shares = probe.run(
         found.net.eval().to(device),
         _untrained(found).eval().to(device),
         loader(train, bank),
         loader(val, queries),
         len(val.classes),
+    )
+    std, mean = torch.std_mean(torch.cat(lengths), correction=0)
+    say(
+        f"length of its embeddings: {mean:.4g} on average, standard deviation {std:.4g}; so much "
+        "harder does method.target=published pull on SwAV (docs/method.md)"
     )
     print(json.dumps({f"teacher/{k}": v for k, v in shares.items()}))
     if against := probe.verdict(shares, len(queries)):

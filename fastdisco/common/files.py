@@ -1,6 +1,7 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and paths as users write them."""
 
 import os
+import re
 from pathlib import Path
 
 
@@ -17,3 +18,18 @@ def write_whole(path: Path, text: str) -> None:
         # Without this the new name could reach the disk before the content.
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def expanded(path: Path) -> Path:
+    """The path with ~ and environment variables replaced: a shell leaves them as they are in
+    key=value and --option=value, and nobody else would look at a YAML file.
+
+    Raises ValueError for a user or a variable that is not there."""
+    text = os.path.expanduser(path)
+    if text.startswith("~"):
+        raise ValueError(f"there is no user {text.split('/')[0][1:]}; write the path out")
+    text = os.path.expandvars(text)
+    if left := re.search(r"\$(\w+|\{\w+\})", text):
+        name = left[1].strip("{}")
+        raise ValueError(f"${name} is not set in the environment; set it, or write the path out")
+    return Path(text)

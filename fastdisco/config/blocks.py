@@ -174,7 +174,7 @@ class Bn(Block):
     # of its share itself, and they are view B for all networks; off: no permutation.  true means
     # gather, false means off.
     shuffle: Literal["gather", "load", "off"] = "gather"
-    # Compute statistics over all ranks.  On GPUs only.
+    # Compute statistics over all ranks.
     sync: bool = False
 
     @field_validator("shuffle", mode="before")
@@ -221,9 +221,13 @@ class Optim(Block):
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     # How often the schedule changes the learning rate.
     per: Literal["step", "epoch"] = "step"
-    # For so many epochs from the start the learning rate rises linearly; the schedule begins
-    # after them.
+    # For so many epochs from the start the learning rate rises linearly, to lr as scaled.
     warmup_epochs: float = Field(0.0, ge=0)
+    # Where that rise begins.  zero: at 0; lr: at lr before lr_scale, as in SEED's code.
+    warmup_from: Literal["zero", "lr"] = "zero"
+    # Where the cosine is at its top.  warmup: at the end of the warm-up; start: at epoch 0, so that
+    # the warm-up hides its beginning, as in SEED's code.
+    cosine_from: Literal["warmup", "start"] = "warmup"
     # Epochs at which `schedule: step` multiplies the learning rate by 0.1.
     milestones: tuple[int, ...] = (120, 160)
 
@@ -247,8 +251,8 @@ class Engine(Block):
 
     # Of the forward passes, by autocast.  Weights and statistics stay fp32.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    # On a GPU: fp32 convolutions keep 10 bits of mantissa, which is faster.  Matrix products keep
-    # all 23.
+    # On a GPU: fp32 convolutions and matrix products within the networks keep 10 bits of mantissa,
+    # which is faster.  Losses and the kNN evaluation keep all 23.
     tf32: bool = True
     # ZeRO stage.  0: only gradients are exchanged, which is the fastest for students that fit, and
     # all do; 1 and above divide optimizer state, then gradients, then weights among the ranks.

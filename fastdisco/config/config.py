@@ -62,6 +62,10 @@ class Config(Block):
         What is not well-formed passes unchanged: the checks of its block say what is wrong."""
         if not isinstance(raw, dict):
             return raw
+        if cls.model_fields.keys() <= raw.keys():
+            # As `dump` writes it, it says everything.  A key that it lacks is newer than the file,
+            # and its own default is what the run had.
+            return raw
         given, view = raw.get("method", {}), raw.get("view")
         if not isinstance(given, dict) or not isinstance(view, dict | None):
             return raw
@@ -145,6 +149,17 @@ class Config(Block):
                 "bn.shuffle: load hands out other images as view B, and "
                 f"teacher.cache={self.teacher.cache} replays embeddings of whole images; set "
                 "bn.shuffle=gather or off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recorded_targets_have_length_1(self) -> "Config":
+        raw = isinstance(self.method, Swav) and self.method.target == "published"
+        if raw and self.teacher and self.teacher.cache != "off":
+            raise ValueError(
+                "method.target: published needs the lengths of the teacher's embeddings, and "
+                f"teacher.cache={self.teacher.cache} keeps rows of length 1; set "
+                "method.target=normalised or teacher.cache=off"
             )
         return self
 

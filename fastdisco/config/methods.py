@@ -63,6 +63,9 @@ class Swav(Block):
     # Weight of the distillation loss |student - teacher|^2, a mean over images and a sum over
     # views.  1/2048 is half of a mean over 8 views and 128 dimensions.
     distill: float = Field(1 / 2048, ge=0)
+    # The teacher's embedding t in that loss.  normalised: t/|t|; published: t as it is, as in
+    # DisCo's code, which pulls |t| times as hard (docs/method.md).
+    target: Literal["normalised", "published"] = "normalised"
 
 
 class Dino(Block):

@@ -73,14 +73,17 @@ def _over_base(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
+        text = path.read_text()
+        raw = yaml.load(text, Loader=_Loader) or {}
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
+    except _WrittenTwice as e:
+        raise UserError(f"{path}: {e}; join the two") from None
     except yaml.YAMLError as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
-    return raw
+    return _with_texts(raw, yaml.load(text, Loader=yaml.BaseLoader), [Config])
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -88,21 +91,45 @@ def _override(raw: dict[str, Any], item: str) -> None:
     key, eq, value = item.partition("=")
     if not eq or not key:
         raise UserError(f"override '{item}': expected block.key=value, for example optim.lr=0.06")
+    try:
+        found, text = (yaml.load(value, Loader=x) for x in (_Loader, yaml.BaseLoader))
+    except _WrittenTwice as e:
+        raise UserError(f"override '{item}': {e}; keep one") from None
+    except yaml.YAMLError:
+        raise UserError(f"override '{item}': the value is not valid YAML") from None
     *blocks, last = key.split(".")
+    models: list[type[BaseModel]] = [Config]
     node = raw
     for block in blocks:
         # Absent, or null as in `teacher: null`.
         if not isinstance(node.get(block), dict):
             node[block] = {}
         node = node[block]
-    try:
-        node[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"override '{item}': the value is not valid YAML") from None
+        models = _blocks_at(models, block)
+    node |= _with_texts({last: found}, {last: text}, models)
+
+
+class _WrittenTwice(yaml.YAMLError):
+    """A mapping has a key twice, of which YAML would keep the last alone."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads 1e-3 as text, by YAML 1.1; here it is a number."""
+    """PyYAML reads 1e-3 as text, by YAML 1.1; here it is a number.  A key may be written once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here rather than where the dict is made: by then, merged keys (<<) stand beside their own.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if first := lines.get(key.value):
+                raise _WrittenTwice(
+                    f"the key {key.value} is written twice, in lines {first} and {line}"
+                )
+            lines[key.value] = line
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -110,6 +137,44 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+# ---- names that YAML takes for numbers
+
+
+def _with_texts(raw: Any, text: Any, models: list[type[BaseModel]]) -> Any:
+    """`raw` with the text as it was written where a key takes text: a run named 007 or 20241125
+    would else be a number.
+
+    text    the same document, of which every value is read as text
+    models  the blocks that may stand here"""
+    if isinstance(raw, list) and isinstance(text, list):
+        return [_with_texts(x, t, models) for x, t in zip(raw, text)]
+    if not (isinstance(raw, dict) and isinstance(text, dict)):
+        return raw
+    read = {}
+    for key, value in raw.items():
+        # Merged keys (<<) and keys that are no text are not in `text`.
+        written = text.get(key)
+        if isinstance(value, dict | list):
+            read[key] = _with_texts(value, written, _blocks_at(models, key))
+        else:
+            named = value is not None and isinstance(written, str) and _takes_text(models, key)
+            read[key] = written if named else value
+    return read
+
+
+def _blocks_at(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
+    """The blocks that may stand at a key of these."""
+    fields = (model.model_fields.get(key) for model in models)
+    return [block for field in fields if field for block in _models_of(field)]
+
+
+def _takes_text(models: list[type[BaseModel]], key: str) -> bool:
+    """Whether a key is a name or a path, and nothing else but null."""
+    fields = (model.model_fields.get(key) for model in models)
+    kinds = {kind for field in fields if field for kind in _kinds_of(field)}
+    return bool(kinds) and kinds <= {str, Path, type(None)}
 
 
 # ---- one sentence for each of pydantic's errors
@@ -174,8 +239,13 @@ def _keys_at(loc: Sequence[str], method: str | None) -> list[str]:
 
 def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
     """The blocks that a field may hold: those of `Teacher | None`, of `tuple[Crops, ...]`."""
-    kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
+    kinds = _kinds_of(field)
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _kinds_of(field: FieldInfo) -> tuple[Any, ...]:
+    """The types of `Teacher | None`, of `tuple[Crops, ...]`, of `str`."""
+    return getattr(field.annotation, "__args__", None) or (field.annotation,)
 
 
 def _tree(model: type[BaseModel]) -> dict[str, Any]:

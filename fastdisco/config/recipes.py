@@ -30,6 +30,8 @@ RECIPES: dict[str, dict[str, Any]] = {
             {"count": 8, "size": 96, "scale": [0.05, 0.4], "blur_p": 0.5},
         ],
         "student": {"head": "dino", "dim": 256, "kwargs": {"drop_path_rate": 0.1}},
+        # Of XCiT and ResNets; ViT has none.
+        "bn": {"sync": True},
         "optim": {
             "name": "adamw",
             "lr": 5e-4,
@@ -43,5 +45,14 @@ RECIPES: dict[str, dict[str, Any]] = {
             "clip_each": True,
         },
     },
-    "seed": {"views": [{"count": 1}], "optim": {"lr_scale": "linear", "warmup_epochs": 5}},
+    "seed": {
+        "views": [{"count": 1}],
+        "optim": {
+            "lr_scale": "linear",
+            "per": "epoch",
+            "warmup_epochs": 5,
+            "warmup_from": "lr",
+            "cosine_from": "start",
+        },
+    },
 }

@@ -5,7 +5,7 @@ and decoder.py, at the first use.  From outside, import the names below; the com
 pack.py, check.py and demo.py, and the plan of a run shards.py.
 
   source.py      opens a data set by its path: folder.py class folders and list files, shards.py
-                 tars with their index (tar_index.py)
+                 tars with their index (tar_index.py); lines.py reads lists and quarantines
   loader.py      which image comes when; pipelines.py runs DALI, graph.py defines its graphs,
                  draws.py draws the views, placement.py says on which device each step runs
   pack.py        writes tars, also from CIFAR's archives (cifar.py)
@@ -16,13 +16,14 @@ from fastdisco.data.folder import Listing
 from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
 from fastdisco.data.placement import place
 from fastdisco.data.shards import reading_order
-from fastdisco.data.source import listing, same_classes
+from fastdisco.data.source import apart, listing, same_classes
 
 __all__ = [
     "Batch",
     "EvalLoader",
     "Listing",
     "TrainLoader",
+    "apart",
     "listing",
     "place",
     "reading_order",

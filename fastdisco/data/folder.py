@@ -6,7 +6,10 @@ N is the number of images."""
 import hashlib
 import io
 import os
+import re
+import shlex
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -15,9 +18,28 @@ import numpy as np
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.data import lines
 
 # What DALI decodes.
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "jp2", "pnm", "ppm", "pgm", "pbm")
+EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jif", "jfif"),
+    *("png", "bmp", "tif", "tiff", "webp"),
+    *("jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
+    *("pnm", "ppm", "pgm", "pbm"),
+)
+# Folders that systems and devices put beside files, in lower case.  They hold thumbnails, resource
+# forks and deleted files, not the data set's images.
+SYSTEM = (
+    *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot"),
+    *("__macosx", "__pycache__", "lost+found", "$recycle.bin", "system volume information"),
+)
+# Names of folders that part a data set.
+PART = re.compile(
+    r"(train(ing|val)?|val(id|idation)?|test(ing)?)([-_ ]?(set|data|images?|\d{4}))?", re.IGNORECASE
+)
+BESIDE = "images beside the class folders"
+# Of a list with names like n01440764_10026.JPEG, those of SimCLR's subsets of ImageNet.
+SIMCLR = r"sed -E 's,^(n[0-9]+)_.*,\1/& \1,' {} > NEW.txt"
 
 
 class Places(NamedTuple):
@@ -39,6 +61,8 @@ class _Listing(NamedTuple):
     classes: list[str]
     places: Places | None = None  # for images in tars
     left_out: np.ndarray = np.zeros(0, np.int64)  # indices that the quarantine names
+    # How many files are not taken, by their extension (`.gif`) or their folder (`@eaDir/`).
+    passed_over: tuple[tuple[str, int], ...] = ()
 
 
 class Listing(_Listing):
@@ -119,41 +143,87 @@ def class_folders(root: Path) -> Listing:
     """The images of root/<class>/**, with classes and the files of a class sorted by name, which
     gives torchvision's labels.
 
-    Names that begin with a dot are passed over, as are files without an image's extension.  Links
-    to files are followed.  Links to folders are refused, since they can lead out of the root or
-    round in a circle.
+    Passed over are names that begin with a dot, folders of the system (SYSTEM), images beside the
+    class folders and files without an image's extension; `passed_over` counts all but the first.
+    Links to files are followed.  Links to folders are refused, since they can lead out of the root
+    or round in a circle.
     Raises UserError naming the path and the remedy."""
-    classes, flat = _scan(root)
+    loose: Counter[str] = Counter()
+    classes, flat = _scan(root, loose)
+    # Other files lie beside the class folders by good right, check.json for one.
+    passed = Counter({name: n for name, n in loose.items() if name.endswith("/")})
+    if flat:
+        passed[BESIDE] = len(flat)
     if not classes:
         found = f"{len(flat)} images lie in it directly" if flat else "it is empty of images"
         raise UserError(
             f"{root}: no class folders, {found}; put the images into one folder per class, "
-            f"{root}/<class>/<image>"
+            f"{root}/<class>/<image>, or write a list file (docs/data.md, ImageNet's validation "
+            "images)"
         )
-    files, labels, empty = [], [], []
+    _refuse_parts(root, classes)
+    files, labels, empty, instead = [], [], [], Counter()
     for label, name in enumerate(classes):
-        inside = _images(root, name)
+        others: Counter[str] = Counter()
+        inside = _images(root, name, others)
         files += inside
         labels += [label] * len(inside)
+        passed += others
         if not inside:
             empty.append(name)
-    known = " ".join(EXTENSIONS)
-    if not files:
-        raise UserError(
-            f"{root}: {len(classes)} class folders and not one image; add files with one of the "
-            f"extensions {known}"
-        )
+            instead += others
     if empty:
+        _refuse_empty(root, empty, not files, instead)
+    counted = tuple(passed.most_common())
+    return Listing(root, root, files, np.array(labels, np.int64), classes, passed_over=counted)
+
+
+def _refuse_empty(root: Path, empty: list[str], everywhere: bool, instead: Counter[str]) -> None:
+    """Raises UserError for class folders without an image, which hold other things instead."""
+    known = " ".join(EXTENSIONS)
+    there = f" but {told(instead.most_common())}" if instead else ""
+    if everywhere:
         raise UserError(
-            f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {shorten(empty)}; "
-            f"remove or fill (extensions: {known})"
+            f"{root}: {len(empty)} class folders and not one image{there}; add files with one of "
+            f"the extensions {known}"
         )
-    return Listing(root, root, files, np.array(labels, np.int64), classes)
+    raise UserError(
+        f"{root}: no image in the class folder{'s' * (len(empty) > 1)} {shorten(empty)}{there}; "
+        f"remove or fill (extensions: {known})"
+    )
+
+
+def told(passed_over: Iterable[tuple[str, int]]) -> str:
+    """'12 .avif, 2 @eaDir/': what is not taken."""
+    return shorten([f"{n} {name}" for name, n in passed_over])
+
+
+def _refuse_parts(root: Path, classes: list[str]) -> None:
+    """Raises UserError for the root of a data set, whose train and val would become classes, and
+    for a folder that holds nothing but another one with the class folders."""
+    parts = [name for name in classes if PART.fullmatch(name)]
+    if len(parts) < 2:
+        # `train` may also be the vehicle.
+        lone = parts or (classes if len(classes) == 1 else [])
+        parts = [name for name in lone if _holds_only_folders(root / name)]
+    if parts:
+        inner = next((name for name in parts if name.lower().startswith("train")), parts[0])
+        many = len(parts) > 1
+        raise UserError(
+            f"{root}: its folder{'s' * many} {shorten(parts)} {'are' if many else 'is'} not "
+            f"{'classes' if many else 'a class'} but {'parts' if many else 'a part'} of a data "
+            f"set; give {root / inner}"
+        )
+
+
+def _holds_only_folders(folder: Path) -> bool:
+    folders, files = _scan(folder, Counter())
+    return bool(folders) and not files
 
 
 def list_file(path: Path) -> Listing:
     """The images that a text file names, one `<path> <class>` a line, in the order of the file.
-    Empty lines and lines from `#` on are passed over.
+    lines.py says what is a comment.
 
     Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0
     on.
@@ -191,22 +261,27 @@ def classes_of(names: list[str]) -> tuple[np.ndarray, list[str]]:
 def _lines(path: Path) -> tuple[list[str], list[str]]:
     """Path and class of each line of a list file."""
     try:
-        lines = path.read_text().split("\n")
+        text = lines.read(path)
     except (OSError, ValueError) as e:
         raise UserError(
             f"{path}: is a file and cannot be read as a list of images ({e}); give a folder, a text "
             "file with a line `<image> <class>` for each image, or tars"
         ) from None
     files, classes = [], []
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
+    for number, line in enumerate(map(str.strip, text), 1):
+        if lines.is_comment(line):
+            _refuse_lost(path, number, line)
             continue
         # Split from the right: a path may hold spaces, a class may not.
         name, *rest = line.rsplit(maxsplit=1)
-        if not rest:
+        # A name with spaces and without a class, or the class before the name.
+        if not rest or _extension(rest[0]) in EXTENSIONS:
             raise UserError(
-                f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both"
+                f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both, names "
+                f"of SimCLR's lists for example by `{SIMCLR.format(shlex.quote(str(path)))}`, and "
+                "put that file beside the class folders"
             )
+        name = lines.unescaped(name)
         if name.startswith("/") or ".." in PurePosixPath(name).parts:
             raise UserError(
                 f"{path}: line {number} leads out of {path.parent}: {name}; list images of that "
@@ -217,33 +292,54 @@ def _lines(path: Path) -> tuple[list[str], list[str]]:
     return files, classes
 
 
-def _images(root: Path, folder: str) -> list[str]:
-    """A folder's own images by name, then those of its folders."""
-    folders, files = _scan(root / folder)
+def _refuse_lost(path: Path, number: int, line: str) -> None:
+    """Raises UserError for a comment that reads like an image which is there."""
+    name = line.rsplit(maxsplit=1)[0] if line else ""
+    if name and os.path.isfile(path.parent / name):
+        raise UserError(
+            f"{path}: line {number} begins with # and so is a comment, but {name} is a file; write "
+            f"`{lines.escaped(line)}` for the image, or another comment"
+        )
+
+
+def _images(root: Path, folder: str, passed: Counter[str]) -> list[str]:
+    """A folder's own images by name, then those of its folders.  `passed` counts what is passed
+    over."""
+    folders, files = _scan(root / folder, passed)
     out = [f"{folder}/{name}" for name in files]
     for name in folders:
-        out += _images(root, f"{folder}/{name}")
+        out += _images(root, f"{folder}/{name}", passed)
     return out
 
 
-def _scan(folder: Path) -> tuple[list[str], list[str]]:
+def _scan(folder: Path, passed: Counter[str]) -> tuple[list[str], list[str]]:
     """Names of sub-folders and of images, each sorted.  A directory entry knows its kind, so no
-    file is looked at by itself."""
+    file is looked at by itself.  `passed` counts what is passed over."""
     folders, files = [], []
     try:
         with os.scandir(folder) as entries:
             for e in entries:
                 if e.name.startswith("."):
                     continue
-                if e.is_dir(follow_symlinks=False):
+                if e.name.lower() in SYSTEM:
+                    passed[f"{e.name}/"] += 1
+                elif e.is_dir(follow_symlinks=False):
                     folders.append(e.name)
                 elif e.is_symlink() and e.is_dir():
                     raise UserError(
                         f"{e.path}: a link to a folder is not followed; put the folder itself in "
                         "its place, or a folder of links to files"
                     )
-                elif e.name.rpartition(".")[2].lower() in EXTENSIONS:
+                elif (extension := _extension(e.name)) in EXTENSIONS:
                     files.append(e.name)
+                else:
+                    passed[f".{extension}" if extension else "without extension"] += 1
     except OSError as err:
         raise UserError(f"{folder}: cannot be read ({err.strerror}); allow reading it") from None
     return sorted(folders), sorted(files)
+
+
+def _extension(name: str) -> str:
+    """In lower case, '' where there is none."""
+    _, dot, extension = name.rpartition(".")
+    return extension.lower() if dot else ""

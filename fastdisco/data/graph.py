@@ -119,7 +119,7 @@ def decode(source: Callable[[], list[np.ndarray]], placement: Placement) -> Data
 
 def _read(reader: dict[str, Any]) -> DataNode:
     """Encoded images in the reader's order: of files, or of samples in tars."""
-    if "files" in reader:
+    if "file_root" in reader:
         return fn.readers.file(**reader)[0]
     # A tar that is shorter than its index says is an error of the reader with dont_use_mmap, and a
     # segmentation fault without.

@@ -19,11 +19,12 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
+from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.common.limits import SHARD_MB
-from fastdisco.data import cifar, shards, tar_index
-from fastdisco.data.folder import Listing
+from fastdisco.data import cifar, lines, shards, tar_index
+from fastdisco.data.folder import Listing, told
 from fastdisco.data.loader import permutation
 from fastdisco.data.source import listing, read_quarantine
 from fastdisco.data.tar_index import Row
@@ -73,6 +74,8 @@ def pack(
                 f"{dst}: lies in {found.root}, whose images its own would join; give a folder "
                 "outside of it"
             )
+        if found.passed_over:
+            say(f"{src}: passed over: {lines.printable(told(found.passed_over))}")
         parts = {dst: _listed(found)}
     limit = int(shard_mb * 2**20)
     return {folder: _write(folder, images, seed, limit) for folder, images in parts.items()}

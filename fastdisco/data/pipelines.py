@@ -3,10 +3,12 @@ batches as torch tensors.
 
 Shapes: B images, S side of a view."""
 
+import os
 import shlex
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
-from fastdisco.data import decoder, shards
+from fastdisco.data import decoder, lines, shards
 from fastdisco.data.folder import Listing
 from fastdisco.data.placement import Placement
 
@@ -39,10 +41,18 @@ def settings(
 
 def reader(listing: Listing, indices: np.ndarray, folder: str) -> dict[str, Any]:
     """Arguments of the graph's reader that make it read these images in this order.  `folder` takes
-    index files of tars, which are read while the pipeline is built."""
+    the files that some need: index files of tars, or a list.  They are read while the pipeline is
+    built."""
     if listing.places:
         return shards.reader(listing.places, listing.root, indices, folder)
-    return dict(file_root=str(listing.root), files=[listing.files[i] for i in indices.tolist()])
+    files = [listing.files[i] for i in indices.tolist()]
+    if all(map(str.isascii, files)) or all(map(lines.is_utf8, files)):
+        return dict(file_root=str(listing.root), files=files)
+    # DALI's argument takes text, its list takes names of any bytes.  A line is a name and a label,
+    # which no graph reads.
+    path = Path(folder, "files")
+    path.write_bytes(b"".join(os.fsencode(name) + b" 0\n" for name in files))
+    return dict(file_root=str(listing.root), file_list=str(path))
 
 
 def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
@@ -116,9 +126,10 @@ def _copied(view: Any, stream: torch.cuda.Stream | None) -> Tensor:
 
 def _unreadable(listing: Listing, names: list[str]) -> UserError:
     source = shlex.quote(str(listing.source))
+    shown, only = ", ".join(map(lines.printable, names)), " ".join(map(lines.for_shell, names))
     return UserError(
-        f"{listing.root}: unreadable image{'s' * (len(names) > 1)} {', '.join(names)}; replace, or "
-        f"leave out by `fastdisco data check {source} --only {shlex.join(names)}`; the same "
-        "command then continues from the last checkpoint",
+        f"{listing.root}: unreadable image{'s' * (len(names) > 1)} {shown}; replace, or leave out "
+        f"by `fastdisco data check {source} --only {only}`; the same command then continues from "
+        "the last checkpoint",
         anywhere=True,
     )

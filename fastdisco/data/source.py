@@ -2,14 +2,15 @@
 quarantine names."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from fastdisco.common.console import shorten
+from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
-from fastdisco.data import folder, shards
+from fastdisco.data import folder, lines, shards
 from fastdisco.data.folder import Listing
 
 REMEDY = (
@@ -23,6 +24,7 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
     pattern like x-{000..099}.tar or x-*.tar.
 
     quarantine  a file with the images to leave out, in each line a name, a tab and the reason.
+                Names that are not in this data are passed over and told.
                 A relative path is looked up in the data's folder, need not exist, and holds names
                 relative to that folder.  An absolute path must exist and holds absolute names, of
                 this data or of other data.
@@ -36,6 +38,7 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
         found = folder.list_file(source)
     else:
         raise UserError(f"{source}: no such folder or file; {REMEDY}")
+    _refuse_bytes(found)
     if quarantine is None:
         return found
     path, absolute = found.root / quarantine, Path(quarantine).is_absolute()
@@ -45,42 +48,103 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
 def same_classes(one: Listing, other: Listing) -> None:
     """Raises UserError where the two have other classes: an accuracy of one by the other would mean
     nothing."""
-    if one.classes != other.classes:
-        odd = sorted(set(one.classes) ^ set(other.classes))
-        how = f"only in one of them: {shorten(odd)}" if odd else "in another order"
+    if one.classes == other.classes:
+        return
+    odd = sorted(set(one.classes) ^ set(other.classes))
+    how = f"only in one of them: {shorten(odd)}" if odd else "in another order"
+    remedy = "give the two the same"
+    numbered, named = sorted((one, other), key=lambda x: not _numbered(x))
+    if _numbered(numbered) and not _numbered(named):
+        how = f"those of {numbered.source} are numbers"
+        remedy = f"write the names instead of the numbers: {shorten(named.classes)}"
+    raise UserError(f"{other.source}: its classes are not those of {one.source} ({how}); {remedy}")
+
+
+def apart(
+    train: Listing, val: Listing, remedy: str = "give data.val other images, or null"
+) -> None:
+    """Raises UserError where images of `val` are images of `train`: each would be its own nearest
+    neighbour.  The same image is the same file, also by links to a folder, or a whole copy."""
+    shared = len(val.kept) if _is_copy(train, val) else _same_files(train, val)
+    if shared:
         raise UserError(
-            f"{other.source}: its classes are not those of {one.source} ({how}); give the two the "
-            "same"
+            f"{val.source}: {shared} of its {len(val.kept)} images are also images of "
+            f"{train.source}, so each finds itself and the kNN accuracy would mean nothing; {remedy}"
         )
 
 
 def read_quarantine(path: Path) -> dict[str, str]:
-    """{name: reason}; empty lines and lines from `#` on are passed over."""
+    """{name: reason}; lines.py says what is a comment."""
     try:
-        lines = path.read_text(errors="surrogateescape").split("\n")
+        text = lines.read(path)
     except OSError as e:
         raise UserError(
             f"{path}: cannot be read ({e.strerror}); give data.quarantine an existing file"
         ) from None
+    except ValueError as e:
+        raise UserError(f"{path}: cannot be read as a list of names ({e})") from None
     reasons = {}
-    for line in lines:
-        if line and not line.startswith("#"):
+    for line in text:
+        if not lines.is_comment(line):
             name, _, reason = line.partition("\t")
-            reasons[name] = reason
+            reasons[lines.unescaped(name)] = reason
     return reasons
+
+
+def _numbered(one: Listing) -> bool:
+    return all(name.isdecimal() for name in one.classes)
+
+
+def _is_copy(one: Listing, other: Listing) -> bool:
+    """Whether the two have the same names, labels and, at eight places, bytes."""
+    if one.fingerprint != other.fingerprint:
+        return False
+    some = set(np.linspace(0, len(one.files) - 1, 8).astype(int).tolist())
+    try:
+        return all(one.read(i) == other.read(i) for i in some)
+    except OSError:
+        # A missing or broken image is another check's matter.
+        return False
+
+
+def _same_files(one: Listing, other: Listing) -> int:
+    """How many images of the other are files of the one."""
+    here, there = (Path(os.path.realpath(x.root)) for x in (one, other))
+    if not (here.is_relative_to(there) or there.is_relative_to(here)):
+        return 0
+    mine = {f"{here}/{one.files[i]}" for i in one.kept.tolist()}
+    return sum(f"{there}/{other.files[i]}" in mine for i in other.kept.tolist())
+
+
+def _refuse_bytes(found: Listing) -> None:
+    """Raises UserError where the name of the source or of a tar is not UTF-8, which DALI and the
+    terminal need.  Names of images may be any bytes."""
+    for name in [str(found.source), *(found.places.tars if found.places else [])]:
+        if not lines.is_utf8(name):
+            raise UserError(f"{name}: its name is not UTF-8, which NVIDIA DALI needs; rename it")
 
 
 def _folder(source: Path) -> Listing:
     """Tars, where there are any or a manifest of them, else class folders."""
     tars = sorted(p.name for p in source.glob("*.tar"))
-    if tars and any(p.is_dir() for p in source.iterdir() if not p.name.startswith(".")):
+    others = (p for p in source.iterdir() if p.name.lower() not in folder.SYSTEM)
+    if tars and any(p.is_dir() for p in others if not p.name.startswith(".")):
         raise UserError(
             f"{source}: holds tars and also folders; to read the tars give {source}/*.tar, else "
             "move them out"
         )
     # A manifest without tars: `shards.load` says what is missing.
-    packed = any((source / name).exists() for name in (shards.MANIFEST, shards.BEGUN))
-    return shards.load(source, source, tars) if tars or packed else folder.class_folders(source)
+    packed = tars or (source / shards.BEGUN).exists() or _has_manifest(source)
+    return shards.load(source, source, tars) if packed else folder.class_folders(source)
+
+
+def _has_manifest(source: Path) -> bool:
+    """Whether the folder has a manifest of `fastdisco data pack`; other tools write files of that
+    name, too."""
+    try:
+        return shards.manifest_of(source, None) is not None
+    except UserError:
+        return False
 
 
 def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
@@ -92,14 +156,12 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
         # One file may serve several data sets: only names in this one's root count.
         inside = f"{found.root.resolve()}/"
         names = [n.removeprefix(inside) for n in names if n.startswith(inside)]
-    if strange := [n for n in names if n not in found.number]:
-        raise UserError(
-            f"{path}: names {shorten(strange)}, not in {found.source}; remove the file, or write it "
-            f"anew by `fastdisco data check {found.source}`"
-        )
-    if len(names) == len(found.files):
+    here = [n for n in names if n in found.number]
+    if strange := [lines.printable(n) for n in names if n not in found.number]:
+        say(f"{path}: passed over, since not in {found.source}: {shorten(strange)}")
+    if len(here) == len(found.files):
         raise UserError(f"{path}: names every image of {found.source}; nothing is left to read")
-    return np.sort(np.array([found.number[n] for n in names], np.int64))
+    return np.sort(np.array([found.number[n] for n in here], np.int64))
 
 
 def _expand(pattern: Path) -> list[str]:

@@ -4,6 +4,7 @@ what the caller does meanwhile.
 Shapes: B images on this rank, S side of an image."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -44,6 +45,10 @@ class Later:
         return x
 
 
+class CaptureFailed(RuntimeError):
+    """CUDA refused to capture a forward that runs eagerly."""
+
+
 class Capture:
     """One forward on inputs of its own as a graph, and the stream that it runs on."""
 
@@ -52,8 +57,8 @@ class Capture:
     ) -> None:
         """The arguments are those of Graphed and of its first call.
 
-        Raises RuntimeError where CUDA refuses to capture what `forward` does, and whatever
-        `forward` itself raises."""
+        Raises CaptureFailed where CUDA refuses to capture what `forward` does.  What `forward`
+        raises before, run eagerly, is raised as it is: memory that does not suffice, for example."""
         here, self.stream = torch.cuda.current_stream(), torch.cuda.Stream()
         self.inputs = [torch.empty_like(v, dtype=dtype).copy_(v) for v in views]
         self.out: Any = None
@@ -66,10 +71,15 @@ class Capture:
                 self.graph = torch.cuda.CUDAGraph()
                 # thread_local: NCCL's and DALI's threads make CUDA calls meanwhile, and only calls
                 # of this thread may break the capture.
-                with torch.cuda.graph(
-                    self.graph, stream=self.stream, capture_error_mode="thread_local"
+                with (
+                    _no_garbage_collection(),
+                    torch.cuda.graph(
+                        self.graph, stream=self.stream, capture_error_mode="thread_local"
+                    ),
                 ):
                     self.out = forward(self.inputs)
+            except RuntimeError as e:
+                raise CaptureFailed(str(e) or type(e).__name__) from e
             finally:
                 for x, value in zip(kept, before):
                     x.copy_(value)
@@ -139,8 +149,8 @@ class Graphed:
     def _make(self, views: list[Tensor]) -> None:
         try:
             self.graph = self.capture(self.forward, views, self.kept, self.dtype)
-        except RuntimeError as e:
-            why = f"the capture failed ({' '.join(str(e).split()) or type(e).__name__})"
+        except CaptureFailed as e:
+            why = f"the capture failed ({' '.join(str(e).split())})"
             if not RECOVERS:
                 raise UserError(
                     f"{self.what}: cannot run as a CUDA graph: {why}, after which torch "
@@ -155,6 +165,20 @@ class Graphed:
             # From any rank: a capture may fail on one alone.
             say(f"{self.what}: runs eagerly, not as a CUDA graph: {why}", anywhere=True)
             self.warned = True
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Around a capture: a collection inside it might end an old DALI pipeline there, whose calls
+    would break the capture."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from torch import nn
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.config import Engine
+from fastdisco.engine import unit_rows
+from fastdisco.engine.device import choose
 from fastdisco.engine.exchange import Exchange
 from fastdisco.engine.settings import bucket_bytes, deepspeed_config
 
@@ -24,21 +26,22 @@ def start(cfg: Engine) -> torch.device:
     """Joins the ranks (NCCL on GPUs, gloo otherwise), sets how float32 is computed, and returns
     this rank's device.
 
-    Raises UserError where the precision cannot run."""
+    Raises UserError where the machine's GPU cannot be used, or the precision cannot run."""
     dist.defaults()
-    device = dist.device()
+    # First DeepSpeed: its import changes how torch looks for a GPU, and the device is chosen once.
+    deepspeed = import_deepspeed()
+    device = choose()
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     if cfg.precision == "fp16" and device.type == "cpu":
         raise UserError(
             "engine.precision: fp16 needs a GPU (it overflows every step on CPU); take fp32 or bf16"
         )
-    deepspeed = import_deepspeed()
-    # This all-reduce is used in inference only.  To compile it would take 40 s and a compiler at
-    # the first start, and a lock file left behind by a killed start hangs it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        # This all-reduce of CPUs is used in inference only.  To compile it would take 40 s and a
+        # compiler at the first start, and a lock file left behind by a killed start hangs it.  On a
+        # GPU nobody asks for it, while this look at the list would print seven warnings.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -82,6 +85,8 @@ def create(
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
     if cfg.stage == 0:
         _prepare_stage_0(engine, net, cfg, clip)
+    else:
+        unit_rows.keep_flat(engine)
     return engine
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdisco.common.errors import UserError
 from fastdisco.config import Optim
+from fastdisco.engine import unit_rows
 
 
 def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim.Optimizer:
@@ -40,6 +41,9 @@ def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim
         optimizer.register_step_pre_hook(clip)
     if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused") and cfg.momentum:
         optimizer.register_step_pre_hook(_zero_momentum)
+    if not stage:
+        # From stage 1 on the optimizer gets other tensors, which the engine knows.
+        unit_rows.keep(net, optimizer)
     return optimizer
 
 
@@ -53,9 +57,12 @@ def base_lr(cfg: Optim, batch: int) -> float:
 
 
 def rate(cfg: Optim, lr: float, epoch: float, epochs: int) -> float:
-    """The learning rate at an epoch: a linear warm-up to `lr`, which `base_lr` gives, then the
-    schedule over the other epochs.  A cosine ends at lr_min."""
-    low = 0.0 if epoch < cfg.warmup_epochs else cfg.lr_min
+    """The learning rate at an epoch: a linear warm-up to `lr`, then the schedule.  A cosine ends at
+    lr_min.
+
+    lr  what `base_lr` gives for the same `cfg`"""
+    first = cfg.lr if cfg.warmup_from == "lr" else 0.0
+    low = first if _at(cfg, epoch) < cfg.warmup_epochs else cfg.lr_min
     return low + (lr - low) * lr_factor(cfg, epoch, epochs)
 
 
@@ -63,10 +70,13 @@ def lr_factor(cfg: Optim, epoch: float, epochs: int) -> float:
     """Where the learning rate is between its lowest value (0) and its highest (1)."""
     epoch, warmup = _at(cfg, epoch), cfg.warmup_epochs
     if epoch < warmup:
-        # An epoch that starts at 0 would train nothing, so the warm-up by epochs has one step more.
-        return epoch / warmup if cfg.per == "step" else (epoch + 1) / (warmup + 1)
+        if cfg.per == "epoch" and cfg.warmup_from == "zero":
+            # An epoch at 0 would train nothing, so this warm-up has one step more.
+            return (epoch + 1) / (warmup + 1)
+        return epoch / warmup
     if cfg.schedule == "cosine":
-        return _cosine(epoch - warmup, epochs - warmup)
+        start = warmup if cfg.cosine_from == "warmup" else 0.0
+        return _cosine(epoch - start, epochs - start)
     if cfg.schedule == "step":
         return 0.1 ** sum(epoch >= m for m in cfg.milestones)
     return 1.0

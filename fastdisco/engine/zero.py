@@ -75,7 +75,7 @@ def optimizer_state(engine: "DeepSpeedEngine") -> dict[str, dict]:
 
 def load_optimizer_state(engine: "DeepSpeedEngine", state: dict[str, dict]) -> None:
     """Sets what `optimizer_state` returned, at this or another stage; also before any step."""
-    base, saved = engine.basic_optimizer, state["parameters"]
+    base, saved = engine.basic_optimizer, _as_columns(engine, state["parameters"])
     fused = bool(base.defaults.get("fused"))
     for i, settings in state["groups"].items():
         for key, value in settings.items():
@@ -86,13 +86,30 @@ def load_optimizer_state(engine: "DeepSpeedEngine", state: dict[str, dict]) -> N
             if name in saved:
                 base.state[p] = {k: _like(v, p, fused) for k, v in saved[name].items()}
         return
-    for flat, pieces in _flat_groups(engine):
+    for flat, pieces in flat_groups(engine):
         # All parameters of a group have state of the same names and kinds.
         for key, value in saved.get(pieces[0].name, {}).items():
             if _same_shape(value, pieces[0].shape):
                 base.state[flat][key] = _cut([saved[p.name][key] for p in pieces], pieces, flat)
             else:
                 base.state[flat][key] = _like(value, flat, fused)
+
+
+def _as_columns(engine: "DeepSpeedEngine", saved: dict[str, dict]) -> dict[str, dict]:
+    """The saved state, that of weights [P,1] in that shape.
+
+    Checkpoints once had DINO's gain as [P], and the state beside it."""
+    found = dict(saved)
+    for name, p in engine.module.named_parameters():
+        # At stage 3 p itself is empty.
+        shape = getattr(p, "ds_shape", p.shape)
+        tensors = [v for v in saved.get(name, {}).values() if torch.is_tensor(v) and v.dim()]
+        if len(shape) == 2 and shape[1] == 1 and all(v.shape == shape[:1] for v in tensors):
+            found[name] = {
+                k: v[:, None] if torch.is_tensor(v) and v.dim() else v
+                for k, v in saved.get(name, {}).items()
+            }
+    return found
 
 
 class _Piece(NamedTuple):
@@ -107,7 +124,7 @@ class _Piece(NamedTuple):
     at: int
 
 
-def _flat_groups(engine: "DeepSpeedEngine") -> Iterator[tuple[Tensor, list[_Piece]]]:
+def flat_groups(engine: "DeepSpeedEngine") -> Iterator[tuple[Tensor, list[_Piece]]]:
     """The flat tensors that the optimizer holds from stage 1 on, each with all the parameters of
     its group, in their order."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -139,7 +156,7 @@ def _piece_below_stage_3(p: Any, name: str) -> _Piece:
 def _state_of_flat_groups(engine: "DeepSpeedEngine") -> dict[str, dict[str, Any]]:
     """{parameter's name: {state's name: value}} from stage 1 on."""
     base, parameters = engine.basic_optimizer, {}
-    for flat, pieces in _flat_groups(engine):
+    for flat, pieces in flat_groups(engine):
         for piece in pieces if flat in base.state else ():
             state = base.state[flat]
             parameters[piece.name] = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdisco.common import dist
 from fastdisco.engine.cudagraph import Later
+from fastdisco.kernels import launch
 from fastdisco.models import DTYPE, Out
 
 # A network as methods call it: views, a list of [B,3,S,S], in; z [V,B,d] out.  The fields of a
@@ -103,8 +104,9 @@ def kind(name: str) -> type[Method]:
 
 
 def queue_dtype(name: str) -> torch.dtype:
-    """The dtype of a queue's rows; auto: bf16 on a GPU, for its tensor cores, else fp32."""
-    auto = "bf16" if dist.device().type == "cuda" else "fp32"
+    """The dtype of a queue's rows; auto: bf16 on a GPU whose tensor cores take it, else fp32."""
+    device = dist.device()
+    auto = "bf16" if device.type == "cuda" and launch.sweeps(device) else "fp32"
     return DTYPE[auto if name == "auto" else name]
 
 

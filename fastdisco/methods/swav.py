@@ -48,7 +48,7 @@ class Swav(Method):
         if cfg.queue and progress.epoch >= cfg.queue_epoch:
             self.rows.append(dist.all_gather(z[:CODED].detach().transpose(0, 1)))
         if teacher:
-            terms |= distilled(kernels.distill(z, teacher.z), z)
+            terms |= self._distilled(z, teacher.z)
         return terms
 
     def after_step(self) -> None:
@@ -59,6 +59,13 @@ class Swav(Method):
                 queue.enqueue(rows[:, v])
             self.filled = min(self.filled + len(rows), self.cfg.queue)
             self.rows.clear()
+
+    def _distilled(self, z: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """z, t: [V,B,d] of student and teacher."""
+        if self.cfg.target == "normalised":
+            return distilled(kernels.distill(z, t), z)
+        cosine = torch.cosine_similarity(z.detach().float(), t.float(), dim=-1).mean()
+        return {"distill": kernels.distill(z, t, raw_targets=True), "distill/cosine": cosine}
 
     def _share(self) -> Tensor:
         """[2,K/ranks,d]: the part of both queues that this rank scores."""

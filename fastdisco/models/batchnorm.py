@@ -6,13 +6,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.models.net import Net
+from fastdisco.models.syncbn import SYNCED
 
 
 def split_bn(net: nn.Module, groups: int) -> None:
@@ -26,32 +27,31 @@ def split_bn(net: nn.Module, groups: int) -> None:
         return
     if isinstance(net, Net):
         net.groups = groups
-    for name, m in net.named_modules():
-        # EvoNorm has batch statistics, too, without being a batch norm of torch's.
-        if isinstance(m, _BatchNorm) or getattr(m, "running_var", None) is not None:
-            if type(m) not in _SPLIT:
-                raise UserError(
-                    f"bn.groups: the {type(m).__name__} at {name} cannot be split into {groups}; "
-                    "set bn.groups=1 or take another student.arch"
-                )
-            # Its class changes and not the object, whose parameters, buffers and hooks others hold.
-            m.__class__ = _SPLIT[type(m)]
-            cast(_Split, m).groups = groups
+    for name, m in _norms(net):
+        if type(m) not in _SPLIT:
+            raise UserError(
+                f"bn.groups: the {type(m).__name__} at {name} cannot be split into {groups}; "
+                "set bn.groups=1 or take another student.arch"
+            )
+        # Its class changes and not the object, whose parameters, buffers and hooks others hold.
+        m.__class__ = _SPLIT[type(m)]
+        cast(_Split, m).groups = groups
 
 
 def sync_bn(net: nn.Module) -> nn.Module:
     """The module with batch norms whose training statistics are of all ranks' batches.
 
-    It is the module itself, changed in place, unless it is a batch norm.  With one rank nothing
-    changes.  Raises UserError on CPUs, for which torch has no such batch norm."""
-    if dist.world() == 1:
-        return net
-    if dist.device().type != "cuda":
-        raise UserError(
-            f"bn.sync: torch has no synchronised batch norm for the CPU, on which {dist.world()} "
-            "ranks run here; set bn.sync=false"
-        )
-    return convert_sync_batchnorm(net)
+    It is the module itself, changed in place; its state-dict keys stay.  With one rank nothing
+    changes.  Raises UserError for an unknown kind of batch norm."""
+    if dist.world() > 1:
+        for name, m in _norms(net):
+            if type(m) not in SYNCED:
+                raise UserError(
+                    f"bn.sync: the {type(m).__name__} at {name} cannot be synchronised over ranks; "
+                    "set bn.sync=false or take another student.arch"
+                )
+            m.__class__ = SYNCED[type(m)]
+    return net
 
 
 def mean_buffers(net: nn.Module) -> dict[str, Tensor]:
@@ -60,6 +60,16 @@ def mean_buffers(net: nn.Module) -> dict[str, Tensor]:
     Batch-norm statistics are such buffers and differ between ranks.  Every rank must call it."""
     floating = {name: b for name, b in net.named_buffers() if b.is_floating_point()}
     return {name: dist.all_mean(b.detach().clone()) for name, b in floating.items()}
+
+
+def _norms(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of everything with batch statistics: EvoNorm has them, too, without being a
+    batch norm of torch's."""
+    return [
+        (name, m)
+        for name, m in net.named_modules()
+        if isinstance(m, _BatchNorm) or getattr(m, "running_var", None) is not None
+    ]
 
 
 class _Split(_BatchNorm):

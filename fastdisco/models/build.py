@@ -29,14 +29,19 @@ def of(cfg: config.Config, train: bool = False) -> Net:
     )
     # Methods with prototypes (SwAV, DINO) run all crops of a resolution in one forward.
     if count := getattr(cfg.method, "prototypes", 0):
-        fixed_lengths = getattr(cfg.method, "norm_last_layer", True)
-        net.prototypes = heads.Prototypes(student.dim, count, gain=not fixed_lengths)
+        net.prototypes = _prototypes(cfg, count)
         net.joint = True
     if train:
         split_bn(net, cfg.bn.groups)
         if cfg.bn.sync:
             net = cast(Net, sync_bn(net))
     return net
+
+
+def _prototypes(cfg: config.Config, count: int) -> heads.Prototypes:
+    if isinstance(cfg.method, config.Dino):
+        return heads.LastLayer(cfg.student.dim, count, gain=not cfg.method.norm_last_layer)
+    return heads.Prototypes(cfg.student.dim, count)
 
 
 def create(

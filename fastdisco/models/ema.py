@@ -1,10 +1,12 @@
 """The mean student (EMA): MoCo's momentum encoder, arXiv:1911.05722, equation 2."""
 
 import copy
+from typing import Any, cast
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropBlock2d, DropPath, PatchDropout
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastdisco.models.net import Net
 
@@ -12,12 +14,19 @@ from fastdisco.models.net import Net
 def ema_copy(net: Net) -> Net:
     """The mean student at its start: a copy that gets no gradients.
 
-    It stays in training mode, since its batch-norm statistics are its own.  Stochastic depth is
-    switched off in it: as in DINO, only the student is perturbed."""
+    It stays in training mode, since its batch-norm statistics are its own.  Stochastic depth and
+    dropout are switched off in it: as in DINO, only the student is perturbed."""
     ema = copy.deepcopy(net).requires_grad_(False).train()
     for m in ema.modules():
-        if isinstance(m, DropPath):
+        if isinstance(m, DropPath | DropBlock2d):
             m.drop_prob = 0.0
+        elif isinstance(m, PatchDropout):
+            m.prob = 0.0
+        elif isinstance(m, _DropoutNd):
+            m.p = 0.0
+        # timm's convolutional networks drop features by a function, at this rate.
+        if isinstance(getattr(m, "drop_rate", None), float | int):
+            cast(Any, m).drop_rate = 0.0
     return ema
 
 

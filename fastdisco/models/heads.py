@@ -47,24 +47,69 @@ def dino_mlp(
 
 
 class Prototypes(nn.Module):
-    """Cosines of embeddings to prototypes, [...,d] -> [...,P]: SwAV's prototypes, or DINO's
-    weight-normalised last layer.
+    """Scores of embeddings, [...,d] -> [...,P]: their cosines to P prototypes.  Lengths are computed
+    in float32 or wider, the products in the precision of an active autocast.
 
-    SwAV's code puts its prototypes back to length 1 in place, before each forward.  Here the
-    forward normalises them: nothing edits what the optimizer holds, and the gradient is along the
-    sphere."""
+    This is SwAV's layer (arXiv:2006.09882): its rows have length 1 at every moment.  They begin so,
+    an optimizer puts them back after each step that moves them (see engine.unit_rows), and rows of
+    a file that have another length are scaled.  So an optimizer that looks at norms, as LARS,
+    sees rows of length 1, and a gradient with its part along the row."""
 
-    def __init__(self, dim: int, count: int, gain: bool = False) -> None:
-        """gain  each prototype has a trained length, which starts at 1 (DINO's norm_last_layer
-        False); otherwise lengths are fixed at 1."""
+    # The parameters whose rows keep length 1.
+    unit_rows: tuple[str, ...] = ("weight",)
+
+    def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         # Drawn by torch's initialisation of a linear layer, as in both papers' code.
         self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
-        self.gain = nn.Parameter(torch.ones(count)) if gain else None
+        _rows_to_length_1(self)
+        self.register_load_state_dict_post_hook(_rows_to_length_1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z need not be normalised.  Lengths are computed in float32 or wider, the product in the
-        precision of an active autocast."""
-        wide = torch.promote_types(z.dtype, torch.float32)
-        scores = F.linear(F.normalize(z.to(wide), dim=-1), F.normalize(self.weight, dim=1))
-        return scores if self.gain is None else scores * self.gain
+        """z need not be normalised."""
+        return F.linear(_unit(z), self.weight)
+
+
+class LastLayer(Prototypes):
+    """DINO's last layer (arXiv:2104.14294), which is weight-normalised: its rows may have any length,
+    and only their direction counts."""
+
+    unit_rows = ()
+
+    def __init__(self, dim: int, count: int, gain: bool = False) -> None:
+        """gain  each output is multiplied by a trained number, which starts at 1 (DINO's
+        norm_last_layer False)"""
+        super().__init__(dim, count)
+        # [P,1] as in DINO's code, whose optimizer decays it like every matrix.
+        self.gain = nn.Parameter(torch.ones(count, 1)) if gain else None
+        self.register_load_state_dict_pre_hook(_gain_to_a_column)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z need not be normalised."""
+        scores = F.linear(_unit(z), F.normalize(self.weight, dim=1))
+        return scores if self.gain is None else scores * self.gain.squeeze(1)
+
+
+def _unit(z: Tensor) -> Tensor:
+    """Rows of length 1, in float32 or wider."""
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+
+
+@torch.no_grad()
+def _rows_to_length_1(prototypes: nn.Module, _: object = None) -> None:
+    """Scales the rows of its `unit_rows`, in place: at the start, and after a state dict is loaded.
+
+    Rows that have length 1 up to rounding stay as they are to the last bit, since a resumed run
+    must not differ."""
+    assert isinstance(prototypes, Prototypes)
+    for name in prototypes.unit_rows:
+        weight = prototypes.get_parameter(name)
+        length = weight.norm(dim=1, keepdim=True)
+        weight.div_(torch.where((length - 1).abs() < 1e-4, 1.0, length.clamp(min=1e-12)))
+
+
+def _gain_to_a_column(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
+    """Checkpoints once had the gain as [P]."""
+    gain = state.get(f"{prefix}gain")
+    if gain is not None and gain.dim() == 1:
+        state[f"{prefix}gain"] = gain[:, None]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdisco.common import precision
+
 
 class Out(NamedTuple):
     """What a network gives for the views of a batch."""
@@ -46,11 +48,13 @@ class Net(nn.Module):
         self.groups = 1
 
     def forward(self, views: list[Tensor]) -> Out:
-        if self.training and not self.joint:
-            z = torch.stack([self.head(self.features(view)) for view in views])
-        else:
-            z = self._jointly(views, self.groups if self.training else 1)
-        return Out(z, None if self.prototypes is None else self.prototypes(z))
+        with precision.in_network():
+            if self.training and not self.joint:
+                z = torch.stack([self.head(self.features(view)) for view in views])
+            else:
+                z = self._jointly(views, self.groups if self.training else 1)
+            scores = None if self.prototypes is None else precision.of_network(self.prototypes(z))
+        return Out(precision.of_network(z), scores)
 
     def features(self, x: Tensor) -> Tensor:
         """[B,3,S,S] -> [B,F], the pooled output of the backbone, which evaluations use."""

@@ -14,6 +14,7 @@ from fastdisco.config import Config
 from fastdisco.data import shards
 from fastdisco.engine import optim
 from fastdisco.methods import Progress
+from fastdisco.run.remarks import remarks
 from fastdisco.teacher import formats, runtime
 
 GIB = 2**30
@@ -112,9 +113,14 @@ def _data(cfg: Config, missing: list[str]) -> Generator[str, None, data.Listing 
             f"data.{key:<7}{path}: {len(x.kept)} images of {len(x.classes)} classes, "
             f"{len(x.left_out)} left out by the quarantine"
         )
-    if len(listings) == 2:
-        data.same_classes(*listings.values())
-    return listings.get("train")
+    train, val = (listings.get(key) for key in ("train", "val"))
+    if train and val:
+        data.same_classes(train, val)
+        data.apart(train, val)
+    if train:
+        for remark in remarks(cfg, train, val):
+            yield f"remark      {remark}"
+    return train
 
 
 def _steps(cfg: Config, train: data.Listing | None) -> str:

@@ -16,6 +16,7 @@ from fastdisco.data import Listing, TrainLoader
 from fastdisco.engine import compiled, cudagraph, optim
 from fastdisco.methods import Forward, Method, Nets, Progress
 from fastdisco.models import Out
+from fastdisco.models.syncbn import Synced
 
 
 class Engine(Protocol):
@@ -200,14 +201,18 @@ def _compile(student: TrainState, views: list[Tensor]) -> None:
 
 def _with_graphs(states: list[TrainState], device: torch.device) -> list[TrainState]:
     """The states, their mean students to become CUDA graphs at the first call."""
-    if states[0].cfg.bn.sync and dist.world() > 1:
-        # A collective in each batch norm, and graphs hold none.
-        say(
-            "mean student: runs eagerly, not as a CUDA graph: bn.sync exchanges statistics between "
-            "the ranks in its forward"
-        )
-        return states
-    return [s._replace(ema_forward=_graphed(s, device)) if s.ema else s for s in states]
+    found = []
+    for s in states:
+        if s.ema and any(isinstance(m, Synced) for m in s.ema.modules()):
+            # A collective in each batch norm, and graphs hold none.
+            say(
+                f"{s.name or 'mean student'}: runs eagerly, not as a CUDA graph: bn.sync exchanges "
+                "statistics between the ranks in its forward"
+            )
+        elif s.ema:
+            s = s._replace(ema_forward=_graphed(s, device))
+        found.append(s)
+    return found
 
 
 def _graphed(student: TrainState, device: torch.device) -> Forward:
@@ -225,6 +230,10 @@ def _capture(
     the graphs of mean student and teacher are captured on the way."""
     # Weights drawn here are thrown away: they must not shift the training's random stream.
     with torch.random.fork_rng(devices=[]):
-        net = copy.deepcopy(student.ema) or models.of(student.cfg, train=True).to(device)
+        net = copy.deepcopy(student.ema) or models.of(student.cfg, train=True)
+    net.to(device)
+    if student.cfg.engine.stage == 0:
+        # As the engine has the network: cuDNN looks for its algorithms in this forward.
+        net.to(memory_format=torch.channels_last)
     nets = student.nets(targets)._replace(student=inference(net, student.cfg, device))
     rehearse(nets, student.ema, student.method, views)
