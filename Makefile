@@ -4,7 +4,7 @@ PYTHON ?= python3
 CUDA ?= cuda13
 BIN := .venv/bin
 
-.PHONY: demo lint test test-slow gpu results
+.PHONY: demo lint test test-slow gpu gpu-first results
 demo: .venv/done
 	$(BIN)/python bench/demo.py --seeds 0 --out out/demo
 
@@ -20,20 +20,29 @@ test: .venv/done
 test-slow: .venv/done
 	$(BIN)/python -m pytest tests -m slow -rs
 
-# make gpu PART=kernels: the tests and benches of a part that need a GPU, each part under 9 minutes; RUN=python3 takes that Python as it is.
+# make gpu-first: the order for the first half hour on a GPU.
+# make gpu PART=kernels: one part, tests or a bench, each under 9 minutes by estimate (docs/speed.md).  RUN=python3 takes that Python as it is.
 RUN ?= $(BIN)/python
-PARTS := kernels loader step engine testbeds
-kernels := tests/test_kernels.py tests/test_triton.py
-loader := tests/test_data.py tests/test_shards.py tests/test_placement.py
-step := tests/test_step.py tests/test_graphs.py tests/test_train.py tests/test_cache.py tests/test_throughput.py
-engine := tests/test_engine.py tests/test_exchange.py
-testbeds := tests/test_methods.py tests/test_models.py
-bench-kernels := kernels.py --minutes 5
-bench-step := throughput.py --minutes 3 --batch 256
-gpu: $(if $(filter $(BIN)/python,$(RUN)),.venv/done)
+PARTS := kernels loader step train engine kernels-bench loader-bench step-bench engine-bench testbeds-1 testbeds-2
+tests-kernels := tests/test_kernels.py tests/test_triton.py
+tests-loader := tests/test_data.py tests/test_shards.py tests/test_placement.py
+tests-step := tests/test_step.py tests/test_graphs.py
+tests-train := tests/test_gpu_step.py tests/test_train.py tests/test_cache.py tests/test_throughput.py
+tests-engine := tests/test_engine.py tests/test_exchange.py tests/test_methods.py tests/test_models.py
+bench-kernels-bench := kernels.py --minutes 7
+bench-loader-bench := loader.py
+bench-step-bench := throughput.py --minutes 4 --batch 256
+bench-engine-bench := engine.py
+bench-testbeds-1 := testbeds.py --only moco_mobv3 moco_effb0 moco_effb1 moco_r18 moco_r34 moco_vit_tiny
+bench-testbeds-2 := testbeds.py --only moco_xcit_tiny seed_mobv3 swav_mobv3 dino_vit_tiny dino_xcit_tiny
+ready := $(if $(filter $(BIN)/python,$(RUN)),.venv/done)
+gpu: $(ready)
 	@test -n "$(filter $(PARTS),$(PART))" || { echo "make gpu PART=... with one of: $(PARTS)"; exit $(if $(PART),2,0); }
-	$(if $(PART),$(RUN) -m pytest $($(PART)) -m gpu -rs)
-	$(if $(PART),$(RUN) bench/$(or $(bench-$(PART)),$(PART).py))
+	$(if $(tests-$(PART)),$(RUN) -m pytest $(tests-$(PART)) -m gpu -rs)
+	$(if $(bench-$(PART)),$(RUN) bench/$(bench-$(PART)))
+
+gpu-first: $(ready)
+	$(RUN) bench/first.py
 
 # What is made from the JSON files in bench/results: the tables of README and docs, and the pictures.
 results: .venv/done

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from harness import finish, parser, row, row_of_rounds
-from loading.arms import CPU, ours, rounds_of
+from loading.arms import CPU, busy_cores, ours, rounds_of
 from loading.images import photographs
 from loading.stages import profile
 from loading.theirs import torchvision
@@ -29,11 +29,15 @@ from fastdisco.data import pack
 from fastdisco.data.placement import Placement
 
 CORES = len(os.sched_getaffinity(0))
+COPIED = "x of the speed of views handed over by DLPack"
 # What a machine without a GPU leaves open: unit, and what is better.
 GPU_ROWS = {
     "loader_ips_gpu": ("images/s, 2 views each", "higher"),
     "loader_gpu_vs_cpu": ("x of all on the CPU, all cores", "higher"),
     "loader_hw_share": ("best share of the decoding engine", "higher"),
+    "loader_copied_vs_dlpack": (COPIED, "higher"),
+    "loader_copied_cores": ("cores busy while the GPU works, data.copy_views", "lower"),
+    "loader_dlpack_cores": ("cores busy while the GPU works, by DLPack", "lower"),
     "loader_vram_gb": ("GB", "lower"),
 }
 
@@ -134,10 +138,19 @@ def on_gpu(args: argparse.Namespace, root: Path, tars: Path) -> tuple[list[dict]
         "gpu fp32": (ours, root, args.batch, threads, base._replace(half=False)),
         "cpu decode": (ours, root, args.batch, CORES, base._replace(decode="cpu")),
         "cpu": (ours, root, args.batch, CORES, base._replace(decode="cpu", augment="cpu")),
+        "copied": (ours, root, args.batch, threads, base._replace(copy=True)),
         "tars": (ours, tars, args.batch, threads, base),
     }
     ips, _ = rounds_of(arms, args.rounds, args.seconds)
-    return gpu_rows(ips, base, threads, vram), dict(sweep=table, ips=ips)
+    cores = {
+        name: busy_cores(root, args.batch, threads, base._replace(copy=name == "copied"), 5.0)
+        for name in ("dlpack", "copied")
+    }
+    rows = gpu_rows(ips, base, threads, vram)
+    for name, value in cores.items():
+        unit, better = GPU_ROWS[f"loader_{name}_cores"]
+        rows.append(row(f"loader_{name}_cores", round(value, 2), unit, None, better))
+    return rows, dict(sweep=table, ips=ips, cores=cores)
 
 
 def alone(args: argparse.Namespace, root: Path, way: Placement, threads: int) -> dict:
@@ -158,6 +171,7 @@ def gpu_rows(ips: dict[str, list[float]], best: Placement, threads: int, vram: f
         rate("loader_ips_gpu_cpu_decode", ips["cpu decode"]),
         rate("loader_ips_gpu_all_cpu", ips["cpu"]),
         ratio("loader_gpu_vs_cpu", gpu, ips["cpu"], "x of all on the CPU, all cores"),
+        ratio("loader_copied_vs_dlpack", ips["copied"], gpu, COPIED),
         ratio("loader_gpu_tar_vs_folder", ips["tars"], gpu, folder),
         row("loader_hw_share", best.hw_load, "best share of the decoding engine", None, "higher"),
         row("loader_gpu_threads", threads, "best threads", None, "lower"),

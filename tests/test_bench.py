@@ -18,6 +18,7 @@ from fastdisco import config
 
 sys.path.insert(0, str(ROOT / "bench"))
 import report
+import testbeds
 from harness import command, pictures, results, rounds, runs, synthetic, tables
 from pictures import accuracy, throughput
 
@@ -342,21 +343,50 @@ def test_every_kept_result_is_whole(path):
         assert row["value"] is not None or row["reason"]
 
 
-def test_every_gpu_test_is_in_a_part_of_make_gpu():
-    listed = re.findall(
-        r"^(?:kernels|loader|step|engine|testbeds) := (.*)$",
-        (ROOT / "Makefile").read_text(),
-        re.MULTILINE,
+def parts_of_make_gpu():
+    """(names, test files by part, words of the bench's command by part)"""
+    text = (ROOT / "Makefile").read_text()
+    given = lambda kind: {
+        part: words.split()
+        for part, words in re.findall(rf"^{kind}-([\w-]+) := (.*)$", text, re.MULTILINE)
+    }
+    names = re.search(r"^PARTS := (.*)$", text, re.MULTILINE)[1].split()
+    return names, given("tests"), given("bench")
+
+
+def test_every_part_of_make_gpu_is_tests_or_a_bench_with_an_estimate_under_9_minutes():
+    names, tests, benches = parts_of_make_gpu()
+    assert sorted(names) == sorted([*tests, *benches]) and len(set(names)) == len(names)
+    rows = re.findall(
+        r"^\| `PART=([\w-]+)` \|.*\| (\d+) \|$", (ROOT / "docs/speed.md").read_text(), re.MULTILINE
     )
-    files = [name for part in listed for name in part.split()]
+    assert [part for part, _ in rows] == names
+    assert all(int(minutes) < 9 for _, minutes in rows)
+    for file, *_ in benches.values():
+        assert (ROOT / "bench" / file).exists()
+    halves = [benches[f"testbeds-{i}"][2:] for i in (1, 2)]
+    assert sorted(halves[0] + halves[1]) == sorted(testbeds.RUNS)
+
+
+def test_a_bench_in_pieces_keeps_what_the_same_commit_measured(tmp_path, monkeypatch):
+    assert results.earlier("probe", "cpu", tmp_path) == {}
+    results.write("probe", "cpu", [], {"a": {"x": 1}}, tmp_path)
+    assert results.earlier("probe", "cpu", tmp_path) == {"a": {"x": 1}}
+    path = tmp_path / "probe-cpu.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "another"}))
+    assert results.earlier("probe", "cpu", tmp_path) == {}
+
+
+def test_every_gpu_test_is_in_a_part_of_make_gpu():
+    _, tests, _ = parts_of_make_gpu()
+    files = [name for listed in tests.values() for name in listed]
     marked = {
         f"tests/{p.name}"
         for p in (ROOT / "tests").glob("test_*.py")
         if re.search(r"^@pytest\.mark\.gpu|marks=pytest\.mark\.gpu", p.read_text(), re.MULTILINE)
     }
     assert (
-        len(listed) == 5
-        and len(files) == len(set(files))
+        len(files) == len(set(files))
         and marked <= set(files)
         and all((ROOT / name).exists() for name in files)
     )

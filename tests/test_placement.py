@@ -31,17 +31,18 @@ def test_the_way_follows_configuration_and_device():
     placement = lambda device, precision="fp32", **keys: data.place(
         config.Data(**base, **keys), device, precision
     )
-    assert placement(CPU) == default_placement(CPU) == ("cpu", "cpu", "cpu", False, 0.65, 2)
+    assert placement(CPU) == default_placement(CPU) == ("cpu", "cpu", "cpu", False, 0.65, 2, False)
     assert placement(CPU, "bf16").half is False  # on the CPU halves are slower
     assert (
-        placement(gpu) == default_placement(gpu) == ("gpu", "gpu", "gpu", False, 0.65, 2)
+        placement(gpu) == default_placement(gpu) == ("gpu", "gpu", "gpu", False, 0.65, 2, False)
         and placement(gpu, "fp16").half
         and placement(gpu, "bf16").half
     )
     assert placement(gpu, decode="cpu")[:3] == ("cpu", "gpu", "gpu") and placement(
         gpu, augment="cpu"
     )[:3] == ("cpu", "cpu", "gpu")
-    assert placement(gpu, decode="gpu", hw_decoder_load=0.2, prefetch=5)[3:] == (False, 0.2, 5)
+    chosen = placement(gpu, decode="gpu", hw_decoder_load=0.2, prefetch=5, copy_views=True)
+    assert chosen[3:] == (False, 0.2, 5, True)
     for key in ("decode", "augment"):
         with pytest.raises(UserError) as e:
             placement(CPU, **{key: "gpu"})
@@ -51,6 +52,46 @@ def test_the_way_follows_configuration_and_device():
             dict(run=dict(name="x"), data=base | dict(decode="gpu", augment="cpu")), "here"
         )
     one_sentence(e, "here", "decode: gpu", "data.augment: cpu")
+
+
+def test_copied_views_are_the_same_in_memory_of_torchs_own(few):
+    place = default_placement(CPU)
+    ways = place, place._replace(copy=True)
+    plain, copied = (
+        data.TrainLoader(few, SMALL, 8, 0, 2, 1, 1, CPU, placement=way) for way in ways
+    )
+    for a, b in zip(plain, copied, strict=True):
+        assert torch.equal(a.index, b.index)
+        for x, y in zip(a.views, b.views, strict=True):
+            assert torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype
+    again = data.TrainLoader(few, SMALL, 8, 0, 2, 1, 1, CPU, placement=ways[1])
+    next(again)
+    again._pipes = [Spy(*again._pipes)]
+    there = {v.data_ptr() for v in next(again).views}
+    assert there.isdisjoint(again._pipes[0].pointers)
+    with_copies = data.EvalLoader(few, 24, 16, 5, 1, CPU, placement=ways[1])
+    for a, b in zip(data.EvalLoader(few, 24, 16, 5, 1, CPU), with_copies, strict=True):
+        assert torch.equal(a.views[0], b.views[0])
+
+
+@pytest.mark.gpu
+def test_copied_views_wait_for_nothing_and_are_the_same_on_a_gpu(photos):
+    gpu = torch.device("cuda", 0)
+    plain, copied = (
+        data.TrainLoader(photos, SMALL, 4, 0, 40, 1, 1, gpu, placement=GPU._replace(copy=copy))
+        for copy in (False, True)
+    )
+    # Decoding by the engine or by the cores depends on the place in the batch alone.
+    for _ in range(3):
+        for x, y in zip(next(plain).views, next(copied).views):
+            assert torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            # Its memory is torch's again at once, while work on the old values is still queued.
+            (next(copied).views[0].float() * 2).sum()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

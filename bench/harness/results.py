@@ -44,6 +44,19 @@ def device_kind() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
+def earlier(bench: str, device: str, folder: Path | None = None) -> dict:
+    """The samples of the result that write() left for the same commit on the same hardware, so that
+    a bench may be run in pieces; empty where there is none."""
+    from fastdisco.run.environment import environment
+
+    path = (folder or RESULTS) / f"{bench}-{device}.json"
+    if not path.exists():
+        return {}
+    then, here = json.loads(path.read_text()), environment()
+    same = all(then[key] == here[key] for key in ("commit", "cpu", "gpus"))
+    return then["samples"] if same else {}
+
+
 def write(
     bench: str, device: str, summary: list[dict], samples, folder: Path | None = None, **more
 ) -> Path:

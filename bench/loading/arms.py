@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -94,6 +95,39 @@ def ours(root: Path, batch: int, threads: int, way: Placement) -> tuple[Iterator
     batch = min(batch, len(listing.files))
     loader = data.TrainLoader(listing, crops, batch, 0, 10**6, 1, threads, device, placement=way)
     return loader, way.prefetch
+
+
+def busy_cores(root: Path, batch: int, threads: int, way: Placement, seconds: float) -> float:
+    """Cores that a process keeps busy whose GPU always has some 50 ms of work ahead, as in a
+    training: what waits for the device by spinning shows, and what sleeps does not."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_cores, (root, batch, threads, way, seconds))
+
+
+def _cores(root: Path, batch: int, threads: int, way: Placement, seconds: float) -> float:
+    torch.set_num_threads(1)
+    batches, ready = ours(root, batch, threads, way)
+    work, done = (_work if way.out == "gpu" else lambda: None), []
+    for step in count():
+        if step == ready + 2:
+            wall, cpu = time.perf_counter(), time.process_time()
+        elif step > ready + 2 and time.perf_counter() - wall > seconds:
+            return (time.process_time() - cpu) / (time.perf_counter() - wall)
+        # The views are dropped while the work that was launched before is still queued.
+        done.append(work())
+        next(batches)
+        if step > 1 and done[step - 2]:
+            done[step - 2].synchronize()
+
+
+def _work() -> torch.cuda.Event:
+    """Queues some 25 ms of matrix products; waiting for the event does not spin."""
+    x = torch.ones(8192, 8192, device="cuda", dtype=torch.float16)
+    for _ in range(16):
+        x = x @ x * 1e-4
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
 
 
 def wait(gpu: bool) -> None:

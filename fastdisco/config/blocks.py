@@ -61,6 +61,9 @@ class Data(Block):
     hw_decoder_load: float = Field(0.65, ge=0, le=1)
     # How many batches are made ahead of the step.
     prefetch: int = Field(2, ge=1)
+    # Whether views are copied out of DALI's memory at once, or used where DALI made them
+    # (docs/data.md, On GPUs).
+    copy_views: bool = False
     # Evaluation: images are resized so that the short side has so many pixels.
     eval_resize: int = Field(256, ge=8)
     # Evaluation: side of the square that is then cut from the centre, pixels.

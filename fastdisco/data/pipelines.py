@@ -7,6 +7,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,17 @@ def run(
     device: torch.device,
     placement: Placement,
 ) -> tuple[list[Tensor], Tensor]:
-    """The next batch of a pipeline: views as [B,3,S,S] tensors without a copy, and the images'
-    indices [B].
+    """The next batch of a pipeline: views as [B,3,S,S] tensors in DALI's memory, or with
+    placement.copy in torch's, and the images' indices [B].
 
     indices  of all images that the pipeline reads
     i        number of this batch since the pipeline was built
     On a GPU the host does not wait.  The views are ready for what is launched on the current stream
-    from here on.  DALI takes their memory back when the tensors are gone, after what that stream
-    did with them until then.
+    from here on.
+    Without a copy, DALI gets the memory back when the tensors are gone.  A thread of its own then
+    calls cudaDeviceSynchronize, which waits for all that was launched on any stream until then, and
+    spins on a core while it waits.  torch's allocator does not know this memory, so `record_stream`
+    does nothing: drop a tensor only when all that reads it is launched.
     Raises UserError naming the images that cannot be read."""
     stream = torch.cuda.current_stream(device) if placement.out == "gpu" else None
     try:
@@ -105,9 +109,19 @@ def run(
         if not bad:
             raise
         raise _unreadable(listing, [listing.files[j] for j in bad]) from e
+    take = partial(_copied, stream=stream) if placement.copy else torch.from_dlpack
     # DALI has the channels last.
-    tensors = [torch.from_dlpack(v.as_tensor()).permute(0, 3, 1, 2) for v in views]
+    tensors = [take(v.as_tensor()).permute(0, 3, 1, 2) for v in views]
     return tensors, torch.from_numpy(indices[i * batch : (i + 1) * batch].copy())
+
+
+def _copied(view: Any, stream: torch.cuda.Stream | None) -> Tensor:
+    """DALI's dense tensor in memory of torch's own; on a GPU the copy is queued on the stream."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
+
+    device = torch.device("cpu") if stream is None else stream.device
+    own = torch.empty(view.shape(), dtype=to_torch_type[view.dtype], device=device)
+    return feed_ndarray(view, own, cuda_stream=stream)
 
 
 def _unreadable(listing: Listing, names: list[str]) -> UserError:

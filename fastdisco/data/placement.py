@@ -20,6 +20,7 @@ class Placement(NamedTuple):
     half: bool  # views in float16, on a GPU
     hw_load: float  # share of the JPEGs for the GPU's decoding engine, where it has one
     prefetch: int  # batches made ahead
+    copy: bool = False  # views are copied into torch's memory
 
 
 def place(images: config.Data, device: torch.device, precision: str = "fp32") -> Placement:
@@ -37,7 +38,8 @@ def place(images: config.Data, device: torch.device, precision: str = "fp32") ->
     augment = out if images.augment == "auto" else images.augment
     decode = augment if images.decode == "auto" else images.decode
     half = out == "gpu" and precision != "fp32"
-    return Placement(decode, augment, out, half, images.hw_decoder_load, images.prefetch)
+    load, ahead = images.hw_decoder_load, images.prefetch
+    return Placement(decode, augment, out, half, load, ahead, images.copy_views)
 
 
 def default_placement(device: torch.device) -> Placement:

@@ -26,6 +26,7 @@ _FREE = (
     "data.quarantine",
     "data.threads",
     "data.prefetch",
+    "data.copy_views",
     "data.eval_batch",
     "teacher.file",
     "teacher.student",
