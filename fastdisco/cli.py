@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 def _alone(args: argparse.Namespace) -> None:
     """Commands that are one process take no notice of a launcher's variables, which may be left over
     in the shell: torch would look for the other ranks."""
-    if args.run in (train.run, teacher.record):
+    if args.run in (train.run, teacher.record, evaluate.measure):
         return
     if told := launch.alone():
         names = " and ".join(told)

@@ -219,7 +219,7 @@ def test_a_stopped_linear_evaluation_continues_to_the_same_numbers(
     want, _ = evaluate(capsys, *arguments, f"--out={tmp_path}/whole")
     with monkeypatch.context() as m:
         stop_after(m, 6)
-        assert cli.main(["eval", *map(str, arguments), f"--out={tmp_path}/cut"]) == 0
+        assert cli.main(["eval", *map(str, arguments), f"--out={tmp_path}/cut"]) == 75
     assert "stopped as asked" in capsys.readouterr().out
     assert [p.suffix for p in (tmp_path / "cut").iterdir()] == [".pt"]
     values, said = evaluate(capsys, *arguments, f"--out={tmp_path}/cut")

@@ -100,20 +100,21 @@ def measure(args: argparse.Namespace) -> int:
     from fastdisco.commands import measure as measures
     from fastdisco.commands import networks
     from fastdisco.common import dist
+    from fastdisco.run import agreement
 
     network = networks.read(args, theirs)
     several = launch.world() > 1
     device = engine.start(network.cfg.engine) if several else dist.device()
-    with _stoppable() as stop:
+    # Where one rank refuses, all end with its code.
+    with _stoppable() as stop, agreement.together():
         work = measures.Work(network, wanted, device, stop)
         try:
             found = _each(work, _chosen(args, wanted), strict=args.what != "all")
         except measures.Stopped:
             say("stopped as asked; the same command continues from there")
-            return 0
-        finally:
-            if several:
-                engine.stop()
+            return launch.STOPPED
+    if several:
+        engine.stop()
     values = {f"eval/{r.named(k)}": v for r in found for k, v in r.values.items()}
     if launch.rank() == 0:
         print(json.dumps(values), flush=True)
@@ -127,9 +128,9 @@ def _has_val(overrides: list[str]) -> bool:
 @contextmanager
 def _stoppable() -> Iterator["Stop"]:
     """SIGTERM and Ctrl-C are heard inside, and mean what they meant before outside."""
-    from fastdisco.run.signals import Stop
+    from fastdisco.run.signals import SIGNALS, Stop
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.getsignal(s) for s in SIGNALS}
     try:
         yield Stop()
     finally:

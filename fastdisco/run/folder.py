@@ -43,8 +43,8 @@ _FREE = (
 )
 
 
-# What a training writes into its folder.
-_OURS = ("config.yaml", "env.json", "metrics.jsonl", "tb", "checkpoints")
+# What a training and its evaluations write into its folder.
+_OURS = ("config.yaml", "env.json", "metrics.jsonl", "tb", "checkpoints", "eval")
 
 
 def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Path:

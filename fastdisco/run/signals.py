@@ -6,6 +6,8 @@ from types import FrameType
 
 from fastdisco.common import dist
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 class Stop:
     """`asked` turns true at SIGTERM, at SIGUSR1 (with which Slurm warns of a job's end) or at the
@@ -14,7 +16,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
         self._told: Callable[[], bool] = lambda: False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._ask)
 
     def agreed(self) -> bool:
