@@ -100,6 +100,8 @@ def test_what_a_launch_of_triton_needs(tmp_path, monkeypatch):
     ldconfig.write_text("#!/bin/sh\n")
     compiler, header, library = device.launch_needs()
     assert "no C compiler" in compiler and "python3-dev" in header and "ldconfig" in library
+    monkeypatch.setattr(device, "LDCONFIG", str(tmp_path / "nowhere"))
+    assert "ldconfig" in device.launch_needs()[-1]
     # As Triton, where ldconfig lists none.
     (tmp_path / "libcuda.so.1").touch()
     monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}")

@@ -73,10 +73,12 @@ def _over_base(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict[str, Any]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         raw = yaml.load(text, Loader=_Loader) or {}
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text in UTF-8; {remedy}") from None
     except _WrittenTwice as e:
         raise UserError(f"{path}: {e}; join the two") from None
     except yaml.YAMLError as e:

@@ -78,9 +78,11 @@ def _lists_libcuda() -> bool:
     """Whether Triton finds the driver's library: it looks into these three places, in this order."""
     if os.environ.get("TRITON_LIBCUDA_PATH"):
         return True
-    listed = subprocess.run([LDCONFIG, "-p"], capture_output=True, text=True, errors="replace")
-    if "libcuda.so.1" in listed.stdout:
-        return True
+    # Some systems have none, where Triton needs the variable above.
+    if Path(LDCONFIG).exists():
+        listed = subprocess.run([LDCONFIG, "-p"], capture_output=True, text=True, errors="replace")
+        if "libcuda.so.1" in listed.stdout:
+            return True
     folders = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
     return any(Path(folder, "libcuda.so.1").exists() for folder in folders)
 

@@ -98,9 +98,20 @@ def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], kee
         write_whole(folder.parent / "last", folder.name)
         # `last` is on disk before an older checkpoint goes.
         _sync(folder.parent)
-        for old in sorted(folder.parent.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        _prune(folder, keep)
     dist.barrier()
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Removes what is not among the `keep` newest checkpoints up to this one, which `last` names.
+
+    A later step's is of a training that was given up: somebody has written an older checkpoint's
+    name into `last`, and this one continues from there."""
+    steps = sorted(folder.parent.glob("step_*"))
+    kept = [step for step in steps if step.name <= folder.name][-keep:]
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(step)
 
 
 def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:

@@ -102,10 +102,25 @@ class Log:
 
 
 def _entries(path: Path, start: int) -> list[str]:
-    """The lines of a metrics.jsonl up to that step."""
+    """The lines of a metrics.jsonl up to that step, without those that are no entries, which is
+    said."""
     if not start or not path.exists():
         return []
-    return [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start]
+    kept, torn = [], 0
+    for line in path.read_text(errors="replace").splitlines(True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            # A full disk or a power loss has cut it.
+            torn += 1
+            continue
+        if step <= start:
+            kept.append(line)
+    if torn:
+        say(
+            f"{path}: {torn} damaged line{'s' * (torn > 1)} dropped, of steps that are trained anyhow"
+        )
+    return kept
 
 
 def _bar(start: int, steps: int) -> tuple[Progress, TaskID]:
