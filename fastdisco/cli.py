@@ -5,6 +5,7 @@ import sys
 
 from fastdisco import __version__
 from fastdisco.commands import arguments, data, evaluate, teacher, train
+from fastdisco.common import launch
 from fastdisco.common.console import refuse
 from fastdisco.common.errors import UserError
 
@@ -21,9 +22,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args = arguments.parse(parser, argv)
     try:
+        _alone(args)
         return args.run(args) or 0
     except UserError as e:
         return refuse(e)
+
+
+def _alone(args: argparse.Namespace) -> None:
+    """Commands that are one process take no notice of a launcher's variables, which may be left over
+    in the shell: torch would look for the other ranks."""
+    if args.run in (train.run, teacher.record):
+        return
+    if told := launch.alone():
+        names = " and ".join(told)
+        print(f"fastdisco: this command is one process; {names} not read", file=sys.stderr)
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

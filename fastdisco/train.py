@@ -27,8 +27,9 @@ from fastdisco.config import Config
 from fastdisco.engine import optim
 from fastdisco.evals import knn
 from fastdisco.methods import Progress
-from fastdisco.run import checkpoint, students
-from fastdisco.run.folder import claim, describe
+from fastdisco.run import agreement, checkpoint, students
+from fastdisco.run.folder import claim, clear, describe
+from fastdisco.run.lock import Lock
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
 from fastdisco.run.remarks import remarks
@@ -36,12 +37,24 @@ from fastdisco.run.signals import Stop
 from fastdisco.run.students import TrainState
 
 
-def train(cfg: Config, overwrite: bool = False) -> None:
+def train(cfg: Config, overwrite: bool = False) -> bool:
     """Trains one run to its last step; continues from its last checkpoint if it has one.
 
-    overwrite: deletes the run that is in the folder, and starts over."""
-    # ---- device, data, students, teacher
+    overwrite: deletes the run that is in the folder, and starts over.
+    Returns whether the run has come to its end; it has not where it was asked to stop."""
     device = engine.start(cfg.engine)
+    with agreement.together(), Lock() as lock:
+        agreement.same_settings(cfg, overwrite)
+        # Before data and teacher are read, and before memory on a GPU is taken.
+        folder = claim(cfg, overwrite, lock)
+        finished = _run(cfg, device, folder, lock, overwrite)
+    engine.stop()
+    return finished
+
+
+def _run(cfg: Config, device: torch.device, folder: Path, lock: Lock, overwrite: bool) -> bool:
+    """See `train`; `folder` is the run's, whose lock rank 0 holds."""
+    # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
     listing, val = _listings(cfg)
@@ -55,12 +68,14 @@ def train(cfg: Config, overwrite: bool = False) -> None:
     # From here on networks draw (dropout, for example), and each rank draws its own.
     torch.manual_seed(dist.mix(cfg.run.seed, dist.rank()))
 
-    # ---- the run's folder; resume
-    folder = claim(cfg, overwrite)
+    # ---- resume
+    meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
+    agreement.same(meta | {"validation data": val.fingerprint if val else "none"})
+    if overwrite:
+        clear(folder)
     items = {}
     for s in states:
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
-    meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
     start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
     if replayed:
@@ -115,18 +130,18 @@ def train(cfg: Config, overwrite: bool = False) -> None:
                 student.method.after_step()
 
             # ---- log, evaluate, save
-            done, asked = step + 1, False
+            done = step + 1
             last = done == steps
-            save = last or done % cfg.checkpoint.every == 0
+            # A rank may be asked alone; all stop together.
+            asked = stop.agreed()
+            save = last or asked or done % cfg.checkpoint.every == 0
             if save or done % cfg.log.every == 0:
+                lock.check()
                 # Only here does the loop wait for the device.
                 values = meter.read(done, steps)
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-                # A rank may be asked alone; all stop together.
-                asked = dist.any_rank(stop.asked)
-                save = save or asked
             if val and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
                 with meter.paused():
                     log.write(done, evaluate(states, listing, val, device))
@@ -138,7 +153,9 @@ def train(cfg: Config, overwrite: bool = False) -> None:
                 break
         else:
             say(f"done: {steps} steps, outputs in {folder}")
-    engine.stop()
+            asked = False
+    stop.finish()
+    return not asked
 
 
 def evaluate(

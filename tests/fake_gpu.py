@@ -125,6 +125,10 @@ def _look_at_layout(func, args):
 # ---- gradients
 
 
+# What autograd's engine would call at the end of a backward.
+FINAL = []
+
+
 def backward(loss: Tensor, device: torch.device = CUDA):
     """What autograd's engine does, whose threads need a real device: calls each node of the graph
     once all gradients of its output are there.  A weight's node adds to its `grad` and calls its
@@ -148,6 +152,8 @@ def backward(loss: Tensor, device: torch.device = CUDA):
                 waiting[child] -= 1
                 if not waiting[child]:
                     todo.append(child)
+    while FINAL:
+        FINAL.pop()()
 
 
 def _uses(root) -> dict:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as td
-from fake_gpu import CUDA, FakeGpu, backward
+from fake_gpu import CUDA, FINAL, FakeGpu, backward
 from fastdisco.kernels import checks
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -22,7 +22,7 @@ from fastdisco.methods import Progress
 from fastdisco.models import heads
 from fastdisco.models.queue import Queue
 from fastdisco.run import checkpoint, students
-from fastdisco.run.log import Meter
+from fastdisco.run.meter import Meter
 from fastdisco.teacher import fold, runtime
 
 STEPS_PER_EPOCH = 5004
@@ -34,9 +34,12 @@ def stand_ins(monkeypatch):
     put(dist, "device", lambda: CUDA)
     put(torch.cuda, "is_current_stream_capturing", lambda: False)
     put(torch.cuda, "is_bf16_supported", lambda *_: True)
+    put(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     put(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     put(torch._C, "_select_conv_backend", _convolution(torch._C._select_conv_backend))
     put(Tensor, "pin_memory", _pinned)
+    # `backward` does what the engine does.
+    put(torch.autograd.Variable, "_execution_engine", SimpleNamespace(queue_callback=FINAL.append))
     put(nn.Module, "_apply", _apply)
     put(models, "of", faked(models.of))
     put(students.engine, "create", FakeEngine)

@@ -21,7 +21,7 @@ from training import SCRIPT, _told, losses
 from fastdisco import cli, data
 from fastdisco.commands import train
 from fastdisco.config import UserError
-from fastdisco.data import check, decoder, pack
+from fastdisco.data import check, decoder, pack, tar_index
 
 
 def encoded(fmt, size=(300, 240), photo="astronaut.png", **kw):
@@ -270,10 +270,12 @@ def test_damaged_tars_are_told_by_their_sums_and_indices(folder, tmp_path, capsy
     with (tmp_path / "tars/000001.tar").open("r+b") as f:
         f.seek(at + 700)
         f.write(b"\x55")
-    index = tmp_path / "tars/000002.index"
-    rows = index.read_text().splitlines()
-    rows[1] = rows[1].replace("\t512\t", "\t1024\t")
-    index.write_text("\n".join(rows) + "\n")
+    # An index that is whole, but of other places.
+    tar = tmp_path / "tars/000002.tar"
+    rows, sha256 = tar_index.rows_of(tar), tar_index.about(tar)["sha256"]
+    rows[0] = rows[0]._replace(offset=1024)
+    text = tar_index.index_text(tar_index.header(tar, rows, sha256), rows)
+    tar_index.path_of(tar).write_text(text)
     capsys.readouterr()
     assert cli.main(["data", "check", str(tmp_path / "tars")]) == 2
     error = capsys.readouterr().err

@@ -9,8 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT
+from loading import CPU, make, one_sentence
 from PIL import Image
-from test_data import CPU, make, one_sentence
 
 from fastdisco import cli, data
 from fastdisco.config import UserError
@@ -79,6 +79,15 @@ def test_folders_of_systems_are_no_classes_and_hold_no_images(tmp_path):
     assert listing.files == good and listing.classes == ["a", "b"]
     passed = dict(listing.passed_over)
     assert passed["@eaDir/"] == 2 and passed["lost+found/"] == 1
+
+
+def test_folders_of_systems_beside_tars_do_not_matter(tmp_path):
+    pictures(tmp_path / "d", "a/1.jpg", "b/2.jpg")
+    assert cli.main(["data", "pack", str(tmp_path / "d"), str(tmp_path / "tars")]) == 0
+    pictures(tmp_path / "tars", "@eaDir/000000.tar/SYNOFILE_THUMB_M.jpg")
+    assert len(data.listing(tmp_path / "tars").files) == 2
+    pictures(tmp_path / "tars", "c/1.jpg")
+    refused(tmp_path / "tars", "holds tars and also folders")
 
 
 # ---- files passed over

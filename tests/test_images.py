@@ -6,9 +6,9 @@ import logging
 
 import numpy as np
 import pytest
+from loading import CPU
 from PIL import Image, PngImagePlugin
 from test_check import JPEG, PNG, encoded, zeroed
-from test_data import CPU
 
 from fastdisco import data
 from fastdisco.data import check

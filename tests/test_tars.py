@@ -178,20 +178,24 @@ def test_a_bad_tar_is_named_with_the_remedy(few, packed, tmp_path):
         data.listing, set_of(whole, "x.tar"), parts=["x.tar", "not in manifest.json", "move it out"]
     )
     refuse(data.listing, set_of(b"garbage", "000001.index"), parts=["000001.index", "remove"])
-    shift = "\n".join(
-        [
-            index.splitlines()[0],
-            *(x.replace("\t512\t", f"\t{len(whole)}\t") for x in index.splitlines()[1:]),
-        ]
-    )
+    # Whole by its checksum, and still not of that tar.
+    about, rows = tar_index.parse(index).about, tar_index.rows_of(packed.root / "000001.tar")
+    text = lambda *args: tar_index.index_text(*args).encode()
+    shift = [rows[0]._replace(offset=len(whole)), *rows[1:]]
     refuse(
         data.listing,
-        set_of(shift.encode(), "000001.index"),
+        set_of(text(about, shift), "000001.index"),
         parts=["000001.index", "does not fit", "remove"],
     )
     refuse(
         data.listing,
-        set_of("\n".join(index.splitlines()[:-1]).encode(), "000001.index"),
+        set_of(text(about | {"headers": "0"}, rows), "000001.index"),
+        parts=[tar, "headers", "copy"],
+    )
+    few_rows = tar_index.header(packed.root / "000001.tar", rows[:-1], about["sha256"])
+    refuse(
+        data.listing,
+        set_of(text(few_rows, rows[:-1]), "000001.index"),
         parts=[tar, "samples", "manifest"],
     )
     refuse(data.listing, set_of((packed.root / "000002.tar").read_bytes()), parts=[tar])
@@ -226,7 +230,7 @@ def test_a_bad_tar_is_named_with_the_remedy(few, packed, tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(tmp_path / "odd.tar", "w") as t:
         t.addfile(link)
-    refuse(data.listing, tmp_path / "odd.tar", parts=["odd.tar", "empty"])
+    refuse(data.listing, tmp_path / "odd.tar", parts=["odd.tar", "a.jpg", "link", "dereference"])
 
 
 @pytest.mark.parametrize("kind", ["cut", "gone", "damaged"])

@@ -134,8 +134,8 @@ def train(base: Path, settings: list[str], end: float) -> None:
     except subprocess.TimeoutExpired:
         process.terminate()
         code = process.wait()
-        # Before the loop began there was nothing to save.
-        code = 0 if code in (0, -15) else code
+        # 75: it has saved; -15: before the loop began there was nothing to save.
+        code = 0 if code in (0, 75, -15) else code
     if code:
         # The command has said why.
         sys.exit(code)

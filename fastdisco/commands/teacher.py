@@ -11,7 +11,9 @@ from fastdisco.common.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from fastdisco.config import Config
     from fastdisco.data import Listing
     from fastdisco.models import Net
     from fastdisco.teacher.formats import Source
@@ -203,11 +205,21 @@ def record(args: argparse.Namespace) -> None:
 
     cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
 
-    from fastdisco import data, engine, methods, teacher
+    from fastdisco import engine
+    from fastdisco.run import agreement
+
+    device = engine.start(cfg.engine)
+    with agreement.together():
+        agreement.same_settings(cfg)
+        _record(cfg, device)
+    engine.stop()
+
+
+def _record(cfg: "Config", device: "torch.device") -> None:
+    from fastdisco import config, data, methods, teacher
     from fastdisco.common import dist
     from fastdisco.run import students
 
-    device = engine.start(cfg.engine)
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     loader = students.loader(cfg, listing, config.micro_batch(cfg, dist.world()), device)
     views = methods.kind(cfg.method.name).teacher_views
@@ -217,7 +229,6 @@ def record(args: argparse.Namespace) -> None:
     )
     assert isinstance(cached, teacher.CachedTeacher)
     cached.complete()
-    engine.stop()
 
 
 def _default(key: str) -> Any:

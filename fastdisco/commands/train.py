@@ -11,7 +11,8 @@ COMMANDS = {"": "train a student, or go on with the run of the same command"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python fastdisco/train.py`; returns the exit code, 2 where a user's error stopped it."""
+    """`python fastdisco/train.py`; returns the exit code: 0 finished, 2 refused by a user's error,
+    75 stopped by a signal, to be started again."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     add(parser)
     try:
@@ -41,7 +42,11 @@ def run(args: argparse.Namespace) -> int:
     """Reads the configuration before torch is imported, so that a wrong key is answered at once."""
     from fastdisco import config
 
-    launch.defaults()
+    if args.dry_run:
+        launch.adopt()
+    else:
+        launch.follow()
+        launch.defaults()
     cfg = config.load(args.config, args.overrides)
     if args.dry_run:
         from fastdisco.run import plan
@@ -49,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
         for line in plan.lines(cfg, launch.world(), agree(cfg)):
             say(line)
-    else:
-        from fastdisco.train import train
+        return 0
+    from fastdisco.train import train
 
-        train(cfg, args.overwrite)
-    return 0
+    return 0 if train(cfg, args.overwrite) else launch.STOPPED

@@ -2,6 +2,7 @@
 
 Everything works the same with one rank, where nothing is sent.  Shapes: B images on each rank."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,9 @@ __all__ = [
     "all_mean",
     "all_min",
     "all_sum",
+    "all_texts",
     "any_rank",
+    "any_rank_later",
     "barrier",
     "defaults",
     "device",
@@ -90,6 +93,36 @@ def any_rank(flag: bool) -> bool:
     return bool(x.item())
 
 
+def any_rank_later(flag: bool) -> Callable[[], bool]:
+    """Starts an `any_rank` between the hosts, which no device takes part in, and returns at once.
+
+    Calling the result waits for all ranks to have started it."""
+    if world() == 1:
+        return lambda: flag
+    x = torch.tensor(float(flag))
+    work = td.all_reduce(x, op=td.ReduceOp.MAX, group=_hosts(), async_op=True)
+    assert work is not None
+
+    def found() -> bool:
+        work.wait()
+        return bool(x.item())
+
+    return found
+
+
+def all_texts(text: str) -> list[str]:
+    """Every rank's text, in rank order."""
+    if world() == 1:
+        return [text]
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    sizes = all_gather(torch.tensor([len(own)], device=device())).tolist()
+    # A gather takes as many bytes from each rank: the longest text's.
+    padded = own.new_zeros(max(sizes))
+    padded[: len(own)] = own
+    rows = all_gather(padded).view(world(), -1).cpu()
+    return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, sizes)]
+
+
 def barrier() -> None:
     """Waits until every rank has come here."""
     if world() > 1:
@@ -124,6 +157,17 @@ class Shuffle:
         [B*ranks,...], the whole global batch in its original order, the same on every rank."""
         rows, undo = all_gather_async(x), _on(x.device, self.undo)
         return lambda: rows()[undo]
+
+
+@functools.cache
+def _hosts() -> td.ProcessGroup | None:
+    """A group of all ranks that sends from host to host; None: the default group does."""
+    if td.get_backend() != "nccl":
+        return None
+    group = td.new_group(backend="gloo")
+    # A number is for processes outside the group, and every rank is in it.
+    assert isinstance(group, td.ProcessGroup)
+    return group
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ and decoder.py, at the first use.  From outside, import the names below; the com
 pack.py, check.py and demo.py, and the plan of a run shards.py.
 
   source.py      opens a data set by its path: folder.py class folders and list files, shards.py
-                 tars with their index (tar_index.py); lines.py reads lists and quarantines
+                 tars with their index (tar_index.py, tar_samples.py), manifest (manifest.py) and
+                 the classes in names (name_classes.py); lines.py reads lists and quarantines
   loader.py      which image comes when; pipelines.py runs DALI, graph.py defines its graphs,
                  draws.py draws the views, placement.py says on which device each step runs
   pack.py        writes tars, also from CIFAR's archives (cifar.py)

@@ -23,9 +23,10 @@ from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.common.limits import SHARD_MB
-from fastdisco.data import cifar, lines, shards, tar_index
+from fastdisco.data import cifar, lines, tar_index
 from fastdisco.data.folder import Listing, told
 from fastdisco.data.loader import permutation
+from fastdisco.data.manifest import BEGUN, MANIFEST, fault, text_of
 from fastdisco.data.source import listing, read_quarantine
 from fastdisco.data.tar_index import Row
 
@@ -141,16 +142,16 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
     """Writes the tars of one set, at most `limit` bytes each, and returns their manifest.  Goes on
     where an earlier call with the same arguments was killed."""
     wanted = dict(version=1, seed=seed, shard_bytes=limit, source=images.fingerprint)
-    if (dst / shards.MANIFEST).exists():
-        return _reuse(dst, shards.MANIFEST, wanted)
-    if (dst / shards.BEGUN).exists():
-        _reuse(dst, shards.BEGUN, wanted)
+    if (dst / MANIFEST).exists():
+        return _reuse(dst, MANIFEST, wanted)
+    if (dst / BEGUN).exists():
+        _reuse(dst, BEGUN, wanted)
     elif dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(
             f"{dst}: not empty and not begun by this command; give an empty or new folder"
         )
     dst.mkdir(parents=True, exist_ok=True)
-    write_whole(dst / shards.BEGUN, json.dumps(wanted, indent=1))
+    write_whole(dst / BEGUN, json.dumps(wanted, indent=1))
     tars = _tars(dst, images, permutation(seed, FIRST, len(images.labels)), limit)
     if images.left_out:
         _write_quarantine(dst, list(tars), images.left_out)
@@ -161,11 +162,11 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
         class_counts=np.bincount(images.labels, minlength=len(images.classes)).tolist(),
         tars=tars,
     )
-    write_whole(dst / shards.MANIFEST, json.dumps(manifest, indent=1))
+    write_whole(dst / MANIFEST, text_of(manifest))
     # Left by attempts that were killed; the pattern finds hidden files, too.
     for part in dst.glob("*.part"):
         part.unlink()
-    (dst / shards.BEGUN).unlink()
+    (dst / BEGUN).unlink()
     return manifest
 
 
@@ -205,6 +206,9 @@ def _reuse(dst: Path, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{dst / name}: cannot be read ({e}); remove the folder and pack again"
         ) from None
+    if not isinstance(found, dict) or (name == MANIFEST and fault(found)):
+        raise UserError(f"{dst / name}: damaged; remove the folder and pack again")
+    found.pop("checksum", None)
     if differ := [key for key, value in wanted.items() if found.get(key) != value]:
         raise UserError(
             f"{dst}: holds tars of another {', '.join(differ)}; give a new folder, or remove this "
@@ -264,7 +268,7 @@ def _tar(
         os.fsync(f.fileno())
     os.replace(part, tar)
     # The index comes last: a tar that has one is complete.
-    about = tar_index.header(size + len(end), sha.hexdigest())
+    about = tar_index.header(tar, rows, sha.hexdigest())
     write_whole(tar_index.path_of(tar), tar_index.index_text(about, rows))
     return about, rows
 

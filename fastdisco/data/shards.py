@@ -4,25 +4,27 @@ reader of DALI is given.  The index of a single tar is tar_index.py's.
 N is the number of samples over all tars."""
 
 import itertools
-import json
+import shlex
 import tarfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.progress import track
 
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
-from fastdisco.data import tar_index
+from fastdisco.data import name_classes, tar_index
 from fastdisco.data.folder import Listing, Places, classes_of
-from fastdisco.data.tar_index import Row
 
-MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
-BEGUN = "manifest.part.json"  # of one that it has not finished
+# BEGUN is for those who know tars by this module.
+from fastdisco.data.manifest import BEGUN, MANIFEST, manifest_of  # noqa: F401
+from fastdisco.data.tar_index import Index, Row
+
 # Samples that follow each other in a tar and stay together in an epoch: one read of about 1 MB
 # instead of many small ones.
 RUN = 8
+UNLABELLED = "unlabelled"  # the class of samples without one
 OPEN = 512  # tars that one pipeline has open; a process may have 1024 files
 
 
@@ -33,12 +35,20 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
     """The samples of root's tars, given by name: our own in the order of their stable indices,
     foreign ones as they come.
 
-    Raises UserError for tars that are truncated, foreign, missing, or not those that their index or
-    manifest was written for."""
+    Raises UserError for tars that are truncated, foreign, missing, given twice, or not those that
+    their index or manifest was written for."""
+    if twice := shorten(sorted(name for name, n in Counter(tars).items() if n > 1)):
+        raise UserError(f"{source}: means {twice} twice; give a pattern that means each tar once")
     manifest = manifest_of(root, tars if source == root else None)
+    indices = _indices(root, tars, stored=manifest is not None)
+    if manifest is None and (root / MANIFEST).exists() and any(i.packed for i in indices):
+        raise UserError(
+            f"{root / MANIFEST}: is not the manifest of the tars there, or damaged; copy it again, "
+            "or pack the data again"
+        )
     numbers, names = [], []
-    for name, text in zip(tars, _index_texts(root, tars, stored=manifest is not None)):
-        columns, members = _parsed(root / name, text, manifest)
+    for name, its_index in zip(tars, indices):
+        columns, members = _parsed(root / name, its_index, manifest)
         numbers.append(columns)
         names.append(members)
     index, label, offset, size = np.concatenate(numbers, axis=1)
@@ -63,74 +73,51 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
     return Listing(source, root, files, labels, classes, places)
 
 
-def manifest_of(root: Path, tars: list[str] | None) -> dict[str, Any] | None:
-    """The manifest of a folder that was packed here, None of any other folder.
-
-    tars: names that must be those of the manifest; None: any.
-    Raises UserError for a pack that was not finished, or whose tars differ from the manifest."""
-    if (root / BEGUN).exists():
-        raise UserError(
-            f"{root}: packing it was not finished; give the same `fastdisco data pack` command "
-            "again"
-        )
-    try:
-        manifest = json.loads((root / MANIFEST).read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{root / MANIFEST}: cannot be read ({e}); pack the data again") from None
-    if not (isinstance(manifest, dict) and manifest.keys() >= {"shard_bytes", "classes", "tars"}):
-        return None  # another tool's
-    if tars is not None:
-        if missing := sorted(set(manifest["tars"]) - set(tars)):
-            raise UserError(
-                f"{root}: {shorten(missing)} of {MANIFEST} is missing; copy the whole folder again"
-            )
-        if strange := sorted(set(tars) - set(manifest["tars"])):
-            raise UserError(
-                f"{root}: {shorten(strange)} is not in {MANIFEST}; move it out of the folder"
-            )
-    return manifest
-
-
-def _index_texts(root: Path, tars: list[str], stored: bool) -> list[str]:
-    """Text of each tar's index, made where it is missing."""
-    there = all(tar_index.path_of(root / name).exists() for name in tars)
-    texts, on_disk = [], True
-    for name in track(tars, f"indexing {root}", transient=True, disable=there):
-        text, written = tar_index.read_or_make(root / name, stored)
-        texts.append(text)
+def _indices(root: Path, tars: list[str], stored: bool) -> list[Index]:
+    """Each tar's index, made where it is missing, of an older version, or of the tar as it was."""
+    found = {name: tar_index.read(root / name) for name in tars}
+    make, changed = [], []
+    for name, index in found.items():
+        if index is None:
+            make.append(name)
+        # A packed tar is compared with index and manifest by `_fits`: another one is an error.
+        elif not index.packed and not tar_index.fits(root / name, index):
+            make.append(name)
+            if not index.old:
+                changed.append(name)
+    on_disk = True
+    for name in track(make, f"indexing {root}", transient=True, disable=not make):
+        found[name], written = tar_index.make(root / name, stored)
         on_disk &= written
+    if changed:
+        say(f"{root}: {shorten(changed)} is not as it was indexed, so it was indexed again")
     if not on_disk:
         say(f"{root}: cannot be written, so its tars are indexed at every start")
-    return texts
+    return [index for name in tars if (index := found[name])]
 
 
-def _parsed(tar: Path, text: str, manifest: dict | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def _parsed(tar: Path, index: Index, manifest: dict | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Of a tar's index: index, label, offset and size [4,n] int64, and the members' names."""
-    head, lines = tar_index.split_text(text)
     try:
-        *columns, members = zip(*map(Row.parse, lines))
+        *columns, members = zip(*map(Row.parse, index.lines))
         numbers = np.array(columns, np.int64)
-        _fits(tar, json.loads(head)["bytes"], numbers, members[-1], manifest)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{tar_index.path_of(tar)}: is not an index that fastdisco wrote, or damaged; remove "
-            "it, it is written anew"
-        ) from None
+        _fits(tar, index, numbers, members[-1], manifest)
+    except OSError as e:
+        raise tar_index.unreadable(tar, e) from None
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise tar_index.damaged(tar) from None
     return numbers, members
 
 
-def _fits(tar: Path, wanted: int, numbers: np.ndarray, last: str, manifest: dict | None) -> None:
+def _fits(tar: Path, index: Index, numbers: np.ndarray, last: str, manifest: dict | None) -> None:
     """A quick look whether a tar is the one that its index was written for; `data check` compares
     everything.
 
-    wanted   size of the tar in bytes
     numbers  index, label, offset and size of the samples [4,n]
     last     name of the last member
-    Raises UserError for another size, other places, another last image, or another manifest."""
+    Raises UserError for another size, other places, other headers, or another manifest."""
     wrong = f"copy the tar again, or remove {tar_index.path_of(tar)} if the tar is right"
-    found = tar.stat().st_size
+    found, wanted = tar.stat().st_size, index.about["bytes"]
     if found != wanted:
         raise UserError(f"{tar}: has {found} bytes, its index was written for {wanted}; {wrong}")
     _, _, offset, size = numbers
@@ -146,12 +133,21 @@ def _fits(tar: Path, wanted: int, numbers: np.ndarray, last: str, manifest: dict
         head = f.read(tarfile.BLOCKSIZE)
     if size[-1] != tar_index.size_in(head) or not _names(head, last):
         raise UserError(f"{tar}: its image {last} is not where its index says; {wrong}")
+    # Those of foreign tars have been compared already.
+    compare = index.packed and not index.old
+    if compare and tar_index.headers(tar, index.lines) != index.about["headers"]:
+        raise UserError(f"{tar}: its headers are not those that its index was written for; {wrong}")
     if manifest is None:
         return
     want = manifest["tars"].get(tar.name, {})
     if (found, len(size)) != (want.get("bytes"), want.get("samples")):
         raise UserError(
             f"{tar}: has {found} bytes and {len(size)} samples, not those of {MANIFEST}; {wrong}"
+        )
+    if index.packed and index.about["sha256"] != want.get("sha256"):
+        raise UserError(
+            f"{tar}: its index is of another tar than {MANIFEST} names (SHA-256); copy the whole "
+            "folder again"
         )
 
 
@@ -167,7 +163,7 @@ def _foreign_classes(source: Path, label: np.ndarray) -> tuple[np.ndarray, list[
     """Labels and classes from the numbers in the tars; -1 is a sample without one."""
     unlabelled = int((label < 0).sum())
     if unlabelled == len(label):
-        return np.zeros_like(label), ["unlabelled"]
+        return np.zeros_like(label), [UNLABELLED]
     if unlabelled:
         raise UserError(
             f"{source}: {unlabelled} of its {len(label)} samples have no class (a member .cls); "
@@ -207,11 +203,21 @@ def refuse_sorted(listing: Listing) -> None:
     """Raises UserError for tars whose samples are sorted by class: a batch would hold few classes.
 
     The share of pairs of one class, among neighbours and among all pairs within a tar, may exceed
-    what chance gives by 0.1 and 6 standard errors."""
+    what chance gives by 0.1 and 6 standard errors.  Samples without classes are judged by their
+    names; where these tell nothing and the tars' do, that is said."""
     if listing.places is None or len(listing.files) < 2:
         return
     rows = reading_order(listing, np.arange(len(listing.files)))
-    label, tar = listing.labels[rows], listing.places.tar[rows]
+    label, tar = listing.labels, listing.places.tar[rows]
+    remedy = f"fastdisco data pack {shlex.quote(str(listing.source))} NEW_FOLDER"
+    what = "sorted by class"
+    if listing.classes == [UNLABELLED]:
+        by_name = name_classes.of_members(_members(listing))
+        if by_name is None:
+            _doubt_tars(listing, remedy)
+            return
+        label, what = by_name, "sorted by class, to judge by their names"
+    label = label[rows]
     n, classes = len(label), int(label.max()) + 1
     chance = _pairs(np.bincount(label)) / (n * (n - 1))
     neighbours = tar[1:] == tar[:-1]
@@ -222,10 +228,29 @@ def refuse_sorted(listing: Listing) -> None:
     allowed = chance + 0.1 + 6 * (chance * (1 - chance) / n) ** 0.5
     if max(beside, within) > allowed:
         raise UserError(
-            f"{listing.source}: its samples are sorted by class ({beside:.0%} of neighbours and "
+            f"{listing.source}: its samples are {what} ({beside:.0%} of neighbours and "
             f"{within:.0%} of pairs in a tar are of one class, {chance:.0%} in random order), so "
-            "batches would hold few classes; pack it in random order: fastdisco data pack "
-            f"{listing.source} NEW_FOLDER"
+            f"batches would hold few classes; pack it in random order: {remedy}"
+        )
+
+
+def _members(listing: Listing) -> list[str]:
+    """The members' names, without their tars'."""
+    p = listing.places
+    assert p is not None
+    skip = [len(name) + 1 for name in p.tars]
+    return [name[skip[k] :] for name, k in zip(listing.files, p.tar.tolist())]
+
+
+def _doubt_tars(listing: Listing, remedy: str) -> None:
+    """Says that tars with names of their own may hold a class each."""
+    p = listing.places
+    names = sorted({Path(name).stem for name in p.tars}) if p else []
+    if len(names) > 1 and not name_classes.is_series(names):
+        say(
+            f"{listing.source}: its samples have no class (a member .cls) and its tars no numbers "
+            f"that follow each other ({shorten(names)}); if each holds one class, so do most "
+            f"batches, and the remedy is to pack it in random order: {remedy}"
         )
 
 

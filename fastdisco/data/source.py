@@ -126,8 +126,10 @@ def _refuse_bytes(found: Listing) -> None:
 
 def _folder(source: Path) -> Listing:
     """Tars, where there are any or a manifest of them, else class folders."""
-    tars = sorted(p.name for p in source.glob("*.tar"))
-    if tars and any(p.is_dir() for p in source.iterdir() if not p.name.startswith(".")):
+    # Not those that begin with a dot: macOS puts a ._x.tar beside x.tar.
+    tars = sorted(glob.glob("*.tar", root_dir=source))
+    others = (p for p in source.iterdir() if p.name.lower() not in folder.SYSTEM)
+    if tars and any(p.is_dir() for p in others if not p.name.startswith(".")):
         raise UserError(
             f"{source}: holds tars and also folders; to read the tars give {source}/*.tar, else "
             "move them out"

@@ -1,26 +1,32 @@
 """The index of a tar of samples (WebDataset): which image, class and bytes each sample is.
 
-A sample is the members of one stem that follow each other: an image, its class as a number in
-`cls`, and in our own tars its stable index in `idx`.
+A sample is an image, its class as a number in `cls`, and in our own tars its stable index in `idx`
+(tar_samples.py).
 
 The index of x.tar is x.index beside it.  `fastdisco data pack` writes it, or the first use of a
-foreign tar.  Its first line is JSON about the tar (`header`).  Then each sample has a line, with
-tabs between index, label (-1: none), offset and size of the image in bytes, and the name of the
-image's member."""
+foreign tar.  Its first line is JSON about the tar (`header`) with a checksum over the whole index.
+Then each sample has a line, with tabs between index, label (-1: none), offset and size of the image
+in bytes, and the name of the image's member.
 
+Version 1 had neither checksum nor headers nor time.  Of a packed tar it is read as it is.  Of a
+foreign tar it cannot be told from the index of an older tar, so it is written anew."""
+
+import hashlib
 import json
+import stat
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdisco.common.console import shorten
+import numpy as np
+
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
-from fastdisco.data.folder import EXTENSIONS
+from fastdisco.data.tar_samples import Member, Sample, samples
 
-# The first bytes of gzip, bzip2, xz and zstd files.
-COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
+VERSION = "fastdisco index"  # the key in an index's first line
+PROBES = 8  # headers that are compared at each start
+OLD = {VERSION, "bytes", "sha256"}  # keys of version 1
 
 
 class Row(NamedTuple):
@@ -43,13 +49,21 @@ class Row(NamedTuple):
         return cls(int(index), int(label), int(offset), int(size), name)
 
 
-class Member(NamedTuple):
-    """A regular file in a tar."""
+class Index(NamedTuple):
+    """The content of an index file."""
 
-    name: str
-    offset: int
-    size: int
-    content: bytes | None  # of a short class or index, without white space around it
+    about: dict[str, Any]  # see `header`
+    lines: list[str]  # of the samples
+
+    @property
+    def packed(self) -> bool:
+        """Whether `fastdisco data pack` wrote it with its tar."""
+        return self.about.get("sha256") is not None
+
+    @property
+    def old(self) -> bool:
+        """Whether it is of version 1."""
+        return self.about[VERSION] == 1
 
 
 # ---- index files
@@ -60,21 +74,60 @@ def path_of(tar: Path) -> Path:
     return tar.with_suffix(".index")
 
 
-def header(size: int, sha256: str | None) -> dict[str, Any]:
-    """What an index says of its tar.  sha256 is known only of tars that were packed here."""
-    return {"fastdisco index": 1, "bytes": size, "sha256": sha256}
+def header(tar: Path, rows: list[Row], sha256: str | None) -> dict[str, Any]:
+    """What an index says of its tar: size, time of its last change in ns, a digest of some headers.
+
+    sha256: of the tar, known only of those that were packed here.  Their index has no time, since
+    the same pack gives the same bytes."""
+    about = tar.stat()
+    return {
+        VERSION: 2,
+        "bytes": about.st_size,
+        "sha256": sha256,
+        "mtime_ns": None if sha256 else about.st_mtime_ns,
+        "headers": headers(tar, [row.line() for row in rows]),
+    }
+
+
+def headers(tar: Path, lines: list[str]) -> str:
+    """A digest of the headers of PROBES images, spread over the tar.  Images are left out of it: a
+    damaged one is no other tar.  Raises OSError and ValueError."""
+    spread = np.linspace(0, len(lines) - 1, PROBES).round().astype(int) if lines else []
+    h = hashlib.sha256()
+    with tar.open("rb") as f:
+        for i in dict.fromkeys(spread):
+            f.seek(Row.parse(lines[i]).offset - tarfile.BLOCKSIZE)
+            h.update(f.read(tarfile.BLOCKSIZE))
+    return h.hexdigest()
 
 
 def index_text(about: dict[str, Any], rows: list[Row]) -> str:
     """The content of an index file."""
-    return "\n".join([json.dumps(about), *(row.line() for row in rows)]) + "\n"
+    lines = [row.line() for row in rows]
+    first = json.dumps(about | {"checksum": _checksum(about, lines)})
+    return "\n".join([first, *lines]) + "\n"
 
 
-def split_text(text: str) -> tuple[str, list[str]]:
-    """The first line of an index file, and those of its samples."""
+def parse(text: str) -> Index:
+    """The content of an index file.  Raises ValueError for anything else, and where the checksum
+    does not fit."""
     # Not splitlines, which also splits at characters that names may hold.
     first, *lines = text.removesuffix("\n").split("\n")
-    return first, lines
+    about = json.loads(first)
+    if not isinstance(about, dict) or VERSION not in about:
+        raise ValueError("no index")
+    checksum = about.pop("checksum", None)
+    if about[VERSION] == 1:
+        if checksum or about.keys() != OLD:
+            raise ValueError("no index of version 1")
+    elif checksum != _checksum(about, lines):
+        raise ValueError("the checksum does not fit")
+    return Index(about, lines)
+
+
+def _checksum(about: dict[str, Any], lines: list[str]) -> str:
+    text = "\n".join([json.dumps(about), *lines])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def about(tar: Path) -> dict[str, Any]:
@@ -85,28 +138,78 @@ def about(tar: Path) -> dict[str, Any]:
 
 def rows_of(tar: Path) -> list[Row]:
     """The rows in a tar's index file.  Raises OSError and ValueError."""
-    _, lines = split_text(path_of(tar).read_text(errors="surrogateescape"))
-    return [Row.parse(line) for line in lines]
+    return [Row.parse(line) for line in parse(_read(path_of(tar))).lines]
 
 
-def read_or_make(tar: Path, stored: bool) -> tuple[str, bool]:
-    """The text of a tar's index, and whether it is on disk.  A missing index is made and, where the
-    folder can be written, stored.
+def _read(path: Path) -> str:
+    return path.read_text(errors="surrogateescape")
 
-    stored: see `scan`.  Raises UserError."""
+
+def read(tar: Path) -> Index | None:
+    """A tar's index, None where there is none.  Raises UserError."""
     path = path_of(tar)
     try:
-        return path.read_text(errors="surrogateescape"), True
+        # Opening a pipe would wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise damaged(tar)
+        return parse(_read(path))
     except FileNotFoundError:
-        pass
+        return None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); allow reading it") from None
-    text = index_text(header(tar.stat().st_size, None), scan(tar, stored))
+    except (ValueError, RecursionError):
+        raise damaged(tar) from None
+
+
+def damaged(tar: Path) -> UserError:
+    """For an index that nothing can be read from."""
+    return UserError(
+        f"{path_of(tar)}: is not an index that fastdisco wrote, or damaged; remove it, it is "
+        "written anew"
+    )
+
+
+def unreadable(tar: Path, error: OSError) -> UserError:
+    """For a tar that cannot be opened or read."""
+    return UserError(
+        f"{tar}: cannot be read ({error.strerror or error}); copy it again, or remove it"
+    )
+
+
+def fits(tar: Path, index: Index) -> bool:
+    """Whether the index of a foreign tar is of the tar as it is now: same size, same time of its
+    last change, same headers.  Reads PROBES blocks.
+
+    A tar that was changed keeps these three only where someone sets its time back and leaves the
+    headers; `data check` finds that, too.  A copied tar may get a new time; it is indexed again."""
     try:
-        write_whole(path, text)
+        found, about = tar.stat(), index.about
+        same = (found.st_size, found.st_mtime_ns) == (about["bytes"], about["mtime_ns"])
+        return same and headers(tar, index.lines) == about["headers"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def make(tar: Path, stored: bool) -> tuple[Index, bool]:
+    """A tar's index from the tar itself, written beside it where the folder can be written; whether
+    it could.
+
+    stored: see `scan`.  Raises UserError."""
+    # Before the scan: a tar that changes meanwhile is indexed again at the next start.
+    try:
+        before = tar.stat()
+        if not stat.S_ISREG(before.st_mode):
+            raise UserError(f"{tar}: is no regular file; put a tar there, or move it away")
+        rows = scan(tar, stored)
+        about = header(tar, rows, None) | {"mtime_ns": before.st_mtime_ns}
+        text = index_text(about, rows)
+    except OSError as e:
+        raise unreadable(tar, e) from None
+    try:
+        write_whole(path_of(tar), text)
     except OSError:
-        return text, False
-    return text, True
+        return parse(text), False
+    return parse(text), True
 
 
 # ---- reading a tar
@@ -118,11 +221,11 @@ def scan(tar: Path, stored: bool) -> list[Row]:
     stored: its samples carry a stable index (a member .idx), else the index is the position in the
     tar.
     Raises UserError for anything else than a tar of samples."""
-    rows = []
-    for stem, parts in _samples(tar):
-        rows.append(_row(tar, stem, parts, stored, len(rows)))
+    rows: list[Row] = []
+    for sample in samples(tar):
+        rows.append(_row(tar, sample, stored, len(rows)))
     if not rows:
-        raise UserError(f"{tar}: an empty tar; remove it")
+        raise UserError(f"{tar}: an empty tar, it has no image; remove it")
     return rows
 
 
@@ -134,41 +237,17 @@ def size_in(head: bytes) -> int | None:
         return None
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Stem of each sample, and its members by their extension in lower case."""
-    stem, parts = None, {}
-    for member in _members(tar):
-        # The stem ends at the first dot of the last part, as in WebDataset.
-        _, _, extension = member.name.rpartition("/")[2].partition(".")
-        key = member.name[: len(member.name) - len(extension)]
-        if key != stem:
-            if stem is not None:
-                yield stem, parts
-            stem, parts = key, {}
-        parts.setdefault(extension.lower(), member)
-    if stem is not None:
-        yield stem, parts
-
-
-def _row(tar: Path, stem: str, parts: dict[str, Member], stored: bool, position: int) -> Row:
-    images = [extension for extension in parts if extension in EXTENSIONS]
-    if len(images) != 1:
-        found = " and ".join(images) if images else "none"
+def _row(tar: Path, sample: Sample, stored: bool, position: int) -> Row:
+    image = sample.image
+    label = _number(tar, sample.cls) if sample.cls else -1
+    if not stored:
+        return Row(position, label, image.offset, image.size, image.name)
+    if sample.idx is None:
         raise UserError(
-            f"{tar}: its sample {stem}* needs one image, found {found} (members: "
-            f"{shorten(list(parts))}; images are {' '.join(EXTENSIONS)}); is this a WebDataset tar?"
+            f"{tar}: its sample {sample.stem}.* has no index (a member .idx), so manifest.json "
+            "there is not of this tar; pack the data again"
         )
-    image = parts[images[0]]
-    if "\n" in image.name or "\r" in image.name:
-        raise UserError(f"{tar}: the member {image.name!r} has a line break in its name; rename it")
-    label = _number(tar, parts["cls"]) if "cls" in parts else -1
-    if stored and "idx" not in parts:
-        raise UserError(
-            f"{tar}: its sample {stem}* has no index (a member .idx), so manifest.json there is "
-            "not of this tar; pack the data again"
-        )
-    index = _number(tar, parts["idx"]) if stored else position
-    return Row(index, label, image.offset, image.size, image.name)
+    return Row(_number(tar, sample.idx), label, image.offset, image.size, image.name)
 
 
 def _number(tar: Path, member: Member) -> int:
@@ -179,47 +258,3 @@ def _number(tar: Path, member: Member) -> int:
             "this a WebDataset tar?"
         )
     return int(content)
-
-
-def _members(tar: Path) -> Iterator[Member]:
-    """The regular files in a tar, in order.  Raises UserError for a tar that is not whole."""
-    again = "copy it again, or remove it"
-    try:
-        # "r:" refuses compressed tars, whose bytes DALI cannot address.
-        with tarfile.open(tar, "r:") as t, tar.open("rb") as f:
-            for m in t:
-                if m.issparse():
-                    raise UserError(
-                        f"{tar}: its member {m.name} is sparse; write the tar without --sparse"
-                    )
-                if m.isreg():
-                    yield Member(m.name, m.offset_data, m.size, _content(t, m))
-            # tarfile takes any end for the end.  A whole tar has an empty block there.
-            f.seek(t.offset)
-            end = f.read(tarfile.BLOCKSIZE)
-            if not end:
-                raise tarfile.ReadError("no end mark")
-            if end.strip(b"\0"):
-                raise UserError(
-                    f"{tar}: damaged, there is no member's header at byte {t.offset}; {again}"
-                )
-    except (tarfile.TarError, ValueError, EOFError) as e:
-        if _is_compressed(tar):
-            why, how = "compressed", "unpack it once, as DALI reads plain tars only"
-        else:
-            why, how = f"truncated or no tar ({e})", again
-        raise UserError(f"{tar}: {why}; {how}") from None
-    except OSError as e:
-        raise UserError(f"{tar}: cannot be read ({e.strerror or e}); {again}") from None
-
-
-def _content(t: tarfile.TarFile, m: tarfile.TarInfo) -> bytes | None:
-    if not m.name.endswith((".cls", ".idx")) or m.size > 64:
-        return None
-    file = t.extractfile(m)
-    return file.read().strip() if file else None
-
-
-def _is_compressed(tar: Path) -> bool:
-    with tar.open("rb") as f:
-        return f.read(2) in COMPRESSED

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastdisco.common import dist
+from fastdisco.common import dist, launch
 from fastdisco.common.errors import UserError
 from fastdisco.config import Engine
 from fastdisco.engine import unit_rows
@@ -28,6 +28,7 @@ def start(cfg: Engine) -> torch.device:
 
     Raises UserError where the machine's GPU cannot be used, or the precision cannot run."""
     dist.defaults()
+    launch.follow()
     # First DeepSpeed: its import changes how torch looks for a GPU, and the device is chosen once.
     deepspeed = import_deepspeed()
     device = choose()

@@ -2,9 +2,10 @@
 
 students.py     a student with engine, EMA, method and optimizer; compilation and CUDA graphs
 checkpoint.py   everything an exact resume needs
-folder.py       the run's folder, and whether a command may continue the run in it
+folder.py       the run's folder, and whether a command may continue the run in it;  lock.py  its lock
+agreement.py    what all ranks must have in common; when one refuses, all end
 meter.py        what is measured between two log points;  log.py  where it is written and shown
 plan.py         what a run would be and lack: `train.py --dry-run`
-environment.py  versions, commit and hardware;  signals.py  SIGTERM and Ctrl-C
+environment.py  versions, commit and hardware;  signals.py  SIGTERM, SIGUSR1, Ctrl-C
 
 Level 3: may import everything of levels 0 to 2.  Only train.py and the commands import it."""

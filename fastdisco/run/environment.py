@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastdisco import __version__
 from fastdisco.common import launch
 
 # Packages whose versions change speed or numbers.
@@ -30,13 +31,9 @@ _PACKAGES = (
 def environment() -> dict[str, Any]:
     """Versions, commit, hardware and command of this process; packages that are not installed are
     left out."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "versions": versions,
+        "versions": versions(),
         "commit": _commit(),
         "command": " ".join(sys.argv),
         "ranks": launch.world(),
@@ -46,6 +43,15 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that change speed or numbers, of fastdisco, too."""
+    found = {"python": platform.python_version(), "fastdisco": __version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _commit() -> str | None:

@@ -3,14 +3,18 @@ continue it."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastdisco import config
 from fastdisco.common import dist
+from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.config import Config
+from fastdisco.run import agreement
 from fastdisco.run.environment import environment
+from fastdisco.run.lock import Lock
 
 # Keys that a resumed run may change, since they alter neither the weights nor what they mean.  Data
 # and teacher may lie elsewhere: `checkpoint.restore` compares their contents.
@@ -38,31 +42,50 @@ _FREE = (
 )
 
 
-def claim(cfg: Config, overwrite: bool = False) -> Path:
-    """The folder out/name, where this command may start or continue a run; with `overwrite` the run
-    there is deleted.  Called by every rank.
+# What a training writes into its folder.
+_OURS = ("config.yaml", "env.json", "metrics.jsonl", "tb", "checkpoints")
 
+
+def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Path:
+    """The folder out/name, where this command may start or continue a run, or `clear` the one that
+    is there (overwrite).  Called by every rank.
+
+    lock  is taken by rank 0, so that no other command trains in the folder.
     Raises UserError where the folder holds a run of another configuration, naming what differs and
-    the two ways out, or holds no run at all."""
+    the two ways out, holds no run at all, is being trained in, or is not the same for all ranks."""
     folder = agree(cfg, overwrite)
-    # Every rank has looked before rank 0 deletes.
-    dist.barrier()
-    if overwrite and dist.rank() == 0 and folder.exists():
-        shutil.rmtree(folder)
-    dist.barrier()
+    if lock:
+        agreement.same_folder(folder, _locked(folder, lock))
     return folder
 
 
+def clear(folder: Path) -> None:
+    """Deletes the run in the folder, and says what else is there and stays.  Called by every rank;
+    `claim` comes before, which refuses folders of other things."""
+    if dist.rank() == 0 and folder.exists():
+        for name in _OURS:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if left := sorted(p.name for p in _visible(folder)):
+            say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")
+    dist.barrier()
+
+
 def agree(cfg: Config, overwrite: bool = False) -> Path:
-    """The same folder and the same errors as `claim`, but nothing is deleted."""
+    """The same folder and the same errors as `claim`, but nothing is locked or deleted."""
     folder = cfg.run.out / cfg.run.name
-    if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / "config.yaml").exists() and any(_visible(folder)):
         raise UserError(
             f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted "
             "there; take another run.name or run.out"
         )
     if not overwrite:
         _agree(cfg, folder)
+    elif (folder / "config.yaml").exists():
+        _of_a_run(folder)
     return folder
 
 
@@ -90,3 +113,35 @@ def _agree(cfg: Config, folder: Path) -> None:
             f"{folder}: holds a run of another configuration: {', '.join(differ)}; give this one "
             "another run.name, or start over with --overwrite"
         )
+
+
+def _locked(folder: Path, lock: Lock) -> str:
+    """Rank 0 takes the lock; returns its id, or raises rank 0's error on every rank."""
+    mark, error = "", ""
+    if dist.rank() == 0:
+        try:
+            mark = lock.take(folder)
+        except UserError as e:
+            error = str(e)
+    if error := dist.all_texts(error)[0]:
+        raise UserError(error)
+    return mark
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All but a lock and what a killed start may have left: hidden files of ours."""
+    for path in folder.iterdir():
+        if path.name != ".lock" and not (path.name[0] == "." and path.suffix == ".part"):
+            yield path
+
+
+def _of_a_run(folder: Path) -> None:
+    """Raises UserError where config.yaml is somebody else's: then the folder is no run of ours."""
+    try:
+        config.load(folder / "config.yaml")
+    # ValueError: it is not even text.
+    except (UserError, ValueError) as e:
+        raise UserError(
+            f"--overwrite: deletes runs alone, and {folder}/config.yaml is not that of a run ({e}); "
+            "take another run.name or run.out, or delete the folder yourself"
+        ) from None

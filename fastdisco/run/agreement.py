@@ -1,0 +1,154 @@
+"""All ranks of a run agree: they were given the same, they see the same folder, and when one of them
+refuses, all end with its exit code."""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as td
+
+from fastdisco import config
+from fastdisco.common import dist
+from fastdisco.common.console import refuse
+from fastdisco.common.errors import UserError
+from fastdisco.config import Config
+from fastdisco.run import lock
+from fastdisco.run.environment import versions
+
+# Keys that may differ between ranks: where files lie on a machine, whose contents are compared
+# instead, and what its cores allow.
+_LOCAL = (
+    "run.out",
+    "data.train",
+    "data.val",
+    "data.quarantine",
+    "data.threads",
+    "data.prefetch",
+    "teacher.file",
+    "teacher.cache_folder",
+)
+# Seconds for what another host wrote to show through a network file system's caches.
+SHOWS = 60.0
+# Keys of the ranks' store: a refusal's text, and how many ranks have ended after it.
+_REFUSED, _ENDED = "fastdisco/refused", "fastdisco/ended"
+# Seconds between two looks for a refusal; in which ranks find the same error; and to end together.
+_LOOK, _SAME, _WAIT = 0.5, 2.0, 10.0
+
+
+def same_settings(cfg: Config, overwrite: bool = False) -> None:
+    """Raises the same UserError on every rank unless command and versions are equal."""
+    keys = config.flatten(cfg.model_dump(mode="json"))
+    facts = {k: str(v) for k, v in keys.items() if k not in _LOCAL}
+    facts["--overwrite"] = str(overwrite)
+    same(facts | {f"version of {k}": v for k, v in versions().items()})
+
+
+def same(facts: dict[str, str]) -> None:
+    """Raises the same UserError on every rank unless all have the same facts.
+
+    It names the first rank that has another value than rank 0, the key and both values."""
+    texts = dist.all_texts(json.dumps({"host": platform.node(), "facts": facts}))
+    first, *others = (json.loads(x) for x in texts)
+    for rank, other in enumerate(others, 1):
+        for key in sorted(first["facts"] | other["facts"]):
+            here, there = first["facts"].get(key), other["facts"].get(key)
+            if here != there:
+                raise UserError(
+                    f"{key}: rank {rank} on {other['host']} has {there}, rank 0 on {first['host']} "
+                    f"has {here}; give all ranks the same"
+                )
+
+
+def same_folder(folder: Path, mark: str) -> None:
+    """Raises the same UserError on every rank unless all see the folder whose lock has the id
+    `mark`, which rank 0 knows."""
+    said = dist.all_texts(f"{mark} {platform.node()}")
+    mark, _, host = said[0].partition(" ")
+    end = time.monotonic() + (0 if platform.node() == host else SHOWS)
+    while not (sees := lock.read(folder / lock.NAME).get("id") == mark) and time.monotonic() < end:
+        time.sleep(0.5)
+    for rank, text in enumerate(dist.all_texts(f"{sees:d} {platform.node()} {folder.absolute()}")):
+        seen, there, path = text.split(" ", 2)
+        if seen != "1":
+            raise UserError(
+                f"run.out: rank {rank} on {there} does not see the folder of rank 0 on {host} as "
+                f"{path}; give a folder that all nodes share"
+            )
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Where one rank raises a UserError in this context, all ranks end with code 2, and one of them
+    says why.  Called by every rank once they are joined; needed by several ranks only."""
+    if dist.world() == 1:
+        yield
+        return
+    # A connection of this thread's own: what waits on the other one would block it.
+    store = td.distributed_c10d._get_default_store()
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(store.clone(), ended), daemon=True)
+    watch.start()
+    try:
+        yield
+    except UserError as e:
+        ended.set()
+        _say(store, e)
+        _end_together(store)
+        sys.exit(2)
+    finally:
+        ended.set()
+    watch.join()
+    # Rank 0 takes the store with it.
+    dist.barrier()
+
+
+def _say(store: td.Store, error: UserError) -> None:
+    """Tells the other ranks of the error, and prints it unless rank 0 does."""
+    rank = str(dist.rank())
+    # The first to come here.
+    first = store.compare_set(_REFUSED, "", rank).decode()
+    if error.anywhere or rank == "0":
+        refuse(error)
+        store.set(f"{_REFUSED}/{rank}", "said")
+    elif first == rank:
+        # All ranks may find the same error: then rank 0 says it.
+        with contextlib.suppress(td.DistError):
+            store.wait([f"{_REFUSED}/0"], timedelta(seconds=_SAME))
+        if not store.check([f"{_REFUSED}/0"]):
+            refuse(UserError(f"rank {rank} on {platform.node()}: {error}", anywhere=True))
+
+
+def _end_together(store: td.Store) -> None:
+    """Waits until all ranks are about to end.
+
+    The first one to end would take the store with it, or leave the others with broken connections,
+    of which they would print tracebacks; and a launcher would kill them."""
+    end = time.monotonic() + _WAIT
+    # Errors: rank 0 has waited for long enough.
+    with contextlib.suppress(RuntimeError):
+        store.add(_ENDED, 1)
+        while store.add(_ENDED, 0) < dist.world() and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def _watch(store: td.Store, ended: threading.Event) -> None:
+    """Ends this process when another rank has refused: it may wait for that rank for ever."""
+    while not ended.wait(_LOOK):
+        try:
+            refused = store.check([_REFUSED])
+        except RuntimeError:
+            # Rank 0 has crashed.
+            return
+        # This rank may be about to say the same error.
+        if refused and not ended.wait(_SAME + 1):
+            _end_together(store)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)

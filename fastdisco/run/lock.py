@@ -1,0 +1,227 @@
+"""One training at a time in a run's folder.
+
+RUN/.lock is JSON: who trains here (host, process, start, boot).  Its time of modification is the
+heartbeat: a thread renews it every BEAT seconds.  All that it needs of a file system are hard links
+or exclusive creation, and times; locks of the kernel's are not the same on every network file
+system.
+
+A lock is stale, and is taken over, where its process is dead.  On this machine, outside other
+containers, the kernel tells.  For another host the heartbeat does: none for DEAD seconds by the file
+server's own clock, so that no clock of a host matters."""
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
+from fastdisco.common.launch import process
+
+BEAT, DEAD = 10.0, 60.0
+NAME = ".lock"
+
+
+class Lock:
+    """A run's lock, not yet taken; a context manager that gives it back."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._made = False
+        self.lost = ""
+        self._me: dict[str, Any] = {}
+        self._ended = threading.Event()
+
+    def take(self, folder: Path) -> str:
+        """Takes the folder's lock, making the folder where there is none; returns the lock's id.
+
+        Waits up to DEAD seconds where the lock is of another host that may have died just now.
+        Raises UserError where somebody trains there, or where the folder cannot be written to."""
+        path = folder / NAME
+        self._me = _me()
+        try:
+            self._made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            while not _create(path, self._me):
+                _remove_stale(path)
+        except OSError as e:
+            raise UserError(
+                f"{folder}: the run's folder cannot be written to ({e.strerror}); make it writable or "
+                "take another run.out"
+            ) from None
+        self.path = path
+        threading.Thread(target=self._beat, daemon=True, name="lock").start()
+        return self._me["id"]
+
+    def check(self) -> None:
+        """Raises UserError where another training has taken the lock over, which happens when this
+        process was halted for longer than DEAD seconds."""
+        if self.lost:
+            raise UserError(
+                f"{self.lost} in the meantime, because this one gave no sign for a minute; it goes "
+                "on there, and this one ends without saving",
+                anywhere=True,
+            )
+
+    def release(self) -> None:
+        """Gives the lock back, if it is held."""
+        self._ended.set()
+        if self.path and not self.lost and read(self.path).get("id") == self._me["id"]:
+            self.path.unlink(missing_ok=True)
+            if self._made:
+                # A run that was refused leaves nothing.
+                with contextlib.suppress(OSError):
+                    self.path.parent.rmdir()
+        self.path = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        path = self.path
+        assert path
+        while not self._ended.wait(BEAT):
+            # A file server that does not answer now may do so at the next beat.
+            with contextlib.suppress(OSError):
+                found = read(path)
+                if found and found.get("id") != self._me["id"]:
+                    self.lost = f"{path.parent}: {_told(found)}"
+                    return
+                # Somebody may have deleted it by hand: then it comes back.
+                if path.exists() or (path.parent.exists() and not _create(path, self._me)):
+                    os.utime(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a lock says; empty where there is none, or where it is torn."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _me() -> dict[str, Any]:
+    seen = process(os.getpid())
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "ticks": seen and seen[0],
+        "machine": _machine(),
+        "id": os.urandom(8).hex(),
+    }
+
+
+def _machine() -> list[str]:
+    """What two processes have in common that can see each other: the boot and the PID namespace,
+    of which each container has its own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return [boot, os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        return []
+
+
+def _create(path: Path, content: dict[str, Any]) -> bool:
+    """Makes the lock with its content; False where there is one."""
+    part = path.with_name(f"{NAME}.{os.urandom(6).hex()}.part")
+    text = json.dumps(content) + "\n"
+    try:
+        part.write_text(text)
+        try:
+            # Never replaces a file, and the lock is never seen half written.
+            os.link(part, path)
+        except FileExistsError:
+            return False
+        except OSError:
+            # A file system without hard links.
+            try:
+                with path.open("x") as f:
+                    f.write(text)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Takes a dead training's lock away; raises UserError where it is alive."""
+    try:
+        before = _time(path)
+    except FileNotFoundError:
+        return
+    owner = read(path)
+    if _alive(path, owner, before):
+        raise UserError(
+            f"{path.parent}: {_told(owner)}; wait for it or end it, or take another run.name"
+        )
+    # Two may find the same lock stale: only one of them gets it under the new name.
+    aside = path.with_name(f"{NAME}.{os.urandom(6).hex()}.part")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if read(aside) != owner:
+        # The other was quicker, and this is its new lock.
+        with contextlib.suppress(OSError):
+            os.link(aside, path)
+    aside.unlink()
+    who = f"process {owner['pid']} on {owner['host']}, {owner['since']}" if owner else "unreadable"
+    say(f"{path.parent}: took over the lock of a training that was killed ({who})")
+
+
+def _alive(path: Path, owner: dict[str, Any], before: float) -> bool:
+    machine = _machine()
+    if machine and owner.get("machine") == machine:
+        seen = process(owner["pid"])
+        return bool(seen) and seen[0] == owner["ticks"]
+    said = False
+    while (age := _now(path.parent) - before) < DEAD:
+        if not said:
+            said = True
+            host = owner.get("host", "an unknown host")
+            say(
+                f"{path.parent}: {host} has the lock; waiting for a sign of life, {DEAD - age:.0f} s "
+                "at most"
+            )
+        time.sleep(min(1.0, DEAD / 10))
+        try:
+            if _time(path) != before:
+                return True
+        except FileNotFoundError:
+            return False
+    return False
+
+
+def _time(path: Path) -> float:
+    """Time of modification.  Opened first: on NFS, that asks the server anew."""
+    with path.open() as f:
+        return os.fstat(f.fileno()).st_mtime
+
+
+def _now(folder: Path) -> float:
+    """The time of the clock that dates the folder's files."""
+    part = folder / f"{NAME}.{os.urandom(6).hex()}.part"
+    try:
+        part.touch()
+        return _time(part)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _told(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another training holds the lock"
+    return (
+        f"process {owner.get('pid')} on {owner.get('host')} has been training there since "
+        f"{owner.get('since')}"
+    )
