@@ -4,6 +4,7 @@ measured, and what the verdict says."""
 import copy
 import json
 import math
+import shutil
 import statistics
 import sys
 from types import SimpleNamespace
@@ -331,12 +332,12 @@ def test_operations_are_counted():
 
 def test_ones_own_images_are_measured(folder, tmp_path):
     """Of any kind: the official recipe gets some as class folders."""
-    images = sorted((folder / "train").rglob("*.jpg"))
-    (tmp_path / "list.txt").write_text(
-        "".join(f"{p.relative_to(folder)} {p.parent.name}\n" for p in images)
-    )
-    (tmp_path / "list.txt").replace(folder / "list.txt")
-    listing = data.listing(folder / "list.txt")
+    # A copy, since a list lies beside its images.
+    own = shutil.copytree(folder, tmp_path / "own")
+    images = sorted((own / "train").rglob("*.jpg"))
+    lines = [f"{p.relative_to(own)} {p.parent.name}\n" for p in images]
+    (own / "list.txt").write_text("".join(lines))
+    listing = data.listing(own / "list.txt")
     few = listing._replace(left_out=listing.kept[5:])
     plain = data.listing(measure.plain_folder(few, tmp_path))
     assert (

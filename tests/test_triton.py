@@ -157,9 +157,11 @@ def test_the_table_says_what_was_timed():
     )
 
 
-def test_interpreted():
+# Two processes of a minute, which two workers can share.
+@pytest.mark.parametrize("part", ["seed", "not seed"])
+def test_interpreted(part):
     """tests/interpreted.py: every kernel against float64."""
-    options = ["-q", "-p", "no:cacheprovider", "-rP"]
+    options = ["-q", "-p", "no:cacheprovider", "-rP", "-k", part]
     env = {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if triton.__version__.startswith("3.6"):
         print("Where it fails: Triton 3.6's interpreter needs numpy<2.4")
