@@ -39,7 +39,9 @@ def stand_ins(monkeypatch):
     put(torch._C, "_select_conv_backend", _convolution(torch._C._select_conv_backend))
     put(Tensor, "pin_memory", _pinned)
     # `backward` does what the engine does.
-    put(torch.autograd.Variable, "_execution_engine", SimpleNamespace(queue_callback=FINAL.append))
+    run = torch.autograd.Variable._execution_engine.run_backward
+    engine = SimpleNamespace(queue_callback=FINAL.append, run_backward=run)
+    put(torch.autograd.Variable, "_execution_engine", engine)
     put(nn.Module, "_apply", _apply)
     put(models, "of", faked(models.of))
     put(students.engine, "create", FakeEngine)

@@ -96,7 +96,14 @@ class Recorder:
         self.seen.add(Launch(self.name, *(tuple(d.items()) for d in (types, constants, options))))
 
 
-KERNELS = ("_units", "_moments", "_moco_rows", "_seed_rows", "_enqueue", "_advance")
+KERNELS = (
+    "units_kernel",
+    "moments_kernel",
+    "moco_rows_kernel",
+    "seed_rows_kernel",
+    "enqueue_kernel",
+    "advance_kernel",
+)
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -183,7 +190,7 @@ def compiles(chip: Chip, one: Launch):
     found = compiled(kernel, chip.arch, types, constants, options)
     assert found["stack"] == 0, (chip, one)
     assert found["shared"] <= chip.shared_memory, (chip, one)
-    if one.kernel == "_moments" and types["queue"] != "*fp32":
+    if one.kernel == "moments_kernel" and types["queue"] != "*fp32":
         product = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(chip.arch, "mma.sync")
         assert product in found["ptx"], (chip, one)
 
@@ -192,7 +199,7 @@ def compiles(chip: Chip, one: Launch):
 def test_the_largest_kernels_of_bf16_compile(chip):
     """One form of each; all forms are among the slow tests."""
     some = {one.kernel: one for one in sorted(launches("bf16", 8)[chip], key=str)}
-    for kernel in ("_moments", "_moco_rows", "_seed_rows"):
+    for kernel in ("moments_kernel", "moco_rows_kernel", "seed_rows_kernel"):
         compiles(chip, some[kernel])
 
 
@@ -207,7 +214,7 @@ def test_every_kernel_that_a_configuration_launches_compiles(chip, precision):
 
 def test_a_planted_spill_is_found():
     chip = CHIPS[0]
-    one = next(x for x in launches("bf16", 8)[chip] if x.kernel == "_moments")
+    one = next(x for x in launches("bf16", 8)[chip] if x.kernel == "moments_kernel")
     wide = dict(one.constants) | dict(C=256, CP=256, ROWS=256)
     with pytest.raises(AssertionError):
         compiles(chip, one._replace(constants=tuple(wide.items())))
