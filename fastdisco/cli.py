@@ -14,7 +14,8 @@ GROUPS = {"data": data, "train": train, "teacher": teacher, "eval": evaluate}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, or 2 where a user's error stopped it."""
+    """Runs one command; returns its exit code: 0, 2 where a user's error stopped it, or 75
+    where a signal stopped it and the same command continues."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(argv)
     if not argv:

@@ -6,7 +6,9 @@ fastdisco train --config configs/mobv3.yaml                  one process
 Level 4: nobody but the command (commands/train.py) imports it."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Run as a script, this file only starts the command.  The command reads arguments and configuration
 # before it imports torch, and then imports this file again, as fastdisco.train.
@@ -43,17 +45,26 @@ def train(cfg: Config, overwrite: bool = False) -> bool:
     overwrite: deletes the run that is in the folder, and starts over.
     Returns whether the run has come to its end; it has not where it was asked to stop."""
     device = engine.start(cfg.engine)
-    with agreement.together(), Lock() as lock:
+    with agreement.together() as closing, Lock() as lock:
+        closing.append(lock.release)
         agreement.same_settings(cfg, overwrite)
         # Before data and teacher are read, and before memory on a GPU is taken.
         folder = claim(cfg, overwrite, lock)
-        finished = _run(cfg, device, folder, lock, overwrite)
+        finished = _run(cfg, device, folder, lock, closing, overwrite)
     engine.stop()
     return finished
 
 
-def _run(cfg: Config, device: torch.device, folder: Path, lock: Lock, overwrite: bool) -> bool:
-    """See `train`; `folder` is the run's, whose lock rank 0 holds."""
+def _run(
+    cfg: Config,
+    device: torch.device,
+    folder: Path,
+    lock: Lock,
+    closing: list[Callable[[], Any]],
+    overwrite: bool,
+) -> bool:
+    """See `train`; `folder` is the run's, whose lock rank 0 holds, and `closing` that of
+    `agreement.together`."""
     # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
@@ -76,6 +87,7 @@ def _run(cfg: Config, device: torch.device, folder: Path, lock: Lock, overwrite:
     items = {}
     for s in states:
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
+    agreement.same_checkpoint(folder)
     start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
     if replayed:
@@ -91,6 +103,7 @@ def _run(cfg: Config, device: torch.device, folder: Path, lock: Lock, overwrite:
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
     with Log(folder, start, steps) as log:
+        closing.append(log.__exit__)
         for step in range(start, steps):
             # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
@@ -146,6 +159,8 @@ def _run(cfg: Config, device: torch.device, folder: Path, lock: Lock, overwrite:
                 with meter.paused():
                     log.write(done, evaluate(states, listing, val, device))
             if save:
+                # Again: the evaluation may have taken long.
+                lock.check()
                 with meter.paused():
                     checkpoint.save(folder, done, items, meta, cfg.checkpoint.keep)
             if asked and not last:

@@ -68,6 +68,18 @@ def test_slurms_variables_are_understood(environment):
     assert os.environ["MASTER_PORT"] not in ports
 
 
+def test_slurms_rank_0_says_once_for_whom_it_waits(environment, capsys):
+    says = "waiting for 3 other processes of this Slurm step (unset SLURM_PROCID for one process)\n"
+    environment(SLURM | {"SLURM_PROCID": "0"})
+    launch.defaults()
+    launch.defaults()
+    assert capsys.readouterr().out == says
+    for others in (SLURM, TORCHRUN | {"SLURM_PROCID": "0"}, OPEN_MPI, {"SLURM_PROCID": "0"}):
+        environment(others)
+        launch.defaults()
+        assert capsys.readouterr().out == ""
+
+
 def test_what_the_user_sets_beside_slurms_variables_wins(environment):
     environment(SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     launch.defaults()
@@ -172,8 +184,11 @@ def test_plain_variables_are_nothing_to_speak_of(environment, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("left", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "x"}])
-def test_an_evaluation_refuses_what_a_launcher_left_over(left, environment, tmp_path, capsys):
+@pytest.mark.parametrize("command", [("eval", "knn"), ("teacher", "record", "--config")])
+def test_commands_of_several_refuse_what_a_launcher_left_over(
+    command, left, environment, tmp_path, capsys
+):
     environment(left)
-    assert cli.main(["eval", "knn", str(tmp_path / "nowhere")]) == 2
+    assert cli.main([*command, str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error.count("fastdisco: error: ") == 1 and next(iter(left)) in error

@@ -17,8 +17,10 @@ from conftest import HANGS, ROOT, TESTS, ranks, tiny
 
 from fastdisco import config
 from fastdisco.commands import train
+from fastdisco.common import dist
 from fastdisco.common.errors import UserError
-from fastdisco.run import agreement, lock
+from fastdisco.run import agreement, checkpoint, lock
+from fastdisco.run import folder as folders
 from fastdisco.run.folder import claim, clear
 from fastdisco.run.lock import NAME, Lock
 
@@ -183,11 +185,53 @@ def test_a_heartbeat_renews_the_lock_and_brings_a_deleted_one_back(tmp_path, mon
         mine.check()
 
 
-def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+def test_a_loss_is_found_before_the_next_heartbeat(tmp_path):
+    with Lock() as mine:
+        mine.take(tmp_path)
+        (tmp_path / NAME).write_text(json.dumps(lock._me() | {"host": "node7"}))
+        with pytest.raises(UserError, match="on node7 .* ends without saving"):
+            mine.check()
+    assert lock.read(tmp_path / NAME)["host"] == "node7"
+
+
+def test_a_late_heartbeat_does_not_bring_a_released_lock_back(tmp_path):
+    mine = Lock()
+    mine.take(tmp_path)
+    mine.release()
+    # The thread was halted just before.
+    mine._renew(tmp_path / NAME)
+    assert not (tmp_path / NAME).exists()
+
+
+@pytest.fixture
+def no_links(monkeypatch):
     def fails(*_):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(lock.os, "link", fails)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_lock_that_another_took_over_first_stays_the_others(
+    linked, tmp_path, monkeypatch, capsys, request
+):
+    if not linked:
+        request.getfixturevalue("no_links")
+    path = of_another_host(tmp_path / "run", 3600)
+    quicker = {"id": "quicker"}
+
+    def alive(*_):
+        path.write_text(json.dumps(quicker))
+        return False
+
+    monkeypatch.setattr(lock, "_alive", alive)
+    lock._remove_stale(path)
+    assert lock.read(path) == quicker
+    assert os.listdir(tmp_path / "run") == [NAME]
+    assert "took over" not in capsys.readouterr().out
+
+
+def test_a_file_system_without_hard_links(tmp_path, no_links):
     with Lock() as mine:
         mine.take(tmp_path)
         with pytest.raises(UserError, match="has been training there"):
@@ -240,6 +284,38 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, capsys):
     clear(claim(cfg, overwrite=True))
     assert [p.name for p in run.iterdir()] == ["notes.txt"]
     assert "left what is not of the run: notes.txt" in capsys.readouterr().out
+
+
+def test_an_overwrite_that_was_killed_can_be_repeated(tmp_path, monkeypatch):
+    cfg = _configured(tmp_path)
+    run = tmp_path / "tiny"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(config.dump(cfg))
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    claim(cfg, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            clear(run)
+    clear(claim(cfg, overwrite=True))
+    assert not list(run.iterdir())
+
+
+def test_a_run_that_came_before_the_lock_was_taken_is_compared(tmp_path, monkeypatch):
+    cfg, locked = _configured(tmp_path), folders._locked
+
+    def late(folder, mine):
+        other = config.load(TESTS / "tiny.yaml", ["data.train=/data", "run.seed=77"])
+        folder.mkdir()
+        (folder / "config.yaml").write_text(config.dump(other))
+        return locked(folder, mine)
+
+    monkeypatch.setattr(folders, "_locked", late)
+    with Lock() as mine, pytest.raises(UserError, match="another configuration: run.seed"):
+        claim(cfg, False, mine)
 
 
 @pytest.mark.parametrize("theirs", ["title: My thesis\n", "", "[1, 2]\n", "{", b"\xff"])
@@ -331,35 +407,88 @@ def test_a_lock_that_rank_0_meets_is_every_ranks_error(tmp_path):
     assert first == second and f"process {other.pid} on " in first
 
 
+def _checkpoint(run, name):
+    (run / "checkpoints" / name).mkdir(parents=True)
+    torch.save({"step": 1, "meta": {}}, run / "checkpoints" / name / "state.pt")
+    (run / "checkpoints/last").write_text(name)
+
+
+def _same_checkpoint(tmp_path):
+    return _told(agreement.same_checkpoint, tmp_path / os.environ["RANK"])
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(tmp_path):
+    _checkpoint(tmp_path / "0", "step_00000002")
+    _checkpoint(tmp_path / "1", "step_00000001")
+    first, second = ranks(2, _same_checkpoint, tmp_path)
+    assert first == second
+    assert "last: rank 1 on " in first and " has step_00000001, rank 0" in first
+
+
+def _restores(tmp_path):
+    return _told(checkpoint.restore, tmp_path, {}, {})
+
+
+def test_a_ranks_file_that_is_lost_is_found(tmp_path):
+    _checkpoint(tmp_path, "step_00000001")
+    own = tmp_path / "checkpoints/step_00000001/rank_0.pt"
+    torch.save({"world": 2}, own)
+    first, second = ranks(2, _restores, tmp_path)
+    assert first == "" and "rank_1.pt: is not there, but 2 ranks have written" in second
+    # One rank wrote it: then there is none for rank 1.
+    torch.save({"world": 1}, own)
+    assert ranks(2, _restores, tmp_path) == ["", ""]
+
+
+def _empty():
+    torch.distributed.init_process_group("gloo")
+    return dist.all_texts("")
+
+
+def test_texts_may_all_be_empty():
+    assert ranks(2, _empty) == [["", ""]] * 2
+
+
 REFUSES = """
-import sys, time, torch
+import pathlib, sys, time, torch
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.run import agreement
+from fastdisco.run.lock import Lock
 torch.distributed.init_process_group("gloo")
-with agreement.together():
-    if str(dist.rank()) in sys.argv[1]:
-        raise UserError("/data: no such folder", anywhere=len(sys.argv) > 2)
+with agreement.together() as closing, Lock() as lock:
+    closing.append(lock.release)
+    if dist.rank() == 0:
+        lock.take(pathlib.Path(sys.argv[1]))
+    dist.barrier()
+    if str(dist.rank()) in sys.argv[2]:
+        raise UserError("/data: no such folder", anywhere=len(sys.argv) > 3)
     dist.barrier()
 """
 
 
+@pytest.mark.parametrize("agent", [True, False], ids=["torchrun", "srun"])
 @pytest.mark.parametrize("who", [("0",), ("1",), ("1", "anywhere"), ("0,1",)])
-def test_when_one_rank_refuses_all_end_with_its_code_and_one_sentence(who):
+def test_when_one_rank_refuses_all_end_with_its_code_and_one_sentence(who, agent, tmp_path):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    if not agent:
+        # Rank 0 holds the store, and takes it with it.
+        del store
     shared = dict(
         os.environ,
         WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(store.port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE=str(agent),
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    command = [sys.executable, "-c", REFUSES, *who]
+    command = [sys.executable, "-c", REFUSES, tmp_path / "run", *who]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     made = [subprocess.Popen(command, env=shared | {"RANK": r}, **pipes) for r in "01"]
     said = [p.communicate(timeout=HANGS)[0] for p in made]
     assert [p.returncode for p in made] == [2, 2], said
     text = "".join(said)
-    assert "Traceback" not in text
+    assert "Traceback" not in text and "TCPStore" not in text, text
+    assert not (tmp_path / "run").exists()
     assert text.count("fastdisco: error: ") == text.count("/data: no such folder") == 1, text

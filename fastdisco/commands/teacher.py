@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdisco.commands import arguments
+from fastdisco.common import launch
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
 
@@ -203,6 +204,8 @@ def record(args: argparse.Namespace) -> None:
     """`fastdisco teacher record`."""
     from fastdisco import config
 
+    launch.follow()
+    launch.defaults()
     cfg = config.load(args.config, [*args.overrides, "teacher.cache=record"])
 
     from fastdisco import engine

@@ -116,8 +116,8 @@ def all_texts(text: str) -> list[str]:
         return [text]
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
     sizes = all_gather(torch.tensor([len(own)], device=device())).tolist()
-    # A gather takes as many bytes from each rank: the longest text's.
-    padded = own.new_zeros(max(sizes))
+    # A gather takes as many bytes from each rank: the longest text's, and one where all are empty.
+    padded = own.new_zeros(max(1, *sizes))
     padded[: len(own)] = own
     rows = all_gather(padded).view(world(), -1).cpu()
     return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, sizes)]

@@ -49,8 +49,11 @@ def defaults() -> None:
 
     Without them DeepSpeed would look for MPI.
     Raises UserError where the variables contradict each other or some are missing."""
+    told = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     adopt()
     _check()
+    if not told and world() > 1 and "SLURM_PROCID" in os.environ:
+        _say_waiting()
     single = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -167,6 +170,16 @@ def _check() -> None:
             f"RANK is {rank()} and WORLD_SIZE {world()} in the environment, but ranks count from 0; "
             f"{_REMEDY}, or unset both for one process"
         )
+
+
+def _say_waiting() -> None:
+    """Says that Slurm's other processes must come: in an interactive shell there are none."""
+    # Imports this module.
+    from fastdisco.common.console import say
+
+    others = world() - 1
+    named = "1 other process" if others == 1 else f"{others} other processes"
+    say(f"waiting for {named} of this Slurm step (unset SLURM_PROCID for one process)")
 
 
 def _slurm() -> dict[str, str]:

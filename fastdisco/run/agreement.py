@@ -8,9 +8,10 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as td
 
@@ -19,6 +20,7 @@ from fastdisco.common import dist
 from fastdisco.common.console import refuse
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
+from fastdisco.models import last
 from fastdisco.run import lock
 from fastdisco.run.environment import versions
 
@@ -71,9 +73,7 @@ def same_folder(folder: Path, mark: str) -> None:
     `mark`, which rank 0 knows."""
     said = dist.all_texts(f"{mark} {platform.node()}")
     mark, _, host = said[0].partition(" ")
-    end = time.monotonic() + (0 if platform.node() == host else SHOWS)
-    while not (sees := lock.read(folder / lock.NAME).get("id") == mark) and time.monotonic() < end:
-        time.sleep(0.5)
+    sees = _shows(lambda: lock.read(folder / lock.NAME).get("id") == mark, host)
     for rank, text in enumerate(dist.all_texts(f"{sees:d} {platform.node()} {folder.absolute()}")):
         seen, there, path = text.split(" ", 2)
         if seen != "1":
@@ -83,25 +83,43 @@ def same_folder(folder: Path, mark: str) -> None:
             )
 
 
+def same_checkpoint(folder: Path) -> None:
+    """Raises the same UserError on every rank unless all see the same newest checkpoint of the run
+    in the folder, whose path may differ."""
+    name, _, host = dist.all_texts(f"{_newest(folder)} {platform.node()}")[0].partition(" ")
+    _shows(lambda: _newest(folder) == name, host)
+    same({"checkpoints/last": _newest(folder)})
+
+
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together() -> Iterator[list[Callable[[], Any]]]:
     """Where one rank raises a UserError in this context, all ranks end with code 2, and one of them
-    says why.  Called by every rank once they are joined; needed by several ranks only."""
+    says why.  Called by every rank once they are joined; needed by several ranks only.
+
+    Yields an empty list.  A rank that ends because of another one does not leave its own contexts:
+    it calls what has been added to the list, the latest first."""
+    closing: list[Callable[[], Any]] = []
     if dist.world() == 1:
-        yield
+        yield closing
         return
     # A connection of this thread's own: what waits on the other one would block it.
     store = td.distributed_c10d._get_default_store()
-    ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(store.clone(), ended), daemon=True)
+    ended, leaving = threading.Event(), threading.Event()
+    watched = (store.clone(), ended, leaving, closing)
+    watch = threading.Thread(target=_watch, args=watched, daemon=True)
     watch.start()
     try:
-        yield
+        yield closing
     except UserError as e:
         ended.set()
         _say(store, e)
         _end_together(store)
         sys.exit(2)
+    except Exception:
+        # A connection to a rank that is ending has broken: the watch ends this one, with its code.
+        if leaving.is_set():
+            watch.join()
+        raise
     finally:
         ended.set()
     watch.join()
@@ -131,6 +149,10 @@ def _end_together(store: td.Store) -> None:
     The first one to end would take the store with it, or leave the others with broken connections,
     of which they would print tracebacks; and a launcher would kill them."""
     end = time.monotonic() + _WAIT
+    # All is said.  When rank 0 is gone, PyTorch would print its stack for every look at the store.
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     # Errors: rank 0 has waited for long enough.
     with contextlib.suppress(RuntimeError):
         store.add(_ENDED, 1)
@@ -138,8 +160,15 @@ def _end_together(store: td.Store) -> None:
             time.sleep(0.1)
 
 
-def _watch(store: td.Store, ended: threading.Event) -> None:
-    """Ends this process when another rank has refused: it may wait for that rank for ever."""
+def _watch(
+    store: td.Store,
+    ended: threading.Event,
+    leaving: threading.Event,
+    closing: list[Callable[[], Any]],
+) -> None:
+    """Ends this process when another rank has refused: it may wait for that rank for ever.
+
+    leaving  is set when this is decided."""
     while not ended.wait(_LOOK):
         try:
             refused = store.check([_REFUSED])
@@ -148,7 +177,30 @@ def _watch(store: td.Store, ended: threading.Event) -> None:
             return
         # This rank may be about to say the same error.
         if refused and not ended.wait(_SAME + 1):
+            leaving.set()
+            # Before the others end: then a launcher may kill this rank.
+            for close in reversed(closing):
+                with contextlib.suppress(Exception):
+                    close()
             _end_together(store)
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(2)
+
+
+def _shows(seen: Callable[[], bool], host: str) -> bool:
+    """Whether this rank sees what rank 0 on `host` has written; waits SHOWS seconds for it where the
+    hosts differ."""
+    end = time.monotonic() + (0 if platform.node() == host else SHOWS)
+    while not (found := seen()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return found
+
+
+def _newest(folder: Path) -> str:
+    """The name of the run's newest checkpoint; a word where there is none or it is damaged."""
+    try:
+        found = last(folder)
+    except UserError:
+        # `checkpoint.restore` says what is wrong.
+        return "damaged"
+    return found.name if found else "none"

@@ -119,14 +119,15 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
 
     On another number of ranks than wrote it, each rank starts from the mean batch-norm statistics
     and from its own fresh random state.
-    Raises UserError where the checkpoint is damaged or belongs to other data or another teacher."""
+    Raises UserError where the checkpoint is damaged, lacks this rank's file, or belongs to other
+    data or another teacher."""
     folder = last(run)
     if folder is None:
         return 0
     own_file = folder / f"rank_{dist.rank()}.pt"
     try:
         shared = read(folder / "state.pt")
-        own = read(own_file) if own_file.exists() else {"world": None}
+        own = read(own_file) if own_file.exists() else _of_another_world(own_file)
     except UserError as e:
         raise UserError(
             f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}",
@@ -148,6 +149,19 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
             if item.own:
                 item.set(own[name])
     return shared["step"]
+
+
+def _of_another_world(own_file: Path) -> dict[str, Any]:
+    """What stands for a rank's file that is not there: fewer ranks have written the checkpoint.
+
+    Raises UserError where as many have, for then the file is lost."""
+    others = sorted(own_file.parent.glob("rank_*.pt"))
+    wrote = read(others[0])["world"] if others else None
+    if wrote == dist.world():
+        raise UserError(
+            f"{own_file}: is not there, but {wrote} ranks have written the checkpoint; restore it"
+        )
+    return {"world": None}
 
 
 def _buffers(net: nn.Module) -> Item:

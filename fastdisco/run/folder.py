@@ -44,7 +44,9 @@ _FREE = (
 
 
 # What a training and its evaluations write into its folder.
-_OURS = ("config.yaml", "env.json", "metrics.jsonl", "tb", "checkpoints", "eval")
+# config.yaml goes last: a folder without it is no run, and one that lost it midway
+# would be refused from then on.
+_OURS = ("env.json", "metrics.jsonl", "tb", "checkpoints", "eval", "config.yaml")
 
 
 def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Path:
@@ -57,6 +59,8 @@ def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Pat
     folder = agree(cfg, overwrite)
     if lock:
         agreement.same_folder(folder, _locked(folder, lock))
+        # Another training may have ended between the first look and the lock.
+        agree(cfg, overwrite)
     return folder
 
 

@@ -35,6 +35,8 @@ class Lock:
         self.lost = ""
         self._me: dict[str, Any] = {}
         self._ended = threading.Event()
+        # Held while the file is renewed or given back: no heartbeat may bring it back afterwards.
+        self._writing = threading.Lock()
 
     def take(self, folder: Path) -> str:
         """Takes the folder's lock, making the folder where there is none; returns the lock's id.
@@ -46,7 +48,7 @@ class Lock:
         try:
             self._made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            while not _create(path, self._me):
+            while not _create(path, _text(self._me)):
                 _remove_stale(path)
         except OSError as e:
             raise UserError(
@@ -59,7 +61,10 @@ class Lock:
 
     def check(self) -> None:
         """Raises UserError where another training has taken the lock over, which happens when this
-        process was halted for longer than DEAD seconds."""
+        process was halted for longer than DEAD seconds.  Reads the file: the heartbeat may come
+        later.  Only rank 0 can find out."""
+        if self.path:
+            self._look(self.path)
         if self.lost:
             raise UserError(
                 f"{self.lost} in the meantime, because this one gave no sign for a minute; it goes "
@@ -70,13 +75,14 @@ class Lock:
     def release(self) -> None:
         """Gives the lock back, if it is held."""
         self._ended.set()
-        if self.path and not self.lost and read(self.path).get("id") == self._me["id"]:
-            self.path.unlink(missing_ok=True)
-            if self._made:
-                # A run that was refused leaves nothing.
-                with contextlib.suppress(OSError):
-                    self.path.parent.rmdir()
-        self.path = None
+        with self._writing:
+            path, self.path = self.path, None
+            if path and not self.lost and read(path).get("id") == self._me["id"]:
+                path.unlink(missing_ok=True)
+                if self._made:
+                    # A run that was refused leaves nothing.
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
 
     def __enter__(self) -> "Lock":
         return self
@@ -87,16 +93,24 @@ class Lock:
     def _beat(self) -> None:
         path = self.path
         assert path
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(BEAT) and not self.lost:
             # A file server that does not answer now may do so at the next beat.
-            with contextlib.suppress(OSError):
-                found = read(path)
-                if found and found.get("id") != self._me["id"]:
-                    self.lost = f"{path.parent}: {_told(found)}"
-                    return
-                # Somebody may have deleted it by hand: then it comes back.
-                if path.exists() or (path.parent.exists() and not _create(path, self._me)):
-                    os.utime(path)
+            with self._writing, contextlib.suppress(OSError):
+                self._renew(path)
+
+    def _renew(self, path: Path) -> None:
+        self._look(path)
+        if self._ended.is_set() or self.lost:
+            return
+        # Somebody may have deleted it by hand: then it comes back.
+        if path.exists() or (path.parent.exists() and not _create(path, _text(self._me))):
+            os.utime(path)
+
+    def _look(self, path: Path) -> None:
+        """Sets `lost` where the lock is another training's."""
+        found = read(path)
+        if found and found.get("id") != self._me["id"]:
+            self.lost = f"{path.parent}: {_told(found)}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -130,10 +144,13 @@ def _machine() -> list[str]:
         return []
 
 
-def _create(path: Path, content: dict[str, Any]) -> bool:
+def _text(owner: dict[str, Any]) -> str:
+    return json.dumps(owner) + "\n"
+
+
+def _create(path: Path, text: str) -> bool:
     """Makes the lock with its content; False where there is one."""
     part = path.with_name(f"{NAME}.{os.urandom(6).hex()}.part")
-    text = json.dumps(content) + "\n"
     try:
         part.write_text(text)
         try:
@@ -172,8 +189,9 @@ def _remove_stale(path: Path) -> None:
         return
     if read(aside) != owner:
         # The other was quicker, and this is its new lock.
-        with contextlib.suppress(OSError):
-            os.link(aside, path)
+        _create(path, aside.read_text())
+        aside.unlink()
+        return
     aside.unlink()
     who = f"process {owner['pid']} on {owner['host']}, {owner['since']}" if owner else "unreadable"
     say(f"{path.parent}: took over the lock of a training that was killed ({who})")
