@@ -13,7 +13,7 @@ import pytest
 import skimage.data
 import torch
 from conftest import ranks, run, tiny
-from loading import CPU, make, one_sentence, stream
+from image_sets import CPU, make, one_sentence, stream
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from training import SCRIPT, _told, losses

@@ -8,7 +8,7 @@ import tarfile
 
 import numpy as np
 import torch
-from loading import CPU, refuse
+from image_sets import CPU, refuse
 from PIL import Image
 
 from fastdisco import cli, data

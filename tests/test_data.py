@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from loading import CPU, SMALL, Spy, make, pixels, stream
+from image_sets import CPU, SMALL, Spy, make, pixels, stream
 from PIL import Image
 from torchvision.transforms import functional as F
 

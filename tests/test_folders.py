@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import ROOT
-from loading import CPU, make, one_sentence
+from image_sets import CPU, make, one_sentence
 from PIL import Image
 
 from fastdisco import cli, data

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from loading import CPU
+from image_sets import CPU
 from PIL import Image, PngImagePlugin
 from test_check import JPEG, PNG, encoded, zeroed
 

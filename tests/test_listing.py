@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from loading import CPU, PLAIN, make, one_sentence, pixels
+from image_sets import CPU, PLAIN, make, one_sentence, pixels
 from PIL import Image
 from torchvision.transforms import functional as F
 

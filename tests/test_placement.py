@@ -5,7 +5,18 @@ import shutil
 
 import pytest
 import torch
-from loading import CPU, GPU, PLACEMENTS, PLAIN, SMALL, Spy, make, one_sentence, pixels, serialised
+from image_sets import (
+    CPU,
+    GPU,
+    PLACEMENTS,
+    PLAIN,
+    SMALL,
+    Spy,
+    make,
+    one_sentence,
+    pixels,
+    serialised,
+)
 from PIL import Image
 
 from fastdisco import config, data

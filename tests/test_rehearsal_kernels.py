@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from fake_gpu import CUDA, FakeGpu
 from fake_training import Rehearsal, ranks, stand_ins
-from loading import serialised
+from image_sets import serialised
 
 from fastdisco import config, data
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TAR_MB, ranks, tiny
-from loading import CPU, PLACEMENTS, SMALL, make, places, refuse, serialised, stream
+from image_sets import CPU, PLACEMENTS, SMALL, make, places, refuse, serialised, stream
 from training import _train, losses, metrics
 
 from fastdisco import data

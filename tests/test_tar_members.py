@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loading import one_sentence
+from image_sets import one_sentence
 from PIL import Image
 
 from fastdisco import data

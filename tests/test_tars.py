@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TAR_MB
-from loading import CPU, make, one_sentence, places, refuse, stream
+from image_sets import CPU, make, one_sentence, places, refuse, stream
 
 from fastdisco import data
 from fastdisco.config import UserError

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from loading import PLAIN, make, pixels
+from image_sets import PLAIN, make, pixels
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
