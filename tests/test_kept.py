@@ -8,6 +8,7 @@ import pytest
 from fastdisco import config
 from fastdisco.config import UserError
 from fastdisco.run import checkpoint, log
+from fastdisco.run.folder import agree
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,14 @@ def test_a_configuration_that_is_no_text_is_told(tmp_path):
     path.write_bytes(b"run: {name: \xff\xfe}")
     with pytest.raises(UserError, match="x.yaml: is no text in UTF-8; give --config"):
         config.load(path)
+
+
+@pytest.mark.parametrize("name", ["out", "out/tiny"])
+def test_a_file_in_place_of_the_runs_folder_is_told(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    raw = {"run": {"name": "tiny", "out": str(tmp_path / "out")}, "data": {"train": "x"}}
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"{name}: is a file, .*take another run.out"):
+            agree(config.validate(raw, "test"), overwrite)

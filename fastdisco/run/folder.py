@@ -82,6 +82,10 @@ def clear(folder: Path) -> None:
 def agree(cfg: Config, overwrite: bool = False) -> Path:
     """The same folder and the same errors as `claim`, but nothing is locked or deleted."""
     folder = cfg.run.out / cfg.run.name
+    # The folder, or what it would lie in.
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, and the run needs a folder; take another run.out")
     if folder.exists() and not (folder / "config.yaml").exists() and any(_visible(folder)):
         raise UserError(
             f"{folder}: holds files but no run (no config.yaml), so nothing is written or deleted "
