@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as td
+from conftest import ranks
 from torch import nn
 
+from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.evals.finetune import Tuning, report
 from fastdisco.evals.protocols import Protocol
@@ -92,6 +95,32 @@ def test_a_resumed_fine_tuning_ends_the_same(calls, tmp_path):
     for a, b in zip(whole.net.state_dict().values(), resumed.net.state_dict().values()):
         assert torch.equal(a, b)
     assert whole.curves == resumed.curves
+
+
+def mine(x):
+    return x.tensor_split(dist.world())[dist.rank()]
+
+
+def _part():
+    """A rank's part of every batch; what it ends with."""
+    td.init_process_group("gloo")
+    t = Tuning(backbone(), 12, 3, P, seed=3)
+    t.run(
+        lambda epoch, start: ((mine(x), mine(y)) for x, y in source(epoch, start)),
+        lambda net: tuple(map(mine, val(net))),
+    )
+    return {k: v.tolist() for k, v in t.net.state_dict().items()}, t.curves["val"]
+
+
+def test_two_ranks_are_one():
+    """Batch norm takes its statistics over both."""
+    whole = tuned(backbone())
+    for weights, accuracies in ranks(2, _part):
+        assert weights.keys() == whole.net.state_dict().keys()
+        for name, want in whole.net.state_dict().items():
+            got = torch.tensor(weights[name], dtype=want.dtype)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert accuracies == pytest.approx(whole.curves["val"])
 
 
 def test_one_that_diverges_is_refused():

@@ -190,10 +190,6 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
 def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
     """The whole network trained on these images; goes on where it was stopped."""
     begin = time.perf_counter()
-    if dist.world() > 1 and work.device.type == "cpu":
-        raise UserError(
-            "semi.finetune: batch norm over several ranks needs GPUs; start one rank on CPUs"
-        )
     # Each published setting is for its share of the labels.
     preset = "finetune-1" if len(sets.indices) <= 0.05 * len(sets.train.kept) else "finetune-10"
     p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize, preset)

@@ -15,6 +15,7 @@ from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.evals import choice, protocols
 from fastdisco.evals.protocols import Protocol
+from fastdisco.models import sync_bn
 
 # (images [n,3,S,S], labels [n]) of this rank: of equal number on all ranks, from a step on.
 Source = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
@@ -38,8 +39,7 @@ class Tuning:
             nn.init.zeros_(layer.bias)
         body = copy.deepcopy(backbone).requires_grad_()
         self.net = nn.Sequential(body, layer.to(device))
-        if dist.world() > 1 and device.type == "cuda":
-            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        sync_bn(self.net)
         self.protocol, self.seed = protocol, seed
         groups = [{"params": self.net[0].parameters()}, {"params": self.net[1].parameters()}]
         self.optimizer = torch.optim.SGD(
