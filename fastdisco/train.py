@@ -81,7 +81,7 @@ def _run(
 
     # ---- resume
     meta = {"data": listing.fingerprint, "teacher": targets.fingerprint if targets else "none"}
-    agreement.same(meta | {"validation data": val.fingerprint if val else "none"})
+    agreement.same_files(listing, val, meta["teacher"])
     if overwrite:
         clear(folder)
     items = {}

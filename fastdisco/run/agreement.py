@@ -20,6 +20,7 @@ from fastdisco.common import dist
 from fastdisco.common.console import refuse
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
+from fastdisco.data import Listing
 from fastdisco.models import last
 from fastdisco.run import lock
 from fastdisco.run.environment import versions
@@ -66,6 +67,14 @@ def same(facts: dict[str, str]) -> None:
                     f"{key}: rank {rank} on {other['host']} has {there}, rank 0 on {first['host']} "
                     f"has {here}; give all ranks the same"
                 )
+
+
+def same_files(train: Listing, val: Listing | None, teacher: str) -> None:
+    """Raises the same UserError on every rank unless all have the same images and the same teacher,
+    whose fingerprint is `teacher`."""
+    found = {"data.train": train, "data.val": val}
+    facts = {key: _images(listing) if listing else "none" for key, listing in found.items()}
+    same(facts | {"the teacher's fingerprint": teacher})
 
 
 def same_folder(folder: Path, mark: str) -> None:
@@ -194,6 +203,11 @@ def _shows(seen: Callable[[], bool], host: str) -> bool:
     while not (found := seen()) and time.monotonic() < end:
         time.sleep(0.5)
     return found
+
+
+def _images(listing: Listing) -> str:
+    """Says which images these are: equal numbers of other images have another fingerprint."""
+    return f"{len(listing.files):,} images with the fingerprint {listing.fingerprint[:12]}"
 
 
 def _newest(folder: Path) -> str:
