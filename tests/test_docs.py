@@ -498,11 +498,15 @@ def variables():
     for path in [p for part in CODE for p in (ROOT / part).rglob("*.py")] + [ROOT / "setup.py"]:
         for name in in_python(path):
             found[name].add(path)
-    for name, pattern in {
+    others = {
         "Dockerfile": r"\b([A-Z][A-Z_]+)=|^ARG (\w+)",
         "Makefile": r"^(\w+) \?=|^export (\w+)|^\t@?([A-Z_]+)=",
         ".ci/run": r"^\s*(?:export )?([A-Z_]+)=|\$\{([A-Z_]+):-",
-    }.items():
+    } | {
+        f"deploy/{path.name}": r"\$\{?([A-Z_]+)|^export (\w+)="
+        for path in (ROOT / "deploy").iterdir()
+    }
+    for name, pattern in others.items():
         for groups in re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE):
             found["".join(groups)].add(ROOT / name)
     return found
