@@ -10,6 +10,10 @@ ROOT = Path(__file__).parent
 # Read as text: importing fastdisco would need its dependencies.
 VERSION = re.findall(r'__version__ = "(.+?)"', (ROOT / "fastdisco/__init__.py").read_text())[0]
 
+# fastdisco eval embed writes parquet with this one, and maps by other methods with these.
+PARQUET = ["pyarrow"]
+MAPS = ["openTSNE", "umap-learn"]
+
 setup(
     name="fastdisco",
     version=VERSION,
@@ -44,7 +48,11 @@ setup(
     extras_require={
         "cuda13": ["nvidia-dali-cuda130>=2.4,<3"],
         "cuda12": ["nvidia-dali-cuda120>=2.4,<3"],
+        "parquet": PARQUET,
+        "tsne": MAPS,
         "dev": [
+            *PARQUET,
+            *MAPS,
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",

@@ -20,6 +20,9 @@ OWNERS = {
     "timm.optim": {"engine"},
     "timm": {"models", "engine"},
     "triton": {"kernels"},
+    "sklearn": {"evals"},
+    "openTSNE": {"evals"},
+    "umap": {"evals"},
 }
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -130,6 +130,7 @@ def test_all_does_what_the_data_allow_from_one_pass(run, capsys, tmp_path, monke
         "rankme",
         "alignment",
         "uniformity",
+        "tsne_trustworthiness",
         "ridge_top1_selected",
         "logistic_top1_selected",
         "sgd_top1_selected",
@@ -138,7 +139,7 @@ def test_all_does_what_the_data_allow_from_one_pass(run, capsys, tmp_path, monke
     }
     assert "semi: left out:" not in said
     assert values["eval/ridge_top1_selected"] > 0.34
-    assert len(results.read_all(tmp_path)) == 9
+    assert len(results.read_all(tmp_path)) == 10
 
 
 def trained_by_torch(run, lr):

@@ -1,6 +1,7 @@
 """Parsing that all commands share."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ def command(
 def overrides(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds the positional arguments block.key=value."""
     parser.add_argument("overrides", nargs="*", metavar="block.key=value", help=what)
+
+
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(those that name something, overrides), where several of both may stand in any order.  A file
+    that is there is no override, whatever its name."""
+    override = re.compile(r"\w+(\.\w+)+=")
+    found = [w for w in words if override.match(w) and not Path(w).exists()]
+    return [w for w in words if w not in found], found
 
 
 def launched(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "knn": "accuracy by nearest neighbours, for several k and temperatures",
     "retrieve": "recall at 1, 5, 10 and mean average precision among the validation images",
     "health": "spread and rank of the features, and how near they are to the teacher's",
+    "tsne": "a map of some classes in two dimensions, several networks side by side",
     "probe": "ridge, logistic regression and SGD on features computed once",
     "semi": "a linear classifier on one and on ten percent of the labels",
     "transfer": "a linear classifier on another data set",
@@ -34,7 +35,7 @@ COMMANDS = {
     "table": "results of runs side by side",
 }
 # What `all` does without being told more.
-USUAL = ("knn", "retrieve", "health", "probe", "semi", "transfer", "linear")
+USUAL = ("knn", "retrieve", "health", "tsne", "probe", "semi", "transfer", "linear")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,8 @@ def _add_measure(p: argparse.ArgumentParser, name: str) -> None:
     p.add_argument(
         "network",
         metavar="NET",
+        # Several are shown side by side.
+        nargs="+" if name == "tsne" else None,
         help="a run's folder, one of its checkpoints/step_XXXXXXXX, a teacher's file, or timm:NAME",
     )
     p.add_argument(
@@ -91,6 +94,9 @@ def measure(args: argparse.Namespace) -> int:
     from fastdisco.evals import settings
 
     launch.defaults()
+    nets = [args.network]
+    if args.what == "tsne":
+        nets, args.overrides = arguments.parted([*args.network, *args.overrides])
     theirs, ours = settings.split(args.overrides)
     wanted = settings.load(ours)
     if args.what == "embed" and wanted.embed.data and not _has_val(theirs):
@@ -102,12 +108,14 @@ def measure(args: argparse.Namespace) -> int:
     from fastdisco.common import dist
     from fastdisco.run import agreement
 
-    network = networks.read(args, theirs)
+    shown, network = networks.read_all(args, nets, theirs)
     several = launch.world() > 1
     device = engine.start(network.cfg.engine) if several else dist.device()
     # Where one rank refuses, all end with its code.
     with _stoppable() as stop, agreement.together():
         work = measures.Work(network, wanted, device, stop)
+        if len(shown) > 1:
+            work.shown = [work if n is network else work.beside(n) for n in shown]
         try:
             found = _each(work, _chosen(args, wanted), strict=args.what != "all")
         except measures.Stopped:
@@ -178,7 +186,7 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
 
 
 def _functions() -> dict[str, Callable[["Work"], Any]]:
-    from fastdisco.commands import heads
+    from fastdisco.commands import heads, tsne
     from fastdisco.commands import measure as measures
 
     return {
@@ -186,6 +194,7 @@ def _functions() -> dict[str, Callable[["Work"], Any]]:
         "retrieve": measures.retrieval,
         "health": measures.healthy,
         "embed": measures.embedded,
+        "tsne": tsne.run,
         "probe": heads.probe,
         "semi": heads.semi,
         "transfer": heads.transfer,

@@ -45,6 +45,14 @@ class Work:
         self.cfg, self.net = network.cfg, network.net.to(device)
         self.view = passes.of_config(self.cfg)
         self._kept: dict[tuple, dict[str, Features]] = {}
+        # What stands side by side: several networks, which see the same images.
+        self.shown: list[Work] = [self]
+
+    def beside(self, network: Network) -> "Work":
+        """The work of another network on the same images, which it sees as this one does."""
+        found = Work(network._replace(cfg=self.cfg), self.settings, self.device, self.stop)
+        found.val = self.val
+        return found
 
     @cached_property
     def val(self) -> data.Listing:
@@ -94,13 +102,17 @@ class Work:
     def train_features(self, indices: np.ndarray | None = None) -> Features:
         """Of these training images, of all by default; a part of what is there already costs no
         pass."""
-        wanted = self.train.kept if indices is None else indices
+        return self.part_of(self.train, self.train.kept if indices is None else indices)
+
+    def part_of(self, listing: data.Listing, wanted: np.ndarray) -> Features:
+        """Features of these images: taken from those of the whole split where they are there, else
+        from a pass over these alone."""
         one = lambda x: {"features": self.encode(x)}
-        whole = self._kept.get(self._key(self.train, self.train.kept, self.view))
+        whole = self._kept.get(self._key(listing, listing.kept, self.view))
         if whole is not None:
             here = torch.isin(whole["features"].index.cpu(), torch.from_numpy(wanted))
             return whole["features"].take(here.to(self.device))
-        return self.pass_over(self.train, wanted, self.view, one)["features"]
+        return self.pass_over(listing, wanted, self.view, one)["features"]
 
     def pass_over(
         self,
@@ -125,11 +137,15 @@ class Work:
         return found
 
     def protocol(
-        self, what: str, own: dict[str, Any], train: np.ndarray | None = None
+        self,
+        what: str,
+        own: dict[str, Any],
+        train: np.ndarray | None = None,
+        val: np.ndarray | None = None,
     ) -> dict[str, Any]:
-        """Everything that can change a number of this evaluation.  train: the training images that
-        it uses."""
-        images = named(self.val, self.val.kept, "val")
+        """Everything that can change a number of this evaluation.  train, val: the images that it
+        uses, of training and validation; by default none and all."""
+        images = named(self.val, self.val.kept if val is None else val, "val")
         if train is not None:
             images |= named(self.train, train, "train")
         return {

@@ -1,6 +1,7 @@
 """The network that an evaluation is of: a run's, a teacher's file, or timm's."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ class Network(NamedTuple):
     folder: Path  # for results
     has_train: bool  # whether the configuration names training images
     embeds: bool  # whether its head is one
+    name: str  # a short one, for people
 
     def encoder(self, blocks: int = 1) -> Callable[[Tensor], Tensor]:
         """[B,3,S,S] -> [B,F]: the pooled output of the backbone, or of a ViT the normalised class
@@ -62,6 +64,41 @@ def read(args: argparse.Namespace, overrides: list[str]) -> Network:
     return _from_run(path, args, overrides) if path.is_dir() else _from_file(path, args, overrides)
 
 
+def read_all(
+    args: argparse.Namespace, nets: list[str], overrides: list[str]
+) -> tuple[list[Network], Network]:
+    """The networks in their order, and the one of them whose images, view and precision all share:
+    the first run, or the first where none is a run.
+
+    Of the options each network takes those that belong to its kind."""
+    if len(nets) == 1:
+        only = read(_of(args, network=nets[0]), overrides)
+        return [only], only
+    leads = next((i for i, n in enumerate(nets) if Path(n).is_dir()), 0)
+    lead = read(_for_one(args, nets[leads]), overrides)
+    own = lead.cfg.data
+    shared = {"data.val": own.val, "data.eval_size": own.eval_size}
+    given = {o.partition("=")[0] for o in overrides}
+    # A file brings no images of its own.  JSON is YAML that quotes any path.
+    more = [f"{k}={json.dumps(v, default=str)}" for k, v in shared.items() if k not in given]
+    found = []
+    for i, name in enumerate(nets):
+        theirs = overrides if Path(name).is_dir() else [*overrides, *more]
+        found.append(lead if i == leads else read(_for_one(args, name), theirs))
+    return found, lead
+
+
+def _for_one(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    if name.startswith(TIMM):
+        return _of(args, network=name)
+    student = args.student if Path(name).is_dir() else None
+    return _of(args, network=name, weights=None, untrained=False, student=student)
+
+
+def _of(args: argparse.Namespace, **other: Any) -> argparse.Namespace:
+    return argparse.Namespace(**(vars(args) | other))
+
+
 def of_run(folder: Path, which: str = "student", student: str | None = None) -> models.Net:
     """The network of a run or of a file, for a comparison."""
     if folder.is_dir():
@@ -76,7 +113,8 @@ def _from_run(path: Path, args: argparse.Namespace, overrides: list[str]) -> Net
     # Of one run several networks can be evaluated, and none stands in another's place.
     part = "-".join([*filter(None, [args.student]), *["ema"] * (args.net == "ema")])
     about = _about(net, cfg.student.arch, cfg.student.kwargs, f"{args.net} of a run")
-    return Network(net, about, cfg, _out(args, run / "eval" / part), True, True)
+    title = " ".join([run.name, *[own.name] * (own != run), *filter(None, [part])])
+    return Network(net, about, cfg, _out(args, run / "eval" / part), True, True, title)
 
 
 def _from_file(path: Path, args: argparse.Namespace, overrides: list[str]) -> Network:
@@ -84,7 +122,7 @@ def _from_file(path: Path, args: argparse.Namespace, overrides: list[str]) -> Ne
     cfg, has_train = _config(path.stem, overrides)
     about = _about(found.net, found.arch, dict(found.kwargs), found.format)
     folder = _out(args, cfg.run.out / "eval" / path.name)
-    return Network(found.net.eval(), about, cfg, folder, has_train, True)
+    return Network(found.net.eval(), about, cfg, folder, has_train, True, path.name)
 
 
 def _from_timm(arch: str, args: argparse.Namespace, overrides: list[str]) -> Network:
@@ -101,7 +139,8 @@ def _from_timm(arch: str, args: argparse.Namespace, overrides: list[str]) -> Net
     kind = "untrained" if args.untrained else "a file of weights"
     about = _about(net, arch, {}, kind)
     folder = _out(args, cfg.run.out / "eval" / f"{arch}{'-untrained' * args.untrained}")
-    return Network(net.eval(), about, cfg, folder, has_train, False)
+    name = f"{arch}, untrained" if args.untrained else arch
+    return Network(net.eval(), about, cfg, folder, has_train, False, name)
 
 
 def _load(backbone: Any, file: Path) -> None:

@@ -9,6 +9,7 @@ linear.py      classifiers trained by SGD, a grid of rates at once; protocols.py
                settings, steps.py where the training steps come from
 finetune.py    the whole network trained on some of the labels
 health.py      spread, effective rank, nearness to the teacher
+tsne.py        maps in two dimensions, aligned to each other; scatter.py has their picture
 embed.py       features and embeddings written for other tools
 probe.py       whether a teacher has learned anything
 

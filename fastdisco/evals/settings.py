@@ -87,6 +87,25 @@ class Retrieve(Block):
     k: tuple[int, ...] = RECALLS
 
 
+class Tsne(Block):
+    # Names, or positions in the list of classes; none: the paper's, at the positions 5 to 14.
+    classes: tuple[int | str, ...] = ()
+    drawn: int | None = Field(None, ge=2)  # classes drawn by the seed instead
+    images: int = Field(50, ge=1)  # of each class, the first ones
+    seed: int = Field(0, ge=0, lt=2**32)
+    method: Literal["tsne", "opentsne", "umap"] = "tsne"
+    perplexity: float | None = Field(None, ge=1)  # null: 30, less for few images
+    neighbours: int = Field(15, ge=2)  # of UMAP
+    k: int = Field(10, ge=1)  # neighbours by which a map is judged
+    titles: tuple[str, ...] = ()  # in place of the networks' names
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Tsne":
+        if self.classes and self.drawn:
+            raise ValueError("classes and drawn are two ways to choose; give one of them")
+        return self
+
+
 class Embed(Block):
     data: Path | None = None  # a data set, or a folder of images; null: data.val
     out: Path | None = None  # null: embed/ beside the results
@@ -106,6 +125,7 @@ class Settings(Block):
     transfer: Transfer = Transfer()
     probe: Probe = Probe()
     retrieve: Retrieve = Retrieve()
+    tsne: Tsne = Tsne()
     embed: Embed = Embed()
     health: Health = Health()
 
