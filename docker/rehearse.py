@@ -1,15 +1,18 @@
 """Carries out the Dockerfile without Docker, on a throw-away overlay over this machine's files,
 then trains two steps as a foreign user.
 
-    python docker/rehearse.py
+    python docker/rehearse.py [nvidia] [slim]
 
 runs by the Python of the project's .venv and needs Linux and root, for the overlay and for changing
-users.
+users.  It rehearses both bases unless one is named:
 
-The base is no NVIDIA image.  It is made to look like one where that matters to docker/install.py:
-this .venv, with torch, torchvision and triton labelled as NVIDIA labels its builds (26.04's), DALI
-as an older one (26.07's), a constraint file that pins all of it, and without fastdisco, deepspeed,
-timm and scikit-image.  Not rehearsed: what a real base holds, its entry point, GPUs.
+nvidia  is no NVIDIA image.  It is made to look like one where that matters to docker/install.py: this
+        .venv, with torch, torchvision and triton labelled as NVIDIA labels its builds (26.04's), DALI
+        as an older one (26.07's), a constraint file that pins all of it, and without fastdisco,
+        deepspeed, timm and scikit-image.
+slim    is this .venv as PyPI made it, without the same four packages, and without the C compiler.
+
+Not rehearsed: what a real base holds, its entry point, GPUs.
 """
 
 import json
@@ -43,23 +46,31 @@ TRY = [
 ]
 
 
-def main() -> int:
-    """Without an argument starts itself in a mount name space; there the argument is the overlay's
-    folder."""
-    # The mounts end with the name space, so nothing here can ever delete through one.
-    if len(sys.argv) == 1:
+def main(names: list[str]) -> int:
+    """Rehearses each base in a mount name space of its own: its mounts end with it, so nothing here
+    can ever delete through one."""
+    for name in names or BASES:
         with tempfile.TemporaryDirectory() as folder:
-            command = ["unshare", "--mount", sys.executable, __file__, folder]
-            return subprocess.run(command).returncode
-    root = overlay(Path(sys.argv[1]))
-    env, workdir = build(root, base(root), dict(COMMIT=COMMIT))
-    for command in TRY:
-        print(f"--- as user {USER}: {command}", flush=True)
-        run(root, command, env, USER, workdir)
-    found = json.loads((root / workdir[1:] / "out/tiny/env.json").read_text())
-    assert found["commit"] == COMMIT and NVIDIA.items() <= found["versions"].items(), found
-    print(f"rehearsed: {found['versions']}")
+            command = ["unshare", "--mount", sys.executable, __file__, name, folder]
+            if code := subprocess.run(command).returncode:
+                return code
     return 0
+
+
+def rehearse(name: str, folder: Path) -> None:
+    """Builds the image on a base, in `folder`, and uses it."""
+    root = overlay(folder)
+    env, workdir = build(root, BASES[name](root), dict(COMMIT=COMMIT))
+    for command in TRY:
+        print(f"--- {name}, as user {USER}: {command}", flush=True)
+        # Behind the image's entry point.
+        run(root, f"python3 docker/init.py sh -c {shlex.quote(command)}", env, USER, workdir)
+    found = json.loads((root / workdir[1:] / "out/tiny/env.json").read_text())
+    own = NVIDIA if name == "nvidia" else {}
+    assert found["commit"] == COMMIT and own.items() <= found["versions"].items(), found
+    for file in ("sbom.cdx.json", "licences.txt"):
+        assert "deepspeed" in (root / workdir[1:] / file).read_text(), file
+    print(f"rehearsed on {name}: {found['versions']}")
 
 
 def overlay(folder: Path) -> Path:
@@ -79,8 +90,31 @@ def overlay(folder: Path) -> Path:
     return root
 
 
-def base(root: Path) -> dict[str, str]:
+def slim(root: Path) -> dict[str, str]:
+    """Turns the overlay's copy of this .venv into an image with PyPI's torch and no compiler.
+    Returns its environment."""
+    env = bare(root)
+    run(root, "apt-get remove -qq -y gcc gcc-$(gcc -dumpversion)", env)
+    return env
+
+
+def nvidia(root: Path) -> dict[str, str]:
     """Turns the overlay's copy of this .venv into what docker/install.py meets in an NVIDIA image.
+    Returns its environment."""
+    env, venv = bare(root), Path(sys.prefix).resolve()
+    for name, version in (NVIDIA | OLD).items():
+        relabel(root / str(venv)[1:], name, version)
+    constraint = root / "etc/pip/constraint.txt"
+    constraint.parent.mkdir(parents=True, exist_ok=True)
+    constraint.write_text(run(root, "python3 -m pip freeze", env, capture=True))
+    return env | dict(PIP_CONSTRAINT="/etc/pip/constraint.txt")
+
+
+BASES = {"nvidia": nvidia, "slim": slim}
+
+
+def bare(root: Path) -> dict[str, str]:
+    """Takes fastdisco and three of its dependencies out of the overlay's copy of this .venv.
     Returns its environment."""
     venv = Path(sys.prefix).resolve()
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
@@ -90,12 +124,7 @@ def base(root: Path) -> dict[str, str]:
         for parent in path.parents:
             (root / str(parent)[1:]).chmod(0o755)
     run(root, f"python3 -m pip uninstall -q -y {' '.join(ABSENT)}", env)
-    for name, version in (NVIDIA | OLD).items():
-        relabel(root / str(venv)[1:], name, version)
-    constraint = root / "etc/pip/constraint.txt"
-    constraint.parent.mkdir(parents=True, exist_ok=True)
-    constraint.write_text(run(root, "python3 -m pip freeze", env, capture=True))
-    return env | dict(PIP_CONSTRAINT="/etc/pip/constraint.txt")
+    return env
 
 
 def relabel(venv: Path, name: str, version: str) -> None:
@@ -137,7 +166,7 @@ def build(root: Path, env: dict[str, str], args: dict[str, str]) -> tuple[dict[s
         elif word == "RUN":
             run(root, rest, env, user, workdir)
         else:
-            known = word in ("FROM", "LABEL", "CMD")
+            known = word in ("FROM", "LABEL", "CMD", "ENTRYPOINT", "HEALTHCHECK")
             assert known, f"{word}: teach docker/rehearse.py what it does"
     return env, workdir
 
@@ -225,4 +254,7 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # In the name space: a base and the folder for the overlay.
+    if len(sys.argv) == 3 and sys.argv[2] not in BASES:
+        sys.exit(rehearse(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1:]))

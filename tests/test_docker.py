@@ -16,6 +16,7 @@ from conftest import ROOT, run
 from fastdisco.run import environment
 
 sys.path.insert(0, str(ROOT / "docker"))
+import bill
 import check
 import install
 import rehearse
@@ -64,7 +65,8 @@ def test_what_the_linter_does_not_know():
         and re.fullmatch(r"BASE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", STEPS[0][1])
         and STEPS[1] == ("FROM", "${BASE}")
     )
-    assert "ENTRYPOINT" not in words  # NVIDIA's own adapts the CUDA libraries to the driver
+    # NVIDIA's own entry point comes behind it: docker/init.py.
+    assert ("ENTRYPOINT", '["python3", "/workspace/fastdisco/docker/init.py"]') in STEPS
     assert [rest for word, rest in STEPS if word == "USER"] == ["10001"] and words.index(
         "USER"
     ) < max(i for i, w in enumerate(words) if w == "RUN")
@@ -314,6 +316,31 @@ def test_a_changed_build_of_the_base_ends_the_build():
         install.verify([], {"torch": "2.11.0a0+x"}, {"torch": "2.14.1"})
     with pytest.raises(SystemExit, match=r"timm>=1 \(found None\)"):
         install.verify([Requirement("timm>=1")], {}, {})
+
+
+# --- docker/bill.py
+
+
+def test_the_bill_names_each_package_with_its_licences():
+    components = [
+        {"name": "torch", "version": "2", "licenses": [{"license": {"id": "BSD-3-Clause"}}]},
+        {"name": "B", "version": "1", "licenses": [{"expression": "MIT OR Apache-2.0"}]},
+        {
+            "name": "a",
+            "version": "3",
+            "licenses": [
+                {"license": {"name": "License :: OSI Approved :: BSD License"}},
+                {"license": {"name": "BSD License"}},
+            ],
+        },
+        {"name": "z", "version": "4"},
+    ]
+    assert bill.table(components) == [
+        "a 3: BSD License",
+        "B 1: MIT OR Apache-2.0",
+        "torch 2: BSD-3-Clause",
+        "z 4: not declared",
+    ]
 
 
 # --- docker/check.py, and the commit
