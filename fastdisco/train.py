@@ -27,13 +27,13 @@ from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.config import Config
 from fastdisco.engine import optim
-from fastdisco.evals import knn
 from fastdisco.methods import Progress
 from fastdisco.run import agreement, checkpoint, students
 from fastdisco.run.folder import claim, clear, describe
 from fastdisco.run.lock import Lock
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
+from fastdisco.run.online import Evaluated, Online
 from fastdisco.run.remarks import remarks
 from fastdisco.run.signals import Stop
 from fastdisco.run.students import TrainState
@@ -102,6 +102,7 @@ def _run(
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
+    online = Online(cfg, listing, val, device)
     with Log(folder, start, steps) as log:
         closing.append(log.__exit__)
         for step in range(start, steps):
@@ -155,9 +156,9 @@ def _run(
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-            if val and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
+            if last or (cfg.eval.every and done % cfg.eval.every == 0):
                 with meter.paused():
-                    log.write(done, evaluate(states, listing, val, device))
+                    log.write(done, evaluate(states, online, device))
             if save:
                 # Again: the evaluation may have taken long.
                 lock.check()
@@ -173,10 +174,9 @@ def _run(
     return not asked
 
 
-def evaluate(
-    states: list[TrainState], listing: data.Listing, val: data.Listing, device: torch.device
-) -> dict[str, float]:
-    """kNN accuracy of every student's features, 0..1, as eval/[<student>/]knn_top1.
+def evaluate(states: list[TrainState], online: Online, device: torch.device) -> dict[str, float]:
+    """kNN accuracy of every student's features, 0..1, as eval/[<student>/]knn_top1, and how healthy
+    they are.
 
     The network has the weights and batch-norm statistics that a checkpoint would hold: statistics
     are the mean over ranks."""
@@ -188,8 +188,7 @@ def evaluate(
         net.load_state_dict(engine.weights(s.engine) | models.mean_buffers(s.net))
         net.to(device).to(memory_format=torch.channels_last).eval()
         encode = engine.autocast(s.cfg.engine.precision, device)(net.features)
-        cfg = s.cfg
-        found = knn.score(encode, listing, val, cfg.data, cfg.view, cfg.eval, cfg.run.seed, device)
+        found = online.run(s.cfg, s.name, Evaluated(net, encode))
         scores |= named({f"eval/{k}": v for k, v in found.items()}, student=s.name)
     return scores
 

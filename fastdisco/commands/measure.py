@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,9 @@ from fastdisco.evals import features as feats
 from fastdisco.evals.features import Features
 from fastdisco.evals.passes import View
 from fastdisco.evals.settings import Settings
+from fastdisco.models import Net
 from fastdisco.run.signals import Stop
+from fastdisco.teacher import formats, runtime
 
 
 class Stopped(Exception):
@@ -61,7 +62,8 @@ class Work:
                 "data.val: the run was trained without validation images; give some as "
                 "data.val=FOLDER"
             )
-        return data.listing(self.cfg.data.val, self.cfg.data.quarantine)
+        # Also a folder of images without classes, for what needs none.
+        return embed.images(self.cfg.data.val, self.cfg.data.quarantine)
 
     @cached_property
     def train(self) -> data.Listing:
@@ -270,13 +272,12 @@ def embedded(work: Work) -> results.Result:
 def healthy(work: Work) -> results.Result:
     """Spread, rank and, where there is a teacher, how near the network is to it."""
     begin = time.perf_counter()
+    if work.cfg.data.val is None and work.network.has_train:
+        work = _on_training_images(work)
     kinds = {name: feats.gathered(f) for name, f in work.val_kinds().items()}
     student = kinds["features"]
     labelled = len(work.val.classes) > 1
-    teacher_file = _teacher(work)
-    teacher: dict[str, Features] = {}
-    if teacher_file is not None:
-        teacher = _features_of(work, teacher_file)
+    teacher, of_teacher = _features_of(work, _teacher(work))
     z, zt = kinds.get("embedding"), teacher.get("embedding")
     same = z is not None and zt is not None and z.x.shape == zt.x.shape
     values = health.run(
@@ -286,43 +287,57 @@ def healthy(work: Work) -> results.Result:
         zt.x if same and zt is not None else None,
         labelled,
     )
-    own: dict[str, Any] = {
-        "teacher": str(teacher_file) if teacher_file else None,
-        "k": work.settings.health.k,
-    }
+    own: dict[str, Any] = {"teacher": of_teacher, "k": work.settings.health.k}
     if teacher and labelled:
-        values |= _gap(work, student, teacher["features"])
+        alone = work.settings.health.alone
+        beside, own["alone"] = _features_of(work, networks.of_run(alone) if alone else None)
+        values |= _gap(work, student, teacher["features"], beside.get("features"))
     return work.save("health", values, work.protocol("health", own), time.perf_counter() - begin)
 
 
-def _gap(work: Work, student: Features, teacher: Features) -> dict[str, float]:
+def _on_training_images(work: Work) -> Work:
+    """For runs without validation images: some of the training images, as training looks at them."""
+    train = data.listing(work.cfg.data.train, work.cfg.data.quarantine)
+    some = health.sample(train.kept)
+    say(f"data.val: none, so health looks at {len(some)} training images")
+    found = Work(work.network, work.settings, work.device, work.stop)
+    found.val = train._replace(left_out=np.setdiff1d(np.arange(len(train.files)), some))
+    return found
+
+
+def _gap(
+    work: Work, student: Features, teacher: Features, alone: Features | None
+) -> dict[str, float]:
     """To the teacher, by nearest neighbours among the other validation images; the classes that are
-    furthest behind are said."""
+    furthest behind are said.  alone: of the same student without distillation."""
     k, classes = work.settings.health.k, len(work.val.classes)
     vote = lambda f: health.among_others(f, classes, min(k, len(f.x) - 1), work.cfg.eval.temp)
-    alone = None
-    if work.settings.health.alone is not None:
-        alone = vote(_features_of(work, work.settings.health.alone)["features"])
-    found, worst = health.gap(vote(student), vote(teacher), student.label, work.val.classes, alone)
+    rest = student.label, work.val.classes, vote(alone) if alone else None
+    found, worst = health.gap(vote(student), vote(teacher), *rest)
     behind = ", ".join(f"{name} {share:.1%}" for name, share in worst.items() if share > 0)
     if behind:
         say(f"furthest behind the teacher (kNN among the validation images): {behind}")
     return found
 
 
-def _teacher(work: Work) -> Path | None:
+def _teacher(work: Work) -> Net | None:
     if work.settings.health.teacher is not None:
-        return work.settings.health.teacher
-    file = work.cfg.teacher.file if work.cfg.teacher else None
-    if file is not None and not file.exists():
-        say(f"{file}: the teacher of this run is not here; health says nothing of it")
+        return networks.of_run(work.settings.health.teacher)
+    t = work.cfg.teacher
+    if t and not t.file.exists():
+        say(f"{t.file}: the teacher of this run is not here; health says nothing of it")
         return None
-    return file
+    # What the file does not tell stands in the run's configuration.
+    return formats.read(t.file, t.arch, t.kwargs, student=t.student).net.eval() if t else None
 
 
-def _features_of(work: Work, path: Path) -> dict[str, Features]:
-    """Features and embeddings of another network for the same validation images, of all ranks."""
-    net = networks.of_run(path).to(work.device)
+def _features_of(work: Work, net: Net | None) -> tuple[dict[str, Features], str | None]:
+    """Features and embeddings of another network for the same images, of all ranks, and its
+    fingerprint; ({}, None) of none."""
+    if net is None:
+        return {}, None
+    mark = runtime.fingerprint(net)
+    net.to(work.device)
     precision = autocast(work.cfg.engine.precision, work.device)
 
     def encode(x: Tensor) -> dict[str, Tensor]:
@@ -330,8 +345,8 @@ def _features_of(work: Work, path: Path) -> dict[str, Features]:
             f = net.features(x)
         return {"features": f, "embedding": net.head(f.float())}
 
-    found = work.pass_over(work.val, work.val.kept, work.view, encode, str(path))
-    return {name: feats.gathered(f) for name, f in found.items()}
+    found = work.pass_over(work.val, work.val.kept, work.view, encode, mark)
+    return {name: feats.gathered(f) for name, f in found.items()}, mark
 
 
 def _refuse_few(work: Work, train: Features, val: Features, least: int = 1) -> None:

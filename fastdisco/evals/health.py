@@ -6,6 +6,7 @@ every rank finds the same."""
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,8 @@ from fastdisco.evals.neighbours import nearest
 # Images whose pairs are compared at most: the first ones by index, as they come mixed.
 PAIRS = 10_000
 NEIGHBOURS = 20
+# Images that training looks at, at most.
+ONLINE = 5_000
 
 
 @torch.no_grad()
@@ -52,6 +55,11 @@ def run(
     return found
 
 
+def sample(indices: np.ndarray, most: int = ONLINE) -> np.ndarray:
+    """Every n-th of them, `most` at most: of images that are sorted by class, some of every class."""
+    return indices[:: max(1, math.ceil(len(indices) / most))]
+
+
 def spread(x: Tensor) -> float:
     """Standard deviation of the unit rows' coordinates times sqrt(F): 1 where directions are even,
     0 where all rows are alike (SimSiam, arXiv:2011.10566, section 4.1)."""
@@ -65,7 +73,8 @@ def rankme(x: Tensor) -> float:
     x = x.double()
     small = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
     values = torch.linalg.eigvalsh(small).clamp(min=0).sqrt()
-    p = values / values.sum() + 1e-7
+    # Features that are all zero have one direction, too: none.
+    p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + 1e-7
     return float((-p * p.log()).sum().exp())
 
 

@@ -2,7 +2,7 @@
 are those of neighbours.py."""
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ def run(
     classes: int,
     k: int = 20,
     temp: float = 0.07,
+    look: Callable[[Features], Any] | None = None,
 ) -> dict[str, float]:
     """Share of query images whose class gets the most votes among the k nearest bank images, of
     which each votes exp(cos / temp).
@@ -40,9 +41,12 @@ def run(
     encode         [B,3,S,S] -> [B,F] features of any float type, normalised here in float32
     bank, queries  batches of this rank's own part of the images, of any size; the parts together
                    are the whole
+    look           is told this rank's features of the queries
     No rank ever holds the whole bank.  Returns {"knn_top1": 0..1}, equal on all ranks and for any
     number of ranks."""
     known, asked = _features(encode, bank), _features(encode, queries)
+    if look:
+        look(asked)
     k = min(k, features.count(known.x))
     (found,) = neighbours.predict(known, asked, classes, (k,), (temp,)).values()
     right = found == features.gathered(asked).label
@@ -58,6 +62,7 @@ def score(
     cfg: config.Eval,
     seed: int,
     device: torch.device,
+    look: Callable[[Features], Any] | None = None,
 ) -> dict[str, float]:
     """`run` with training images as the bank and the validation images as queries, each rank its
     part.
@@ -85,7 +90,7 @@ def score(
         )
 
     bank, queries = loader(train, kept), loader(val, val.kept)
-    return run(encode, bank, queries, len(train.classes), cfg.k, cfg.temp)
+    return run(encode, bank, queries, len(train.classes), cfg.k, cfg.temp, look)
 
 
 def _features(encode: Callable[[Tensor], Tensor], batches: Iterable[Labelled]) -> Features:

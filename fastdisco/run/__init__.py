@@ -5,6 +5,7 @@ checkpoint.py   everything an exact resume needs
 folder.py       the run's folder, and whether a command may continue the run in it;  lock.py  its lock
 agreement.py    what all ranks must have in common; when one refuses, all end
 meter.py        what is measured between two log points;  log.py  where it is written and shown
+online.py       what the evaluation during training says of the features
 plan.py         what a run would be and lack: `train.py --dry-run`
 environment.py  versions, commit and hardware;  signals.py  SIGTERM, SIGUSR1, Ctrl-C
 

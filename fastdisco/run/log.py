@@ -54,28 +54,38 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Metrics after `step` steps, named group/name as in TensorBoard."""
-        if not self.file:
+        if not self.file or not values:
             return
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self.tb.add_scalar(name, value, step)
-        if scores := self._remember(values):
-            self._show_scores(step, scores)
-        else:
+        self._remember(values)
+        if any(name.startswith("eval/") for name in values):
+            self._show_evaluation(step, values)
+        elif "train/epoch" in values:
             self._show_step(step, values)
 
-    def _remember(self, values: dict[str, float]) -> dict[str, float]:
-        """The kNN accuracies among the values, which `best` now knows."""
+    def _remember(self, values: dict[str, float]) -> None:
+        """`best` now knows the kNN accuracies among the values."""
         scores = {k: v for k, v in values.items() if k.endswith("/knn_top1")}
         self.best |= {k: max(v, self.best.get(k, 0.0)) for k, v in scores.items()}
-        return scores
 
-    def _show_scores(self, step: int, scores: dict[str, float]) -> None:
-        for name, knn in scores.items():
-            say(
-                f"step {step}/{self.steps}  {_student(name)}kNN top-1 {knn:.2%}  best "
-                f"{self.best[name]:.2%}"
-            )
+    def _show_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """A line for each student."""
+        for group in dict.fromkeys(name.rpartition("/")[0] for name in values):
+            own = {
+                k.rpartition("/")[2]: v for k, v in values.items() if k.rpartition("/")[0] == group
+            }
+            parts = []
+            if "knn_top1" in own:
+                best = self.best[f"{group}/knn_top1"]
+                parts.append(f"kNN top-1 {own['knn_top1']:.2%}  best {best:.2%}")
+            if "effective_rank" in own:
+                parts.append(f"effective rank {own['effective_rank']:.1f}")
+            if "teacher_neighbours" in own:
+                parts.append(f"neighbours shared with the teacher {own['teacher_neighbours']:.1%}")
+            student = _student(f"{group}/")
+            say(f"step {step}/{self.steps}  {student}{'  '.join(parts)}")
 
     def _show_step(self, step: int, values: dict[str, float]) -> None:
         line = self._line(values)
