@@ -23,6 +23,7 @@ OWNERS = {
     "sklearn": {"evals"},
     "openTSNE": {"evals"},
     "umap": {"evals"},
+    "pyarrow": {"evals"},
 }
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

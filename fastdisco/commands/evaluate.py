@@ -186,14 +186,14 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
 
 
 def _functions() -> dict[str, Callable[["Work"], Any]]:
-    from fastdisco.commands import heads, tsne
+    from fastdisco.commands import embed, heads, tsne
     from fastdisco.commands import measure as measures
 
     return {
         "knn": measures.knn,
         "retrieve": measures.retrieval,
         "health": measures.healthy,
-        "embed": measures.embedded,
+        "embed": embed.run,
         "tsne": tsne.run,
         "probe": heads.probe,
         "semi": heads.semi,

@@ -21,8 +21,8 @@ from fastdisco.common import dist
 from fastdisco.common.console import console, say
 from fastdisco.common.errors import UserError
 from fastdisco.engine import autocast
-from fastdisco.evals import embed, frozen, health, intervals, neighbours, passes, results, retrieve
 from fastdisco.evals import features as feats
+from fastdisco.evals import frozen, health, intervals, neighbours, passes, results, retrieve
 from fastdisco.evals.features import Features
 from fastdisco.evals.passes import View
 from fastdisco.evals.settings import Settings
@@ -62,8 +62,8 @@ class Work:
                 "data.val: the run was trained without validation images; give some as "
                 "data.val=FOLDER"
             )
-        # Also a folder of images without classes, for what needs none.
-        return embed.images(self.cfg.data.val, self.cfg.data.quarantine)
+        # Also images without classes, for what needs none.
+        return data.listing(self.cfg.data.val, self.cfg.data.quarantine, bare=True)
 
     @cached_property
     def train(self) -> data.Listing:
@@ -247,26 +247,6 @@ def retrieval(work: Work) -> results.Result:
     return work.save(
         "retrieve", values, work.protocol("retrieve", {"k": ks}), time.perf_counter() - begin
     )
-
-
-def embedded(work: Work) -> results.Result:
-    """Features and embeddings written for other tools."""
-    begin = time.perf_counter()
-    s, folder = work.settings.embed, work.network.folder
-    listing = embed.images(s.data, work.cfg.data.quarantine) if s.data else work.val
-    kinds = work.pass_over(listing, listing.kept, work.view, work.with_embedding)
-    out = s.out or folder / "embed"
-    values = embed.run(kinds, listing, out, s.format)
-    say(f"{out}: {', '.join(kinds)} of {len(listing.kept)} images")
-    protocol = {
-        "network": work.network.about,
-        "data": named(listing, listing.kept, "images"),
-        "view": work.view._asdict(),
-        "precision": work.cfg.engine.precision,
-        "embed": {"format": s.format},
-        "versions": work.versions,
-    }
-    return work.save("embed", values, protocol, time.perf_counter() - begin)
 
 
 def healthy(work: Work) -> results.Result:

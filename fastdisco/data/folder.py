@@ -38,6 +38,7 @@ PART = re.compile(
     r"(train(ing|val)?|val(id|idation)?|test(ing)?)([-_ ]?(set|data|images?|\d{4}))?", re.IGNORECASE
 )
 BESIDE = "images beside the class folders"
+UNLABELLED = "unlabelled"  # the class of images without one
 # Of a list with names like n01440764_10026.JPEG, those of SimCLR's subsets of ImageNet.
 SIMCLR = r"sed -E 's,^(n[0-9]+)_.*,\1/& \1,' {} > NEW.txt"
 
@@ -178,6 +179,18 @@ def class_folders(root: Path) -> Listing:
     return Listing(root, root, files, np.array(labels, np.int64), classes, passed_over=counted)
 
 
+def flat(root: Path) -> Listing | None:
+    """The images of a folder that has no others in it, sorted by name, without classes; None of any
+    other folder.  What `class_folders` passes over is passed over here."""
+    passed: Counter[str] = Counter()
+    folders, files = _scan(root, passed)
+    # Tars beside images are another kind of data.
+    if folders or not files or ".tar" in passed:
+        return None
+    labels, counted = np.zeros(len(files), np.int64), tuple(passed.most_common())
+    return Listing(root, root, files, labels, [UNLABELLED], passed_over=counted)
+
+
 def _refuse_empty(root: Path, empty: list[str], everywhere: bool, instead: Counter[str]) -> None:
     """Raises UserError for class folders without an image, which hold other things instead."""
     known = " ".join(EXTENSIONS)
@@ -221,15 +234,15 @@ def _holds_only_folders(folder: Path) -> bool:
     return bool(folders) and not files
 
 
-def list_file(path: Path) -> Listing:
+def list_file(path: Path, bare: bool = False) -> Listing:
     """The images that a text file names, one `<path> <class>` a line, in the order of the file.
     lines.py says what is a comment.
 
     Paths are relative to the file's folder and stay in it.  Classes are names, or numbers from 0
-    on.
+    on.  bare: a file in which every line ends like an image lists images without classes.
     Raises UserError naming file and line."""
     root = path.parent
-    files, names = _lines(path)
+    files, names = _lines(path, bare)
     if not files:
         raise UserError(f"{path}: lists no image; write a line `<image> <class>` for each")
     name, count = Counter(files).most_common(1)[0]
@@ -258,7 +271,7 @@ def classes_of(names: list[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([label[n] for n in names], np.int64), classes
 
 
-def _lines(path: Path) -> tuple[list[str], list[str]]:
+def _lines(path: Path, bare: bool) -> tuple[list[str], list[str]]:
     """Path and class of each line of a list file."""
     try:
         text = lines.read(path)
@@ -268,12 +281,14 @@ def _lines(path: Path) -> tuple[list[str], list[str]]:
             "file with a line `<image> <class>` for each image, or tars"
         ) from None
     files, classes = [], []
-    for number, line in enumerate(map(str.strip, text), 1):
+    text = [line.strip() for line in text]
+    bare = bare and all(_extension(x) in EXTENSIONS for x in text if not lines.is_comment(x))
+    for number, line in enumerate(text, 1):
         if lines.is_comment(line):
             _refuse_lost(path, number, line)
             continue
         # Split from the right: a path may hold spaces, a class may not.
-        name, *rest = line.rsplit(maxsplit=1)
+        name, *rest = (line, UNLABELLED) if bare else line.rsplit(maxsplit=1)
         # A name with spaces and without a class, or the class before the name.
         if not rest or _extension(rest[0]) in EXTENSIONS:
             raise UserError(

@@ -15,7 +15,7 @@ from rich.progress import track
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.data import name_classes, tar_index
-from fastdisco.data.folder import Listing, Places, classes_of
+from fastdisco.data.folder import UNLABELLED, Listing, Places, classes_of
 
 # BEGUN is for those who know tars by this module.
 from fastdisco.data.manifest import BEGUN, MANIFEST, manifest_of  # noqa: F401
@@ -24,7 +24,6 @@ from fastdisco.data.tar_index import Index, Row
 # Samples that follow each other in a tar and stay together in an epoch: one read of about 1 MB
 # instead of many small ones.
 RUN = 8
-UNLABELLED = "unlabelled"  # the class of samples without one
 OPEN = 512  # tars that one pipeline has open; a process may have 1024 files
 
 

@@ -19,7 +19,9 @@ REMEDY = (
 )
 
 
-def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing:
+def listing(
+    source: Path | str, quarantine: Path | str | None = None, bare: bool = False
+) -> Listing:
     """The images of a folder of class folders, a list file, a folder of tars, one tar, or tars by a
     pattern like x-{000..099}.tar or x-*.tar.
 
@@ -28,14 +30,16 @@ def listing(source: Path | str, quarantine: Path | str | None = None) -> Listing
                 A relative path is looked up in the data's folder, need not exist, and holds names
                 relative to that folder.  An absolute path must exist and holds absolute names, of
                 this data or of other data.
+    bare        whether images without classes are taken, too: a folder with images alone, and a
+                list of names alone; they are of one class
     Raises UserError naming the path and the remedy."""
     source = Path(source)
     if source.is_dir():
-        found = _folder(source)
+        found = (folder.flat(source) if bare else None) or _folder(source)
     elif source.suffix == ".tar":
         found = shards.load(source, source.parent, _expand(source))
     elif source.is_file():
-        found = folder.list_file(source)
+        found = folder.list_file(source, bare)
     else:
         raise UserError(f"{source}: no such folder or file; {REMEDY}")
     _refuse_bytes(found)

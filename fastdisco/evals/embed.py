@@ -1,7 +1,9 @@
 """Features and embeddings of a set of images, written for other tools."""
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +11,7 @@ from fastdisco import data
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
-from fastdisco.data.folder import EXTENSIONS
+from fastdisco.data.lines import is_utf8, printable
 from fastdisco.evals.features import Features, gathered
 
 
@@ -20,8 +22,8 @@ def run(
     order, and labels.npy; or embed.parquet with a row for each image.  Rank 0 writes.
 
     kinds  this rank's own parts
-    Returns the number of images and the widths.  Raises UserError where parquet cannot be
-    written."""
+    Returns the number of images and the widths.  Raises UserError where a name cannot stand in
+    parquet."""
     whole = {name: gathered(f) for name, f in kinds.items()}
     first = next(iter(whole.values()))
     names = [listing.files[i] for i in first.index.tolist()]
@@ -39,15 +41,13 @@ def run(
     return {"images": float(len(names))} | widths
 
 
-def images(path: Path, quarantine: Path | None) -> data.Listing:
-    """A data set as `data.listing` takes it, or a folder of images without classes."""
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-        flat = [p.name for p in inside if p.suffix.lower().lstrip(".") in EXTENSIONS]
-        if flat and not any(p.is_dir() or p.suffix == ".tar" for p in inside):
-            labels = np.zeros(len(flat), np.int64)
-            return data.Listing(path, path, flat, labels, ["unlabelled"])
-    return data.listing(path, quarantine)
+def refuse_absent(form: str) -> None:
+    """Raises UserError where what writes this form is not installed."""
+    if form == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(
+            "embed.format: parquet needs pyarrow, which is not installed; pip install pyarrow, or "
+            "take npy"
+        )
 
 
 def _npy(folder: Path, names: list[str], labels: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
@@ -61,16 +61,19 @@ def _npy(folder: Path, names: list[str], labels: np.ndarray, arrays: dict[str, n
 def _parquet(
     path: Path, names: list[str], labels: np.ndarray, arrays: dict[str, np.ndarray]
 ) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
+    import pyarrow
+    import pyarrow.parquet
+
+    if odd := [n for n in names if not is_utf8(n)]:
         raise UserError(
-            "embed.format: parquet needs pyarrow, which is not installed; pip install pyarrow, or "
-            "take npy"
-        ) from None
-    columns = {"name": names, "label": labels}
-    table = pyarrow.table(columns | {k: list(x) for k, x in arrays.items()})
+            f"embed.format: parquet holds text alone, and {len(odd)} names are not UTF-8, such as "
+            f"{printable(odd[0])}; rename the files, or take npy"
+        )
+    columns: dict[str, Any] = {"name": names, "label": labels}
+    for name, x in arrays.items():
+        # Rows of one width, which readers take as a matrix.
+        flat = pyarrow.array(np.ascontiguousarray(x).reshape(-1))
+        columns[name] = pyarrow.FixedSizeListArray.from_arrays(flat, x.shape[1])
     part = path.with_suffix(".part")
-    pyarrow.parquet.write_table(table, part)
+    pyarrow.parquet.write_table(pyarrow.table(columns), part)
     part.replace(path)

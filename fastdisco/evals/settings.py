@@ -107,8 +107,8 @@ class Tsne(Block):
 
 
 class Embed(Block):
-    data: Path | None = None  # a data set, or a folder of images; null: data.val
-    out: Path | None = None  # null: embed/ beside the results
+    data: Path | None = None  # a data set, with or without classes; null: data.val
+    out: Path | None = None  # null: embed-HASH/ beside the results
     format: Literal["npy", "parquet"] = "npy"
 
 
