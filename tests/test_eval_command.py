@@ -138,6 +138,17 @@ def test_all_does_what_the_data_allow_from_one_pass(run, capsys, tmp_path, monke
         "linear_top1_preset_last",
     }
     assert "semi: left out:" not in said
+    # The table at the end: each value, and the time once for each evaluation.
+    table = said[said.index("evaluation ") :].splitlines()
+    assert table[0].split() == ["evaluation", "value", "number", "seconds"]
+    rows = [line.split() for line in table if line.startswith(("knn ", "retrieve "))]
+    assert [row[:2] for row in rows][-5:-1] == [
+        ["retrieve", "recall_at_1"],
+        ["retrieve", "recall_at_5"],
+        ["retrieve", "recall_at_10"],
+        ["retrieve", "map"],
+    ]
+    assert f"{100 * values['eval/recall_at_1']:.2f}" == rows[-5][2] and float(rows[-5][3]) >= 0
     assert values["eval/ridge_top1_selected"] > 0.34
     assert len(results.read_all(tmp_path)) == 10
 

@@ -285,6 +285,11 @@ def test_the_same_command_writes_the_same_bytes(two, capsys, tmp_path):
     assert len(one) == 3 and one == other
 
 
+def test_more_titles_than_networks_are_refused(two, capsys):
+    said = evaluate(capsys, "tsne", two[0], "tsne.titles=[a, b]", code=2)[1]
+    assert "2 titles for 1 networks; give one for each" in said
+
+
 def test_another_seed_is_another_protocol_and_leaves_the_first(two, capsys, tmp_path):
     for seed in (0, 1):
         evaluate(capsys, "tsne", two[0], f"--out={tmp_path}", f"tsne.seed={seed}")

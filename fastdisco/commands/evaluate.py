@@ -161,6 +161,7 @@ def _chosen(args: argparse.Namespace, wanted: "Settings") -> list[str]:
 def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
     """strict: what the data do not allow is refused, else said."""
     from fastdisco.commands import measure as measures
+    from fastdisco.evals import results
 
     out: list[Result] = []
     lacking: UserError | None = None
@@ -179,8 +180,11 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
             say(f"{what}: {time.perf_counter() - begin:.1f} s")
     if lacking and not out:
         raise lacking
-    for result in out:
-        say(measures.summary(result))
+    if strict:
+        for result in out:
+            say(measures.summary(result))
+    else:
+        say(results.text(results.overview(out)))
     say(f"results in {work.network.folder}")
     return out
 

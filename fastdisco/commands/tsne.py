@@ -9,6 +9,7 @@ import torch
 from fastdisco.commands.measure import Work, plain
 from fastdisco.common import dist
 from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
 from fastdisco.evals import features, results, scatter, tsne
 from fastdisco.evals.results import Result
 from fastdisco.evals.tsne import Chosen, Map
@@ -19,6 +20,10 @@ def run(work: Work) -> list[Result]:
     the folder of `work`."""
     s = work.settings.tsne
     tsne.refuse_absent(s.method)
+    if len(s.titles) > len(work.shown):
+        raise UserError(
+            f"tsne.titles: {len(s.titles)} titles for {len(work.shown)} networks; give one for each"
+        )
     chosen = tsne.choose(work.val, s)
     for remark in chosen.remarks:
         say(remark)

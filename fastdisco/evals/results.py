@@ -194,6 +194,20 @@ def versus(first: Sequence[Result], second: Sequence[Result]) -> dict[str, inter
     return dict(sorted(out.items()))
 
 
+def overview(found: Sequence[Result]) -> Table:
+    """The values of one network, with the time that each evaluation took."""
+    rows = []
+    for result in found:
+        seconds = f"{result.seconds:.1f}"
+        for key in result.values:
+            rows.append([result.what, key, _cell(key, result), seconds])
+            # Of an evaluation with several values it stands in the first row.
+            seconds = ""
+    columns = ["evaluation", "value", "number", "seconds"]
+    notes = ["accuracies in percent; in brackets: 95 % interval over the validation images"]
+    return Table(columns, rows, notes)
+
+
 def turned(t: Table) -> Table:
     """Values in rows, networks in columns."""
     columns, *rows = zip(t.columns, *t.rows)

@@ -4,10 +4,10 @@ no torch, so that a mistyped key is answered at once."""
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fastdisco.common.errors import UserError
 from fastdisco.config.block import Block
@@ -25,9 +25,26 @@ STRENGTHS = tuple(10 ** (-6 + 7 * i / 19) for i in range(20))
 CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
+def _listed(value: Any) -> Any:
+    """One value stands for a list of it."""
+    return (value,) if isinstance(value, int | float | str | Path) else value
+
+
+# Lists of numbers that make sense: an empty one, or a number out of its range, would end in an error
+# of Python's or in a value that says nothing.
+_Several = Field(min_length=1)
+_Listed = BeforeValidator(_listed)
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], _Several, _Listed]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+From0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[tuple[Above0, ...], _Several, _Listed]
+Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], _Several, _Listed]
+Kind = Literal["ridge", "logistic", "sgd"]
+
+
 class Knn(Block):
-    k: tuple[int, ...] | None = None  # null: 1, 5, 10, 20, 100, 200, as the bank allows, and eval.k
-    temp: tuple[float, ...] | None = None  # null: eval.temp
+    k: Counts | None = None  # null: 1, 5, 10, 20, 100, 200, as the bank allows, and eval.k
+    temp: Positive | None = None  # null: eval.temp
 
 
 class Trained(Block):
@@ -35,8 +52,9 @@ class Trained(Block):
     of the preset."""
 
     preset: str = "disco"
-    lrs: tuple[float, ...] = ()  # a grid beside the preset's own
-    weight_decays: tuple[float, ...] = ()
+    # A grid beside the preset's own.
+    lrs: Annotated[tuple[Above0, ...], _Listed] = ()
+    weight_decays: Annotated[tuple[From0, ...], _Listed] = ()
     # Share of the training images on which one of several is chosen; 0: none, no choice.
     held: float = Field(0.01, ge=0, lt=1)
     # Of weights, order, crops and images held out.  Not run.seed: runs that differ in their seed
@@ -56,8 +74,8 @@ class Trained(Block):
 
 class Semi(Trained):
     preset: str = "semi"
-    lists: tuple[Path, ...] = ()  # SimCLR's 1percent.txt and 10percent.txt
-    shares: tuple[float, ...] = (0.01, 0.1)  # drawn by seed and class where there are no lists
+    lists: Annotated[tuple[Path, ...], _Listed] = ()  # SimCLR's 1percent.txt and 10percent.txt
+    shares: Shares = (0.01, 0.1)  # drawn by seed and class where there are no lists
     tries: int = Field(1, ge=1)  # draws of each share
     # Train the whole network by SwAV's settings instead: presets finetune-1 and finetune-10.
     finetune: bool = False
@@ -73,23 +91,23 @@ class Transfer(Trained):
 class Probe(Block):
     held: float = Field(0.01, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
-    strengths: tuple[float, ...] = STRENGTHS  # of ridge regression
-    cs: tuple[float, ...] = CS
+    strengths: Annotated[tuple[From0, ...], _Several, _Listed] = STRENGTHS  # of ridge regression
+    cs: Positive = CS
     iterations: int = Field(200, ge=1)  # of L-BFGS, for each C
-    kinds: tuple[Literal["ridge", "logistic", "sgd"], ...] = ("ridge", "logistic", "sgd")
+    kinds: Annotated[tuple[Kind, ...], _Several, _Listed] = ("ridge", "logistic", "sgd")
     # Of SGD on the standardised features.
-    lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    lrs: Positive = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
     epochs: int = Field(30, ge=1)
     batch: int = Field(256, ge=1)
 
 
 class Retrieve(Block):
-    k: tuple[int, ...] = RECALLS
+    k: Counts = RECALLS
 
 
 class Tsne(Block):
     # Names, or positions in the list of classes; none: the paper's, at the positions 5 to 14.
-    classes: tuple[int | str, ...] = ()
+    classes: Annotated[tuple[int | str, ...], _Listed] = ()
     drawn: int | None = Field(None, ge=2)  # classes drawn by the seed instead
     images: int = Field(50, ge=1)  # of each class, the first ones
     seed: int = Field(0, ge=0, lt=2**32)
@@ -97,7 +115,7 @@ class Tsne(Block):
     perplexity: float | None = Field(None, ge=1)  # null: 30, less for few images
     neighbours: int = Field(15, ge=2)  # of UMAP
     k: int = Field(10, ge=1)  # neighbours by which a map is judged
-    titles: tuple[str, ...] = ()  # in place of the networks' names
+    titles: Annotated[tuple[str, ...], _Listed] = ()  # in place of the networks' names
 
     @model_validator(mode="after")
     def _one_choice(self) -> "Tsne":
@@ -193,4 +211,6 @@ def _sentence(err: Any) -> str:
             else f"known: {', '.join(known)}"
         )
     said = err["msg"].removeprefix("Value error, ")
+    # A user writes lists.
+    said = said.replace("Tuple", "List").replace("tuple", "list")
     return f"{where}: {said} (found {err['input']!r})" if where else said
