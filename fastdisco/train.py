@@ -102,7 +102,7 @@ def _run(
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
-    online = Online(cfg, listing, val, device)
+    online = Online(cfg, listing, val, device) if val else None
     with Log(folder, start, steps) as log:
         closing.append(log.__exit__)
         for step in range(start, steps):
@@ -156,7 +156,7 @@ def _run(
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-            if last or (cfg.eval.every and done % cfg.eval.every == 0):
+            if online and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
                 with meter.paused():
                     log.write(done, evaluate(states, online, device))
             if save:

@@ -34,13 +34,11 @@ class Online:
     """The evaluations of one run.  The teacher's features are computed once, at the first one."""
 
     def __init__(
-        self, cfg: Config, train: data.Listing, val: data.Listing | None, device: torch.device
+        self, cfg: Config, train: data.Listing, val: data.Listing, device: torch.device
     ) -> None:
-        """Without validation images the numbers are of training images, without accuracy."""
         self.cfg, self.train, self.val, self.device = cfg, train, val, device
-        self.images = train if val is None else val
-        self.labelled = len(self.images.classes) > 1
-        self.some = health.sample(self.images.kept)
+        self.labelled = len(val.classes) > 1
+        self.some = health.sample(val.kept)
         self._teacher: dict[str, Features] | None = None
         # Students that were warned of, until they are well again.
         self._warned: set[str] = set()
@@ -50,7 +48,7 @@ class Online:
 
         cfg: the student's; name: '' where there is one."""
         collected: list[Features] = []
-        if self.val is not None and self.labelled:
+        if self.labelled:
             accuracy = knn.score(
                 found.encode,
                 self.train,
@@ -63,7 +61,7 @@ class Online:
                 collected.append,
             )
         else:
-            # All images are of one class, or in the bank themselves: an accuracy would say nothing.
+            # All images are of one class: an accuracy would say nothing.
             accuracy = {}
             collected.append(self._pass(lambda x: {"features": found.encode(x)})["features"])
         return accuracy | self.health(name, found.net, collected[0])
@@ -148,7 +146,7 @@ class Online:
     def _pass(self, encode: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Features]:
         """This rank's part of `self.some`."""
         view, images = passes.of_config(self.cfg), self.cfg.data
-        return passes.features(encode, self.images, self.some, view, images, self.device)
+        return passes.features(encode, self.val, self.some, view, images, self.device)
 
 
 def _pairs(f: Features) -> bool:
