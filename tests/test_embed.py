@@ -19,7 +19,7 @@ from fastdisco.evals.features import Features
 __all__ = ["textures"]
 
 needs_pyarrow = pytest.mark.skipif(
-    importlib.util.find_spec("pyarrow") is None, reason="data: pyarrow is not installed"
+    importlib.util.find_spec("pyarrow") is None, reason="extra: pyarrow is not installed"
 )
 
 

@@ -169,7 +169,7 @@ def clusters(n=90):
 def optional(module):
     """Marks for a package that may not be installed, and whose import compiles for long."""
     gone = importlib.util.find_spec(module) is None
-    return [pytest.mark.slow, pytest.mark.skipif(gone, reason=f"data: {module} is not installed")]
+    return [pytest.mark.slow, pytest.mark.skipif(gone, reason=f"extra: {module} is not installed")]
 
 
 @pytest.mark.parametrize(
