@@ -17,6 +17,7 @@ Writes bench/results/evals-cpu.json."""
 import argparse
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import statistics
@@ -36,6 +37,8 @@ STUDENTS = ("mobilenetv3_large_100", "resnet18")
 TRAIN_TO_VAL = 25.6
 # What runs no backbone of its own on random crops.
 CACHED = "knn,retrieve,health,probe"
+# A value of each.
+MEASURED = ("knn_top1", "map", "rankme", "ridge_strength", "logistic_c", "sgd_diverged_heads")
 # A round of an arm: seconds of the clock, and of the process on all cores.
 Times = tuple[float, float]
 
@@ -222,13 +225,14 @@ def whole(folder: Path, sizes: Sizes, rounds: int) -> dict[str, list[Times]]:
 
 
 def said(command: list[str]) -> str:
-    """What the command prints on stdout; it must end well."""
+    """What the command prints on stdout; it must end well, and may leave nothing out."""
     from fastdisco import cli
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = cli.main(command)
-    assert code == 0, command
+    values = json.loads(out.getvalue().splitlines()[-1])
+    assert code == 0 and all(f"eval/{x}" in values for x in MEASURED), (code, command, values)
     return out.getvalue()
 
 

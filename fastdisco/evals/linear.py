@@ -64,6 +64,7 @@ class Heads:
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         # [G] each, and of which epoch: made once an epoch, for the step must not wait for the device.
         self._decay = self._column([r.weight_decay for r in self.rates])
+        self._decays = any(r.weight_decay for r in self.rates)
         self._lr, self._lr_epoch = self._decay, -1
 
     @torch.no_grad()
@@ -93,7 +94,10 @@ class Heads:
 
     def _move(self, value: Tensor, grad: Tensor, velocity: Tensor) -> None:
         shape = (-1, *(1,) * (value.ndim - 1))
-        velocity.mul_(self.protocol.momentum).add_(grad).addcmul_(self._decay.view(shape), value)
+        velocity.mul_(self.protocol.momentum).add_(grad)
+        # Of 64 heads each pass over the weights is a tenth of the step.
+        if self._decays:
+            velocity.addcmul_(self._decay.view(shape), value)
         value.addcmul_(self._lr.view(shape), velocity, value=-1)
 
     def _column(self, numbers: list[float]) -> Tensor:
