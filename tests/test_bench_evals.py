@@ -102,7 +102,7 @@ def test_the_arm_is_the_real_command(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(evals, "said", lambda command: commands.append(command))
     found = evals.whole(tmp_path, SMALL, 2)
-    assert {k: len(v) for k, v in found.items()} == {"all": 2, "pass": 2} and len(commands) == 3
+    assert {k: len(v) for k, v in found.items()} == {"all": 2, "pass": 2} and len(commands) == 2
     monkeypatch.undo()
     assert '"eval/knn_top1"' in evals.said(commands[0])
     names = {p.name.partition("-")[0] for p in (tmp_path / "eval").glob("*.json")}
