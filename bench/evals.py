@@ -16,52 +16,24 @@ process's own time on all cores: another load on the machine shows there less th
 Writes bench/results/evals-cpu.json."""
 
 import argparse
-import contextlib
-import io
-import json
-import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from harness import finish, interleaved, parser, row, row_of_rounds, synthetic
+from costs import backbone, cached
+from costs.sizes import FULL, Sizes, Times
+from harness import finish, parser, row, row_of_rounds
 from harness.results import earlier
 
-# The student with the widest features for its cost first: its row is the one with the name.
-STUDENTS = ("mobilenetv3_large_100", "resnet18")
-# Of ImageNet, training images for each validation image.
-TRAIN_TO_VAL = 25.6
-# What runs no backbone of its own on random crops.
-CACHED = "knn,retrieve,health,probe"
-# A value of each.
-MEASURED = ("knn_top1", "map", "rankme", "ridge_strength", "logistic_c", "sgd_diverged_heads")
-# A round of an arm: seconds of the clock, and of the process on all cores.
-Times = tuple[float, float]
-
-
-class Sizes(NamedTuple):
-    """What the parts are measured on; tests take smaller ones."""
-
-    heads: int = 64
-    linear_images: int = 512
-    linear_classes: int = 1000
-    students: tuple[str, ...] = STUDENTS
-    bank: int = 50_000
-    queries: int = 10_000
-    width: int = 512
-    penalties: int = 20
-    all_train: int = 1000
-    all_val: int = 250
-    all_classes: int = 100
-    pixels: int = 224
-
-
-FULL = Sizes()
+PARTS: dict[str, Callable[[Path, Sizes, int], Any]] = {
+    "linear": backbone.linear,
+    "knn": cached.knn,
+    "ridge": cached.ridge,
+    "all": backbone.whole,
+}
 
 
 def main(argv: Sequence[str] | None = None, sizes: Sizes = FULL) -> list[dict]:
@@ -89,184 +61,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options.parse_args(argv)
 
 
-def timed(run: Callable[[], object]) -> Times:
-    """Seconds of one call: of the clock, and of the process on all cores."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def linear(folder: Path, sizes: Sizes, rounds: int) -> dict[str, dict[str, list[Times]]]:
-    """{student: {number of heads: times}}"""
-    import torch
-
-    from fastdisco import config, data, models
-    from fastdisco.evals import frozen, steps
-    from fastdisco.evals import linear as heads
-    from fastdisco.evals.features import Features
-    from fastdisco.evals.protocols import PRESETS, crop
-
-    synthetic.jpegs(folder / "images", sizes.linear_images)
-    listing, cpu = data.listing(folder / "images"), torch.device("cpu")
-    own = dict(epochs=1, size=sizes.pixels, resize=sizes.pixels)
-    protocol = PRESETS["disco"].model_copy(update=own)
-    usual = config.Data(train=folder)
-    rates = [heads.Rate(0.1 * (i + 1), 0.0) for i in range(sizes.heads)]
-
-    def evaluation(arch: str) -> Callable[[int], object]:
-        net = models.create(arch, lambda width: torch.nn.Identity(), sizes=(sizes.pixels,)).eval()
-        encode = frozen.encoder(net.features, "fp32", cpu)
-        at_a_time = min(len(listing.kept), steps.chunk(protocol.batch, usual.eval_batch))
-        loader = data.TrainLoader(listing, [crop(protocol)], at_a_time, 0, 1, 1, usual.threads, cpu)
-        with torch.no_grad():
-            width = net.features(torch.zeros(1, 3, sizes.pixels, sizes.pixels)).shape[1]
-        n = max(2, round(sizes.linear_images / TRAIN_TO_VAL))
-        val = Features(torch.randn(n, width), torch.arange(n) % 10, torch.arange(n))
-
-        def run(several: int) -> None:
-            source = steps.crops(loader, listing.kept, encode, protocol.batch, 0)
-            classes = sizes.linear_classes
-            heads.run(source, val, None, classes, protocol, rates[:several])
-
-        return run
-
-    found = {}
-    for arch in sizes.students:
-        run = evaluation(arch)
-        arms = {str(n): lambda n=n, run=run: timed(lambda: run(n)) for n in (1, sizes.heads)}
-        found[arch] = interleaved(arms, rounds, warm_up=1)
-    return found
-
-
-def knn(folder: Path, sizes: Sizes, rounds: int) -> dict[str, Any]:
-    """Times, and GiB at the peak above what the features themselves take, in a fresh process."""
-    search = searched(sizes)
-    times = [timed(search) for _ in range(rounds)]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return dict(times=times, gib=pool.submit(peak_gib, sizes).result())
-
-
-def searched(sizes: Sizes) -> Callable[[], object]:
-    from fastdisco.evals import neighbours
-
-    bank, queries = (
-        features(n, sizes.width, sizes.linear_classes, seed)
-        for seed, n in enumerate((sizes.bank, sizes.queries))
-    )
-    return lambda: neighbours.run(bank, queries, sizes.linear_classes)
-
-
-def peak_gib(sizes: Sizes) -> float:
-    """What a search adds to this process's memory at its peak."""
-    few = sizes._replace(bank=256, queries=256)
-    # What the first product allocates for good is not the search's.
-    searched(few)()
-    search = searched(sizes)
-    before = memory("VmRSS")
-    search()
-    return (memory("VmHWM") - before) / 2**20
-
-
-def memory(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise KeyError(name)
-
-
-def ridge(folder: Path, sizes: Sizes, rounds: int) -> dict[str, list[Times]]:
-    import torch
-
-    from fastdisco.evals import ridge as regression
-    from fastdisco.evals.settings import STRENGTHS
-
-    assert len(STRENGTHS) == sizes.penalties
-    bank = features(sizes.bank, sizes.width, 100, 0)
-    val = features(sizes.queries, sizes.width, 100, 1)
-    held = bank.take(torch.arange(0, sizes.bank, 100))
-    run = lambda: regression.run(bank, held, val, 100)
-    return dict(times=[timed(run) for _ in range(rounds)])
-
-
-def features(images: int, width: int, classes: int, seed: int) -> Any:
-    """Like a network's: positive, of very different spread, with classes that overlap."""
-    import torch
-
-    from fastdisco.evals.features import Features
-
-    shared, own = (torch.Generator().manual_seed(s) for s in (1000, seed))
-    centres = torch.randn(classes, width, generator=shared)
-    spread = torch.logspace(0, -2, width)
-    label = torch.randint(classes, (images,), generator=own)
-    x = torch.randn(images, width, generator=own).mul_(4).add_(centres[label])
-    return Features(x.mul_(spread).add_(1).relu_(), label, torch.arange(images))
-
-
-def whole(folder: Path, sizes: Sizes, rounds: int) -> dict[str, list[Times]]:
-    """{"all": times, "pass": times}"""
-    import torch
-
-    from fastdisco.models import heads
-
-    for part, n, seed in (("train", sizes.all_train, 0), ("val", sizes.all_val, 1)):
-        synthetic.zones(folder / part, n, sizes.all_classes, seed, 0.75)
-    # A student's weights where it can be measured without one being trained.
-    net, arch = folder / "student.pth", sizes.students[0]
-    synthetic.random_teacher(net, arch, lambda width: heads.mlp(width, width, 128))
-    command = [
-        *("eval", "all", str(net), "--arch", arch, "--only", CACHED),
-        *("--out", str(folder / "eval")),
-        *(f"data.{part}={folder / part}" for part in ("train", "val")),
-        *(f"data.eval_size={sizes.pixels}", f"data.eval_resize={sizes.pixels * 8 // 7}"),
-    ]
-    arms = {"all": lambda: said(command), "pass": bare(command)}
-    torch.manual_seed(0)
-    return interleaved({k: lambda v=v: timed(v) for k, v in arms.items()}, rounds)
-
-
-def said(command: list[str]) -> str:
-    """What the command prints on stdout; it must end well, and may leave nothing out."""
-    from fastdisco import cli
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = cli.main(command)
-    values = json.loads(out.getvalue().splitlines()[-1])
-    assert code == 0 and all(f"eval/{x}" in values for x in MEASURED), (code, command, values)
-    return out.getvalue()
-
-
-def bare(command: list[str]) -> Callable[[], object]:
-    """A pass of the command's network over its images, and nothing else."""
-    import torch
-
-    from fastdisco import cli
-    from fastdisco.commands import arguments, measure, networks
-    from fastdisco.evals import passes, settings
-
-    args = arguments.parse(cli._parser(command), command)
-    theirs, ours = settings.split(args.overrides)
-    network = networks.read(args, theirs)
-    work = measure.Work(network, settings.load(ours), torch.device("cpu"))
-    listings = work.train, work.val
-
-    def run() -> None:
-        for listing in listings:
-            encode = lambda x: {"features": work.encode(x)}
-            passes.features(encode, listing, listing.kept, work.view, work.cfg.data, work.device)
-
-    return run
-
-
-PARTS: dict[str, Callable[[Path, Sizes, int], Any]] = {
-    "linear": linear,
-    "knn": knn,
-    "ridge": ridge,
-    "all": whole,
-}
-
-
 def summary(samples: dict[str, Any], sizes: Sizes) -> list[dict]:
     """The rows; of a part that was not measured, without a value."""
     rows, at = [], f"{sizes.pixels} px"
@@ -285,7 +79,7 @@ def summary(samples: dict[str, Any], sizes: Sizes) -> list[dict]:
     rows += _seconds("ridge_50k", solved.get("times", []), what, 10)
     both = samples.get("all", {})
     arms = both.get("all", []), both.get("pass", [])
-    what = f"time of {CACHED.replace(',', ', ')} over one bare pass, {sizes.students[0]} at {at}"
+    what = f"time of {backbone.CACHED.replace(',', ', ')} over one bare pass, {sizes.students[0]} at {at}"
     return rows + _ratio("eval_all_over_one_pass", *arms, what, 1.3)
 
 

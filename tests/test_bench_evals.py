@@ -13,9 +13,11 @@ from fastdisco import data
 sys.path.insert(0, str(ROOT / "bench"))
 
 import evals
+from costs import backbone, cached
+from costs.sizes import FULL
 from harness import synthetic
 
-SMALL = evals.FULL._replace(
+SMALL = FULL._replace(
     heads=3,
     linear_images=24,
     linear_classes=12,
@@ -41,7 +43,7 @@ SAMPLES = {
 
 
 def rows_of(samples):
-    return {r["name"]: r for r in evals.summary(samples, evals.FULL)}
+    return {r["name"]: r for r in evals.summary(samples, FULL)}
 
 
 def test_the_rows_are_made_of_the_rounds():
@@ -100,11 +102,11 @@ def test_the_parts_run_and_are_kept(tmp_path, monkeypatch):
 
 def test_the_arm_is_the_real_command(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(evals, "said", lambda command: commands.append(command))
-    found = evals.whole(tmp_path, SMALL, 2)
+    monkeypatch.setattr(backbone, "said", lambda command: commands.append(command))
+    found = backbone.whole(tmp_path, SMALL, 2)
     assert {k: len(v) for k, v in found.items()} == {"all": 2, "pass": 2} and len(commands) == 2
     monkeypatch.undo()
-    assert '"eval/knn_top1"' in evals.said(commands[0])
+    assert '"eval/knn_top1"' in backbone.said(commands[0])
     names = {p.name.partition("-")[0] for p in (tmp_path / "eval").glob("*.json")}
     assert names == {"knn", "retrieve", "health", "ridge", "logistic", "sgd"}
     # One percent of so few images is none to choose on, and probe would be left out.
@@ -114,17 +116,17 @@ def test_the_arm_is_the_real_command(tmp_path, monkeypatch):
     ]
     few = [x if not x.startswith("data.val") else f"data.val={tmp_path / 'train'}" for x in few]
     with pytest.raises(AssertionError, match="ridge_strength|eval"):
-        evals.said(few)
+        backbone.said(few)
 
 
 def test_the_peak_is_what_a_search_adds(monkeypatch):
     at = {"VmRSS": 3 * 2**20, "VmHWM": 5 * 2**20}
-    monkeypatch.setattr(evals, "memory", at.__getitem__)
-    assert evals.peak_gib(SMALL) == 2
+    monkeypatch.setattr(cached, "memory", at.__getitem__)
+    assert cached.peak_gib(SMALL) == 2
     monkeypatch.undo()
-    before = evals.memory("VmHWM")
+    before = cached.memory("VmHWM")
     kept = np.ones(2**24)  # 128 MiB, written
-    assert evals.memory("VmHWM") - before > 0 and evals.memory("VmRSS") >= kept.nbytes // 1024
+    assert cached.memory("VmHWM") - before > 0 and cached.memory("VmRSS") >= kept.nbytes // 1024
 
 
 def test_zones_are_classes_of_different_images(tmp_path):
