@@ -4,6 +4,7 @@ Letters: N images, F features."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,14 +44,25 @@ def run(own: Features, ks: Sequence[int] = RECALLS) -> dict[str, float]:
 
 def _sums(x: Tensor, y: Tensor, rows: Tensor, ks: Sequence[int]) -> Tensor:
     """Of these queries: how many found at each k, sum of average precisions, number."""
-    sim = rounded(x[rows] @ x.T)
-    sim.scatter_(1, rows[:, None], -torch.inf)
-    # Stable: of equal cosines the image with the smaller index comes first.
-    order = sim.argsort(stable=True, dim=1, descending=True)[:, :-1]
-    right = (y[order] == y[rows, None]).double()
+    right = (y[_ranking(x[rows] @ x.T, rows)] == y[rows, None]).double()
     there = right.sum(1)
     asked = there > 0
     place = torch.arange(1, right.shape[1] + 1, device=x.device)
     precision = (right * right.cumsum(1) / place).sum(1) / there.clamp(min=1)
     hits = [(right[:, :k].sum(1) > 0)[asked].sum() for k in ks]
     return torch.stack([*hits, precision[asked].sum(), asked.sum()]).double()
+
+
+def _ranking(sim: Tensor, rows: Tensor) -> Tensor:
+    """[n,N] cosines of the queries in these rows -> [n,N-1] rows of the others, nearest first; of
+    equal cosines the smaller row comes first.
+
+    Cosine and row are made one integer.  No two are equal, so nothing but the integers is sorted,
+    which on a CPU takes NumPy a ninth of the time of torch's stable argsort."""
+    bits = 32
+    place = torch.arange(sim.shape[1], device=sim.device)
+    key = place - ((rounded(sim) * 2**20).long() << bits)
+    key.scatter_(1, rows[:, None], torch.iinfo(torch.int64).max)
+    on_cpu = key.device.type == "cpu"
+    best = torch.from_numpy(np.sort(key.numpy(), axis=1)) if on_cpu else key.sort(dim=1).values
+    return best[:, :-1] & (2**bits - 1)
