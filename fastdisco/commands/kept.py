@@ -9,7 +9,7 @@ import torch
 
 from fastdisco.commands.measure import Stopped, Work, plain
 from fastdisco.common import dist
-from fastdisco.common.console import say
+from fastdisco.common.console import console, say
 from fastdisco.common.errors import UserError
 from fastdisco.evals.finetune import Tuning
 from fastdisco.evals.linear import Training
@@ -33,6 +33,7 @@ class Kept:
     ) -> None:
         """Continues where a training by the same protocol was stopped."""
         self.work, self.training, self.saved = work, training, time.monotonic()
+        self.what, self.epochs = what, epochs
         self.path = work.network.folder / f"{what}-{short_hash(plain(protocol))}.pt"
         self._bar = work.bar(f"{what}: {text}, {epochs} epochs", epochs, shared=False)
         if self.path.exists():
@@ -59,6 +60,8 @@ class Kept:
         ended, stop = training.step == 0, self.work.stop
         if ended and dist.rank() == 0 and time.monotonic() - self.saved > SAVE:
             self.save()
+            if not console.is_terminal:
+                say(f"{self.what}: epoch {training.epoch} of {self.epochs} done")
         # Every rank asks at the same steps, for asking waits for all.
         looks = stop is not None and (ended or training.step % LOOK == 0)
         if looks and dist.any_rank(stop.asked):

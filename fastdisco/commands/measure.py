@@ -129,7 +129,8 @@ class Work:
         key = self._key(listing, indices, view, what)
         if key in self._kept:
             return self._kept[key]
-        with self.bar(f"features of {listing.source}", len(indices)) as tick:
+        text = f"features of {len(indices)} images of {listing.source}"
+        with self.bar(text, len(indices)) as tick:
             found = passes.features(
                 encode, listing, indices, view, self.cfg.data, self.device, tick
             )
@@ -192,6 +193,9 @@ class Work:
         """Yields what is told of every piece done on this rank; a stop asked for is heard there,
         where no other rank waits.  shared: each rank does its part of the total."""
         shown = dist.rank() == 0 and console.is_terminal
+        if not console.is_terminal:
+            # In a log no bar moves, and minutes without a line look like a hang.
+            say(text)
         with Progress(console=console, transient=True, disable=not shown) as progress:
             task = progress.add_task(text, total=total)
 
