@@ -363,7 +363,7 @@ def summary(result: results.Result) -> str:
     for name, value in result.values.items():
         ends = result.intervals.get(name)
         around = f" [{ends[0]:.2%}, {ends[1]:.2%}]" if ends else ""
-        shown = f"{value:.2%}" if results.is_share(name) else f"{value:.4g}"
+        shown = f"{value:.2%}" if results.is_share(name) else results.number(value)
         parts.append(f"{name} {shown}{around}")
     return f"{result.what} ({result.seconds:.1f} s, {result.hash}): " + ", ".join(parts)
 

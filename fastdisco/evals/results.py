@@ -128,6 +128,11 @@ def is_share(key: str) -> bool:
     return key == "map" or any(part in key for part in ("_top1", "_top5", "recall_at_"))
 
 
+def number(value: float) -> str:
+    """All digits of a count, four figures of anything else."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
 class Table(NamedTuple):
     columns: list[str]  # the first is that of the networks
     rows: list[list[str]]
@@ -239,7 +244,7 @@ def as_csv(t: Table) -> str:
 def _cell(key: str, result: Result) -> str:
     value = result.values[key]
     if key not in result.intervals:
-        return f"{100 * value:.2f}" if is_share(key) else f"{value:.4g}"
+        return f"{100 * value:.2f}" if is_share(key) else number(value)
     low, high = result.intervals[key]
     return f"{100 * value:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
