@@ -2,8 +2,12 @@
 
 RUN/config.yaml                          the configuration
 RUN/checkpoints/step_XXXXXXXX/state.pt   the state after a step
-RUN/checkpoints/last                     a text file: the name of the newest step_XXXXXXXX"""
+RUN/checkpoints/last                     a text file: the name of the newest step_XXXXXXXX
+manifest.py has the manifest beside state.pt."""
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +15,12 @@ import torch
 
 from fastdisco import config
 from fastdisco.common.errors import UserError
+from fastdisco.models import manifest
 from fastdisco.models.build import of
 from fastdisco.models.net import Net
 from fastdisco.models.weights import load_weights, read
+
+_STEP = re.compile(r"step_\d{1,18}", re.ASCII)
 
 
 def from_run(
@@ -37,7 +44,9 @@ def from_run(
         )
     state, described = step / "state.pt", step.parent.parent / "config.yaml"
     cfg = _alone(config.load(described, overrides), student, folder)
-    weights = read(state).get(f"{student}/{which}" if student else which)
+    content = read(state)
+    manifest.refuse_lost(state, content)
+    weights = content.get(f"{student}/{which}" if student else which)
     if not isinstance(weights, dict):
         without_ema = f"this run by {cfg.method.name} has no mean student"
         why = without_ema if which == "ema" else "give a checkpoint written by fastdisco/train.py"
@@ -54,17 +63,68 @@ def last(run: Path) -> Path | None:
     """The folder of a run's newest checkpoint, which RUN/checkpoints/last names; None where the run
     has none yet.
 
-    Raises UserError where that folder has no state.pt."""
+    Raises UserError where `last` is damaged, or that folder has no state.pt."""
     pointer = Path(run) / "checkpoints" / "last"
-    if not pointer.exists():
+    if not os.path.lexists(pointer):
         return None
-    step = pointer.parent / pointer.read_text().strip()
+    step = _named(pointer)
     if not (step / "state.pt").is_file():
         raise UserError(
             f"{pointer}: names {step.name}, which holds no state.pt; write a complete folder's "
             "name into it"
         )
     return step
+
+
+def newest_first(run: Path) -> tuple[list[Path], str]:
+    """The folders of the checkpoints that a run may continue from, the newest first: none that is
+    later than the one that RUN/checkpoints/last names.
+
+    Where `last` is lost or damaged, or names what is not there, it is all of them, and the second
+    value is a clause that says what is wrong."""
+    pointer = Path(run) / "checkpoints" / "last"
+    steps = checkpoints(run)[::-1]
+    if not os.path.lexists(pointer):
+        return steps, f"{pointer}: is not there" if steps else ""
+    try:
+        step = _named(pointer)
+    except UserError as e:
+        return steps, str(e)
+    if step not in steps:
+        return steps, f"{pointer}: names {step.name}, which is not there"
+    return steps[steps.index(step) :], ""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the oldest first; a copy of a user's, such as
+    step_00001000.good, is none of them."""
+    found = (Path(run) / "checkpoints").glob("step_*")
+    return sorted((p for p in found if _STEP.fullmatch(p.name) and p.is_dir()), key=_number)
+
+
+def _number(step: Path) -> int:
+    return int(step.name.removeprefix("step_"))
+
+
+def _named(pointer: Path) -> Path:
+    """The folder that the file `last` names, which need not be there."""
+    try:
+        # Opening a pipe would wait for its other end.
+        if pointer.exists() and not pointer.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        with pointer.open("rb") as f:
+            # Whatever it is, no name is longer.
+            name = f.read(1000).decode("ascii", errors="replace").strip()
+    except OSError as e:
+        raise UserError(
+            f"{pointer}: cannot be read ({e.strerror}); write the name of a folder there into it"
+        ) from None
+    if not _STEP.fullmatch(name):
+        raise UserError(
+            f"{pointer}: names no checkpoint; write the name of a folder there into it, such as "
+            "step_00001000"
+        )
+    return pointer.parent / name
 
 
 def _alone(cfg: config.Config, student: str | None, folder: Path) -> config.Config:

@@ -1,14 +1,13 @@
 """Everything an exact resume needs, under portable names.  A crash at any moment leaves the last
 checkpoint whole.
 
-RUN/checkpoints/last                     text: the name of the newest folder
-RUN/checkpoints/step_00001000/state.pt   what all ranks share, as full named tensors
-RUN/checkpoints/step_00001000/rank_0.pt  a rank's own: random state, batch-norm statistics
-All files load with torch.load(weights_only=True)."""
+RUN/checkpoints/last                          text: the name of the newest folder
+RUN/checkpoints/step_00001000/state.pt        what all ranks share, as full named tensors
+RUN/checkpoints/step_00001000/rank_0.pt       a rank's own: random state, batch-norm statistics
+RUN/checkpoints/step_00001000/manifest.json   size and SHA-256 of these files
+The .pt files load with torch.load(weights_only=True)."""
 
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 
 from fastdisco import engine
 from fastdisco.common import dist
+from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
-from fastdisco.models import last, mean_buffers, read
+from fastdisco.models import last, manifest, mean_buffers, newest_first, read
+from fastdisco.run import saving
+
+__all__ = ["Item", "items", "last", "restore", "save"]
 
 
 class Item(NamedTuple):
@@ -75,93 +77,121 @@ def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], kee
     every rank.
 
     meta: fingerprints of what the state belongs to (data listing, teacher); `restore` refuses
-    others."""
-    folder = run / "checkpoints" / f"step_{step:08}"
-    beside = folder.with_name(f".{folder.name}.part")
-    if dist.rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
+    others.
+    Raises NotSaved, on every rank alike, where the file system fails."""
     # On every rank: some items gather from all.
     values = {name: item.get() for name, item in state.items()}
     own = {name: values[name] for name, item in state.items() if item.own}
     shared = {name: values[name] for name, item in state.items() if not item.own}
-    _write(beside / f"rank_{dist.rank()}.pt", {"world": dist.world(), **own})
-    if dist.rank() == 0:
-        _write(beside / "state.pt", {"step": step, "meta": meta, **shared})
-    # Now every rank's file is on disk, and the folder may take its name.
-    dist.barrier()
-    if dist.rank() == 0:
-        _sync(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-        write_whole(folder.parent / "last", folder.name)
-        # `last` is on disk before an older checkpoint goes.
-        _sync(folder.parent)
-        _prune(folder, keep)
-    dist.barrier()
-
-
-def _prune(folder: Path, keep: int) -> None:
-    """Removes what is not among the `keep` newest checkpoints up to this one, which `last` names.
-
-    A later step's is of a training that was given up: somebody has written an older checkpoint's
-    name into `last`, and this one continues from there."""
-    steps = sorted(folder.parent.glob("step_*"))
-    kept = [step for step in steps if step.name <= folder.name][-keep:]
-    for step in steps:
-        if step not in kept:
-            shutil.rmtree(step)
+    saving.write(
+        run,
+        step,
+        {"step": step, "meta": meta, "world": dist.world(), **shared},
+        {"world": dist.world(), "rank": dist.rank(), **own},
+        keep,
+    )
 
 
 def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
-    """Sets every item from the last checkpoint and returns its step; 0 where there is none.
+    """Sets every item from the newest whole checkpoint and returns its step; 0 where there is none.
+    Called by every rank.
 
+    Where `last` or the checkpoint that it names is damaged on any rank, all ranks continue from the
+    newest that is whole, which is said.
     On another number of ranks than wrote it, each rank starts from the mean batch-norm statistics
     and from its own fresh random state.
-    Raises UserError where the checkpoint is damaged, lacks this rank's file, or belongs to other
-    data or another teacher."""
-    folder = last(run)
-    if folder is None:
+    Raises UserError, on every rank alike, where none is whole, or where the checkpoint belongs to
+    other data or another teacher."""
+    steps, problem = newest_first(run)
+    problems = [problem] if problem else []
+    for folder in steps:
+        try:
+            found = dist.alike(_read, folder, state)
+        except UserError as e:
+            problems.append(str(e))
+            continue
+        _refuse_other(folder, found.shared["meta"], meta)
+        _set(found, state)
+        _say_found(folder, problems)
+        return found.shared["step"]
+    if not problems:
         return 0
-    own_file = folder / f"rank_{dist.rank()}.pt"
-    try:
-        shared = read(folder / "state.pt")
-        own = read(own_file) if own_file.exists() else _of_another_world(own_file)
-    except UserError as e:
+    raise UserError(
+        f"{'; '.join(problems)}; with no whole checkpoint the run cannot continue: give it one, or "
+        "start over with --overwrite"
+    )
+
+
+class _Found(NamedTuple):
+    """A checkpoint's content: what all ranks share, and this rank's own; None where another number
+    of ranks has written it."""
+
+    shared: dict[str, Any]
+    own: dict[str, Any] | None
+
+
+def _read(folder: Path, state: dict[str, Item]) -> _Found:
+    """Raises UserError where a file is damaged, or this rank's is lost or another rank's."""
+    path = folder / "state.pt"
+    shared = read(path)
+    manifest.refuse_lost(path, shared)
+    _refuse_lack(path, shared, ["step", "meta", *(k for k, v in state.items() if not v.own)])
+    path = folder / f"rank_{dist.rank()}.pt"
+    if _world(folder, shared) != dist.world():
+        return _Found(shared, None)
+    if not path.exists():
         raise UserError(
-            f"{e}; or write the name of an older checkpoint into {folder.parent / 'last'}",
-            anywhere=True,
-        ) from None
-    for name, value in meta.items():
-        if shared["meta"].get(name) != value:
+            f"{path}: is not there, but {dist.world()} ranks have written the checkpoint; restore it"
+        )
+    own = read(path)
+    _refuse_lack(path, own, [k for k, v in state.items() if v.own])
+    if own.get("rank", dist.rank()) != dist.rank():
+        raise UserError(f"{path}: is the file of rank {own['rank']}; restore the right one")
+    return _Found(shared, own)
+
+
+def _world(folder: Path, shared: dict[str, Any]) -> int | None:
+    """How many ranks have written the checkpoint; None where nothing says it."""
+    if "world" in shared:
+        return shared["world"]
+    # An older version's.
+    others = sorted(folder.glob("rank_*.pt"))
+    return read(others[0]).get("world") if others else None
+
+
+def _refuse_lack(path: Path, found: dict[str, Any], names: Iterable[str]) -> None:
+    if lacks := [name for name in names if name not in found]:
+        raise UserError(f"{path}: lacks {shorten(lacks)}; restore the file from a copy")
+
+
+def _refuse_other(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
+    for name, value in here.items():
+        if there.get(name) != value:
             recorded = " (recorded embeddings, teacher.cache, count as another)"
             raise UserError(
                 f"{folder}: was trained with another {name} than this command gives"
                 f"{recorded if name == 'teacher' else ''}; take another run.name, or restore the "
                 f"{name}"
             )
+
+
+def _set(found: _Found, state: dict[str, Item]) -> None:
     for name, item in state.items():
         if not item.own:
-            item.set(shared[name])
-    if own["world"] == dist.world():
-        for name, item in state.items():
-            if item.own:
-                item.set(own[name])
-    return shared["step"]
+            item.set(found.shared[name])
+        elif found.own is not None:
+            item.set(found.own[name])
 
 
-def _of_another_world(own_file: Path) -> dict[str, Any]:
-    """What stands for a rank's file that is not there: fewer ranks have written the checkpoint.
-
-    Raises UserError where as many have, for then the file is lost."""
-    others = sorted(own_file.parent.glob("rank_*.pt"))
-    wrote = read(others[0])["world"] if others else None
-    if wrote == dist.world():
-        raise UserError(
-            f"{own_file}: is not there, but {wrote} ranks have written the checkpoint; restore it"
+def _say_found(folder: Path, problems: list[str]) -> None:
+    """Says where the run continues, if not where it should, and what could not be checked."""
+    if problems:
+        say(f"{'; '.join(problems)}; continuing from {folder.name}, the newest whole checkpoint")
+    if not (folder / manifest.NAME).exists():
+        say(
+            f"{folder}: an older version of fastdisco wrote it without {manifest.NAME}, so only the "
+            "checksums inside its files were compared"
         )
-    return {"world": None}
 
 
 def _buffers(net: nn.Module) -> Item:
@@ -183,17 +213,3 @@ def _set_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    with path.open("wb") as f:
-        torch.save(value, f)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Waits until the names in the folder are on disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)

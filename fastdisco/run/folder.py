@@ -126,15 +126,7 @@ def _agree(cfg: Config, folder: Path) -> None:
 
 def _locked(folder: Path, lock: Lock) -> str:
     """Rank 0 takes the lock; returns its id, or raises rank 0's error on every rank."""
-    mark, error = "", ""
-    if dist.rank() == 0:
-        try:
-            mark = lock.take(folder)
-        except UserError as e:
-            error = str(e)
-    if error := dist.all_texts(error)[0]:
-        raise UserError(error)
-    return mark
+    return dist.alike(lambda: "" if dist.rank() else lock.take(folder))
 
 
 def _visible(folder: Path) -> Iterator[Path]:
