@@ -22,6 +22,8 @@ class Log:
         self.steps = steps
         # The best kNN accuracy so far, by its name.
         self.best: dict[str, float] = {}
+        # Steps at which earlier attempts evaluated.
+        self.scored: set[int] = set()
         self.file: TextIO | None = None
         self.bar: Progress | None = None
         if dist.rank():
@@ -33,7 +35,9 @@ class Log:
         path = folder / "metrics.jsonl"
         kept = _entries(path, start)
         for line in kept:
-            self._remember(json.loads(line))
+            entry = json.loads(line)
+            if self._remember(entry):
+                self.scored.add(entry["step"])
         write_whole(path, "".join(kept))
         # A line at a time, for whoever follows the file.
         self.file = path.open("a", buffering=1)
@@ -46,11 +50,19 @@ class Log:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
         if self.bar:
             self.bar.stop()
         if self.file:
             self.file.close()
             self.tb.close()
+
+    def lacks(self, step: int) -> bool:
+        """Whether a resumed run has no evaluation of that step; False on ranks other than 0."""
+        return self.file is not None and step not in self.scored
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Metrics after `step` steps, named group/name as in TensorBoard."""
