@@ -10,6 +10,7 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from fastdisco.common import files
 from fastdisco.common.errors import UserError
 from fastdisco.common.launch import defaults, local_rank, rank, world
 from fastdisco.common.seeding import mix
@@ -130,13 +131,14 @@ def all_texts(text: str) -> list[str]:
 
 
 def alike(action: Callable[..., T], *args: Any) -> T:
-    """The action's result.  Where it raises a UserError on any rank, every rank raises the first of
-    them: nobody is left waiting in what comes next.
+    """The action's result.  Where it raises a UserError or an error of the file system on any rank,
+    every rank raises the first of them as a UserError: nobody is left waiting in what comes next.
 
     The action itself must not wait for other ranks."""
     found, error = None, ""
     try:
-        found = action(*args)
+        with files.refused():
+            found = action(*args)
     except UserError as e:
         error = str(e)
     if error := next(filter(None, all_texts(error)), ""):

@@ -1,11 +1,28 @@
 """Files that are written completely or not at all, and paths as users write them."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from fastdisco.common import temporary
+from fastdisco.common.errors import UserError
+
+_SPACE, _RIGHTS = (
+    "make space there, or take another place",
+    "make it writable, or take another place",
+)
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -14,7 +31,7 @@ def write_whole(path: Path, text: str) -> None:
     Whenever the process is killed, the file has either its old content or all of the new.  Several
     processes may write the same file at once: each has a temporary file of its own.
     Raises an OSError that names the path; then the file has its old content."""
-    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
+    part = temporary.part(path)
     with naming(path):
         try:
             # A file name is bytes and need not be valid UTF-8; Python hands such bytes over as
@@ -45,6 +62,19 @@ def told(error: OSError) -> str:
     """'PATH: No space left on device'"""
     reason = error.strerror or str(error)
     return f"{os.fspath(error.filename)}: {reason}" if error.filename else reason
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """In this context an error of the file system that names a path becomes a UserError: one sentence
+    with path, reason and remedy."""
+    try:
+        yield
+    except OSError as e:
+        if not e.filename:
+            raise
+        remedy = _REMEDIES.get(e.errno or 0, "look at this path and what it lies on")
+        raise UserError(f"{told(e)}; {remedy}") from None
 
 
 def sha256(path: Path) -> str:

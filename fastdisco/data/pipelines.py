@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdisco.common import temporary
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 from fastdisco.data import decoder, lines, shards
@@ -59,7 +60,7 @@ def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
     """The pipeline make(reader's arguments) over these images, built.
 
     Raises UserError where a tar is gone."""
-    with tempfile.TemporaryDirectory(prefix="fastdisco-") as folder:
+    with tempfile.TemporaryDirectory(prefix=temporary.prefix()) as folder:
         pipe = make(reader(listing, indices, folder))
         try:
             pipe.build()

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as td
 
 from fastdisco import config
-from fastdisco.common import dist
+from fastdisco.common import dist, files
 from fastdisco.common.console import refuse
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
@@ -118,7 +118,8 @@ def together() -> Iterator[list[Callable[[], Any]]]:
     watch = threading.Thread(target=_watch, args=watched, daemon=True)
     watch.start()
     try:
-        yield closing
+        with files.refused():
+            yield closing
     except UserError as e:
         ended.set()
         _say(store, e)

@@ -2,12 +2,13 @@
 continue it."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastdisco import config
-from fastdisco.common import dist
+from fastdisco.common import dist, temporary
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
@@ -47,6 +48,8 @@ _FREE = (
 # config.yaml goes last: a folder without it is no run, and one that lost it midway
 # would be refused from then on.
 _OURS = ("env.json", "metrics.jsonl", "tb", "checkpoints", "eval", "config.yaml")
+# What `clear` calls checkpoints/ while it deletes it.
+ASIDE = ".checkpoints.part"
 
 
 def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Path:
@@ -61,22 +64,14 @@ def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Pat
         agreement.same_folder(folder, _locked(folder, lock))
         # Another training may have ended between the first look and the lock.
         agree(cfg, overwrite)
+        _tidy(folder)
     return folder
 
 
 def clear(folder: Path) -> None:
     """Deletes the run in the folder, and says what else is there and stays.  Called by every rank;
     `claim` comes before, which refuses folders of other things."""
-    if dist.rank() == 0 and folder.exists():
-        for name in _OURS:
-            path = folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        if left := sorted(p.name for p in _visible(folder)):
-            say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")
-    dist.barrier()
+    dist.alike(lambda: None if dist.rank() else _clear(folder))
 
 
 def agree(cfg: Config, overwrite: bool = False) -> Path:
@@ -101,11 +96,13 @@ def agree(cfg: Config, overwrite: bool = False) -> Path:
 def describe(cfg: Config, folder: Path) -> None:
     """Writes config.yaml and env.json.  Call it when the run is known to belong to this data and
     teacher."""
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", config.dump(cfg))
-        write_whole(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
-    dist.barrier()
+    dist.alike(lambda: None if dist.rank() else _describe(cfg, folder))
+
+
+def _describe(cfg: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", config.dump(cfg))
+    write_whole(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
 
 
 def _agree(cfg: Config, folder: Path) -> None:
@@ -127,6 +124,35 @@ def _agree(cfg: Config, folder: Path) -> None:
 def _locked(folder: Path, lock: Lock) -> str:
     """Rank 0 takes the lock; returns its id, or raises rank 0's error on every rank."""
     return dist.alike(lambda: "" if dist.rank() else lock.take(folder))
+
+
+def _clear(folder: Path) -> None:
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    # At once: half of a checkpoint's folder is not to be continued from.
+    if (folder / "checkpoints").is_dir():
+        os.replace(folder / "checkpoints", aside)
+        shutil.rmtree(aside)
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    left = sorted(p.name for p in _visible(folder)) if folder.exists() else []
+    if left:
+        say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what killed trainings have left: of this run, whose lock is held, and in TMPDIR."""
+    if dist.rank() == 0:
+        checkpoints = folder / "checkpoints"
+        for part in (folder / ASIDE, *checkpoints.glob(".step_*.part")):
+            shutil.rmtree(part, ignore_errors=True)
+        temporary.sweep(folder, checkpoints, folder / "eval")
+    if dist.local_rank() == 0:
+        temporary.sweep_tmpdir()
 
 
 def _visible(folder: Path) -> Iterator[Path]:
