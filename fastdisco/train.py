@@ -101,6 +101,7 @@ def _run(
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
+    saver = checkpoint.Saver(folder, items, meta, cfg.checkpoint.keep)
     evaluation = Evaluation(cfg, states, listing, val, device, steps)
     with Log(folder, start, steps) as log:
         closing.append(log.close)
@@ -161,7 +162,7 @@ def _run(
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
             if save:
                 with meter.paused():
-                    checkpoint.save(folder, done, items, meta, cfg.checkpoint.keep)
+                    saver.save(done, ends=last or asked)
             due = evaluation.due(done)
             if asked and (due or not last):
                 say(f"stopped as asked after step {done}; the same command continues from there")

@@ -50,11 +50,13 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """In this context an OSError names the path, which that of a full disk does not by itself."""
+    """In this context an OSError names the path, which that of a full disk does not by itself, unless
+    it names another one than a temporary file."""
     try:
         yield
     except OSError as e:
-        e.filename, e.filename2 = str(path), None
+        if not e.filename or os.fspath(e.filename).endswith(".part"):
+            e.filename, e.filename2 = str(path), None
         raise
 
 

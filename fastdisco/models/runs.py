@@ -65,7 +65,7 @@ def last(run: Path) -> Path | None:
 
     Raises UserError where `last` is damaged, or that folder has no state.pt."""
     pointer = Path(run) / "checkpoints" / "last"
-    if not os.path.lexists(pointer):
+    if not _is_there(pointer):
         return None
     step = _named(pointer)
     if not (step / "state.pt").is_file():
@@ -84,7 +84,7 @@ def newest_first(run: Path) -> tuple[list[Path], str]:
     value is a clause that says what is wrong."""
     pointer = Path(run) / "checkpoints" / "last"
     steps = checkpoints(run)[::-1]
-    if not os.path.lexists(pointer):
+    if not _is_there(pointer):
         return steps, f"{pointer}: is not there" if steps else ""
     try:
         step = _named(pointer)
@@ -97,9 +97,24 @@ def newest_first(run: Path) -> tuple[list[Path], str]:
 
 def checkpoints(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, the oldest first; a copy of a user's, such as
-    step_00001000.good, is none of them."""
-    found = (Path(run) / "checkpoints").glob("step_*")
-    return sorted((p for p in found if _STEP.fullmatch(p.name) and p.is_dir()), key=_number)
+    step_00001000.good, is none of them.  Raises OSError where that cannot be seen."""
+    folder = Path(run) / "checkpoints"
+    try:
+        # Not by a glob: to that, a folder that may not be read is an empty one.
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = [folder / name for name in names if _STEP.fullmatch(name)]
+    return sorted((p for p in found if p.is_dir()), key=_number)
+
+
+def _is_there(path: Path) -> bool:
+    """As os.path.lexists, to which what may not be seen is not there."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _number(step: Path) -> int:

@@ -52,7 +52,8 @@ def write(run: Path, step: int, shared: dict[str, Any], own: dict[str, Any], kee
 def _prepare(beside: Path, needed: int) -> None:
     """Makes the empty folder; raises OSError where the disk has less than the needed bytes free."""
     parent = beside.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    # Not its parents: where the run's folder is gone, so is the rest of the run.
+    parent.mkdir(exist_ok=True)
     with naming(parent):
         disk = shutil.disk_usage(parent)
     # Some file systems do not know their size.
@@ -138,14 +139,14 @@ def _prune(folder: Path, keep: int) -> None:
 
     A later step's is of a training that was given up: somebody has written an older checkpoint's
     name into `last`, or it was damaged, and this one continues from there."""
-    steps = checkpoints(folder.parent.parent)
-    kept = steps[: steps.index(folder) + 1][-keep:]
-    for step in steps:
-        if step not in kept:
-            try:
+    try:
+        steps = checkpoints(folder.parent.parent)
+        kept = steps[: steps.index(folder) + 1][-keep:]
+        for step in steps:
+            if step not in kept:
                 shutil.rmtree(step)
-            except OSError as e:
-                say(f"an old checkpoint stays: {told(e)}")
+    except OSError as e:
+        say(f"an old checkpoint stays for now: {told(e)}")
 
 
 def _by_rank_0(action: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import naming, write_whole
 
 VERSION = 1
 COMMAND = "`fastdisco teacher record --config ...`"
@@ -61,8 +61,9 @@ class Files:
 
     def flush(self) -> None:
         """Writes to disk what has changed; z first, for a checksum says that its rows are there."""
-        self._z_map.flush()
-        self._sums_map.flush()
+        with naming(self.folder):
+            self._z_map.flush()
+            self._sums_map.flush()
 
     def read_ahead(self, r: int) -> None:
         """Has the system read the whole round: random rows would come one by one."""
