@@ -9,7 +9,7 @@ The .pt files load with torch.load(weights_only=True)."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fastdisco import engine
 from fastdisco.common import dist
-from fastdisco.common.console import say, shorten
+from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.models import checkpoints, last, manifest, mean_buffers, newest_first, read
-from fastdisco.run import saving
+from fastdisco.run import fit, saving
 
 __all__ = ["Item", "Saver", "items", "last", "restore", "save"]
 
@@ -34,6 +34,8 @@ class Item(NamedTuple):
     set: Callable[[Any], Any]
     # Each rank keeps its own; else rank 0 writes one for all.
     own: bool = False
+    # Raises ValueError where what a checkpoint holds is not what `set` takes.
+    check: Callable[[Any], Any] = lambda found: None
 
 
 def items(
@@ -46,32 +48,51 @@ def items(
     name     of one of several students: its items are <name>/student, <name>/method ..., and the
              lists of all, joined, are the training's"""
     net, scaler = student.module, engine.scaler(student)
+    scaling = lambda: scaler.state_dict() if scaler else None
+    # At ZeRO stage 3 a parameter is empty, and its shape is elsewhere.
+    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in net.named_parameters()}
+    groups = student.basic_optimizer.param_groups if hasattr(student, "basic_optimizer") else []
     found = {
         "student": Item(
             lambda: engine.weights(student) | mean_buffers(net),
             lambda weights: engine.load_weights(student, weights),
+            check=lambda x: fit.state_dict(x, net.state_dict(), shapes=False),
         ),
-        "method": Item(method.state_dict, method.load_state_dict),
+        "method": Item(
+            method.state_dict,
+            method.load_state_dict,
+            check=lambda x: fit.state_dict(x, method.state_dict()),
+        ),
         "optimizer": Item(
             lambda: engine.optimizer_state(student),
             lambda state: engine.load_optimizer_state(student, state),
+            check=lambda x: fit.optimizer(x, shapes, groups),
         ),
         # None but for fp16.
         "scaler": Item(
-            lambda: scaler and scaler.state_dict(),
+            scaling,
             lambda state: scaler and scaler.load_state_dict(state),
+            check=lambda x: fit.scaler(x, scaling()),
         ),
         # Batch-norm statistics differ by rank.  "student" and "ema" hold their mean over ranks, for
         # evaluations and for a resume on another number of ranks.
         "student_buffers": _buffers(net),
     }
     if ema is not None:
-        mean = Item(lambda: ema.state_dict() | mean_buffers(ema), ema.load_state_dict)
+        mean = Item(
+            lambda: ema.state_dict() | mean_buffers(ema),
+            ema.load_state_dict,
+            check=lambda x: fit.state_dict(x, ema.state_dict(), shapes=False),
+        )
         found |= {"ema": mean, "ema_buffers": _buffers(ema)}
     if name:
         found = {f"{name}/{item}": value for item, value in found.items()}
-    data = Item(lambda: loader.position, lambda position: setattr(loader, "position", position))
-    return found | {"data": data, "rng": Item(_rng, _set_rng, own=True)}
+    data = Item(
+        lambda: loader.position,
+        lambda position: setattr(loader, "position", position),
+        check=fit.count,
+    )
+    return found | {"data": data, "rng": Item(_rng, _set_rng, own=True, check=fit.random)}
 
 
 def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int) -> None:
@@ -155,7 +176,7 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
             problems.append(str(e))
             continue
         _refuse_other(folder, found.shared["meta"], meta)
-        _set(found, state)
+        _set(found, state, folder)
         _say_found(folder, problems)
         return found.shared["step"]
     if not problems:
@@ -179,7 +200,8 @@ def _read(folder: Path, state: dict[str, Item]) -> _Found:
     path = folder / "state.pt"
     shared = read(path)
     manifest.refuse_lost(path, shared)
-    _refuse_lack(path, shared, ["step", "meta", *(k for k, v in state.items() if not v.own)])
+    shares = {k: v.check for k, v in state.items() if not v.own}
+    _refuse_misfit(path, shared, {"step": _of_folder(folder), "meta": _texts, **shares})
     path = folder / f"rank_{dist.rank()}.pt"
     if _world(folder, shared) != dist.world():
         return _Found(shared, None)
@@ -188,24 +210,51 @@ def _read(folder: Path, state: dict[str, Item]) -> _Found:
             f"{path}: is not there, but {dist.world()} ranks have written the checkpoint; restore it"
         )
     own = read(path)
-    _refuse_lack(path, own, [k for k, v in state.items() if v.own])
-    if own.get("rank", dist.rank()) != dist.rank():
-        raise UserError(f"{path}: is the file of rank {own['rank']}; restore the right one")
+    if (rank := own.get("rank", dist.rank())) != dist.rank():
+        raise UserError(f"{path}: is the file of rank {str(rank)[:9]}; restore the right one")
+    _refuse_misfit(path, own, {k: v.check for k, v in state.items() if v.own})
     return _Found(shared, own)
 
 
 def _world(folder: Path, shared: dict[str, Any]) -> int | None:
     """How many ranks have written the checkpoint; None where nothing says it."""
     if "world" in shared:
-        return shared["world"]
-    # An older version's.
-    others = sorted(folder.glob("rank_*.pt"))
-    return read(others[0]).get("world") if others else None
+        world = shared["world"]
+    else:
+        # An older version's.
+        others = sorted(folder.glob("rank_*.pt"))
+        world = read(others[0]).get("world") if others else None
+    return world if type(world) is int else None
 
 
-def _refuse_lack(path: Path, found: dict[str, Any], names: Iterable[str]) -> None:
-    if lacks := [name for name in names if name not in found]:
-        raise UserError(f"{path}: lacks {shorten(lacks)}; restore the file from a copy")
+def _refuse_misfit(
+    path: Path, found: dict[str, Any], checks: dict[str, Callable[[Any], Any]]
+) -> None:
+    """Raises UserError where an item is not there, or is not what the run takes."""
+    for name, check in checks.items():
+        if name not in found:
+            raise UserError(f"{path}: lacks {name}; restore the file from a copy")
+        try:
+            check(found[name])
+        except ValueError as e:
+            raise UserError(
+                f"{path}: {name} is not what this run saves: {e}; restore the file from a copy"
+            ) from None
+
+
+def _of_folder(folder: Path) -> Callable[[Any], None]:
+    number = int(folder.name.removeprefix("step_"))
+
+    def check(step: Any) -> None:
+        if type(step) is not int or step != number:
+            raise ValueError(f"{str(step)[:20]} in the folder of {number}")
+
+    return check
+
+
+def _texts(meta: Any) -> None:
+    if not isinstance(meta, dict) or not all(isinstance(x, str) for x in meta.values()):
+        raise ValueError("no dict of texts")
 
 
 def _refuse_other(folder: Path, there: dict[str, str], here: dict[str, str]) -> None:
@@ -219,12 +268,20 @@ def _refuse_other(folder: Path, there: dict[str, str], here: dict[str, str]) -> 
             )
 
 
-def _set(found: _Found, state: dict[str, Item]) -> None:
+def _set(found: _Found, state: dict[str, Item], folder: Path) -> None:
+    """Raises UserError where an item refuses what its check has let through."""
     for name, item in state.items():
-        if not item.own:
-            item.set(found.shared[name])
-        elif found.own is not None:
-            item.set(found.own[name])
+        content = found.own if item.own else found.shared
+        try:
+            if content is not None:
+                item.set(content[name])
+        # torch's own are RuntimeErrors of several lines.
+        except Exception as e:
+            first = (str(e) or type(e).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"{folder}: {name} is not what this run saves: {first}; write the name of an older "
+                f"checkpoint into {folder.parent / 'last'}"
+            ) from e
 
 
 def _say_found(folder: Path, problems: list[str]) -> None:
@@ -245,7 +302,8 @@ def _buffers(net: nn.Module) -> Item:
         for name, b in net.named_buffers():
             b.copy_(buffers[name])
 
-    return Item(lambda: dict(net.named_buffers()), copy, own=True)
+    own = lambda: dict(net.named_buffers())
+    return Item(own, copy, own=True, check=lambda x: fit.state_dict(x, own()))
 
 
 def _rng() -> dict[str, Tensor | None]:

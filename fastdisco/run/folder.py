@@ -109,7 +109,14 @@ def _agree(cfg: Config, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old, new = (config.flatten(c.model_dump(mode="json")) for c in (config.load(path), cfg))
+    try:
+        there = config.load(path)
+    # It is not even text, or is nested by the thousand.
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path}: is no configuration; restore it from a copy, or take another run.name"
+        ) from None
+    old, new = (config.flatten(c.model_dump(mode="json")) for c in (there, cfg))
     changed = (k for k in sorted(old | new) if old.get(k) != new.get(k))
     differ = [
         f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in changed if not k.startswith(_FREE)
@@ -167,7 +174,7 @@ def _of_a_run(folder: Path) -> None:
     try:
         config.load(folder / "config.yaml")
     # ValueError: it is not even text.
-    except (UserError, ValueError) as e:
+    except (UserError, ValueError, RecursionError) as e:
         raise UserError(
             f"--overwrite: deletes runs alone, and {folder}/config.yaml is not that of a run ({e}); "
             "take another run.name or run.out, or delete the folder yourself"

@@ -25,10 +25,19 @@ def header(folder: Path) -> dict[str, Any] | None:
     """What cache.json says; None where there is none.  Raises UserError where it is damaged."""
     path = folder / "cache.json"
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, not an object")
+        counts = found.get("rounds"), found.get("block", 1)
+        if not all(type(n) is int and 0 < n < 2**31 for n in counts):
+            raise ValueError("rounds or block is no count")
+        if not isinstance(found.get("teacher"), str):
+            raise ValueError("teacher is no fingerprint")
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
+    # RecursionError: brackets in brackets, by the thousand.
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"{path}: cannot be read ({e}); take another teacher.cache_folder, or remove this "
             "one and record anew"
