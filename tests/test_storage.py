@@ -11,10 +11,12 @@ import sys
 import pytest
 import torch
 from conftest import ranks, tiny
-from training import _fails, _told, losses
+from training import _fails, _told, losses, train_a_teacher
 
+from fastdisco import cli
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import refused
 from fastdisco.run import checkpoint, saving
 from fastdisco.run.appended import Appended
 from fastdisco.run.board import Board
@@ -334,3 +336,38 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     values = [(e.step, round(e.value, 4)) for e in found.Scalars("train/loss")]
     # The second attempt's in place of the first's after step 2.
     assert values == [(1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2)]
+
+
+# ---- other commands
+
+
+def test_packing_onto_a_full_disk_is_one_sentence_and_goes_on_later(folder, small, capsys):
+    fill(small)
+    # Some room for the beginning, none for the tar.
+    os.truncate(small / "filler", os.path.getsize(small / "filler") - 16384)
+    command = ["data", "pack", str(folder / "train"), str(small / "packed")]
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "small/packed" in line and "No space left on device; make space there" in line
+    os.remove(small / "filler")
+    assert cli.main(command) == 0
+    names = sorted(os.listdir(small / "packed"))
+    assert "manifest.json" in names and not [n for n in names if "part" in n]
+
+
+def test_recording_a_teacher_onto_a_full_disk_is_one_sentence(folder, small):
+    train_a_teacher(folder, small.parent, steps=1)
+    fill(small)
+    teacher = [f"teacher.file={small.parent}/teacher", "teacher.arch=test_resnet"]
+    cache = ["teacher.cache=record", f"teacher.cache_folder={small}/z", "teacher.cache_rounds=1"]
+    args = tiny(folder, small.parent / "out", *teacher, *cache, "data.val=null", "run.max_steps=1")
+    code, error = ranks(1, _fails, args)[0]
+    assert code == 2 and error.count("\n") == 1, error
+    assert "small/z" in error and ("No space left" in error or "cannot be taken there" in error)
+
+
+def test_an_error_that_names_no_path_is_told_only_where_it_is_a_disks():
+    with pytest.raises(UserError, match="^No space left on device; make space"), refused():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ConnectionResetError), refused():
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")

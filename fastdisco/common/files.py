@@ -15,6 +15,7 @@ _SPACE, _RIGHTS = (
     "make space there, or take another place",
     "make it writable, or take another place",
 )
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _REMEDIES = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -68,12 +69,13 @@ def told(error: OSError) -> str:
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """In this context an error of the file system that names a path becomes a UserError: one sentence
-    with path, reason and remedy."""
+    """In this context an error of the file system becomes a UserError: one sentence with path, reason
+    and remedy."""
     try:
         yield
     except OSError as e:
-        if not e.filename:
+        # Of a full disk, say those that nobody has named a path in; others are a program's.
+        if not e.filename and e.errno not in _OF_DISKS:
             raise
         remedy = _REMEDIES.get(e.errno or 0, "look at this path and what it lies on")
         raise UserError(f"{told(e)}; {remedy}") from None

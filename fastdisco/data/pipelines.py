@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdisco.common import temporary
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import naming
 from fastdisco.data import decoder, lines, shards
 from fastdisco.data.folder import Listing
 from fastdisco.data.placement import Placement
@@ -61,7 +62,8 @@ def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
 
     Raises UserError where a tar is gone."""
     with tempfile.TemporaryDirectory(prefix=temporary.prefix()) as folder:
-        pipe = make(reader(listing, indices, folder))
+        with naming(Path(folder)):
+            pipe = make(reader(listing, indices, folder))
         try:
             pipe.build()
         except RuntimeError:

@@ -68,8 +68,7 @@ class Log:
         if not self.file or not values:
             return
         entry = {"step": step, "time": round(time.time(), 3), **values}
-        self.file.add((json.dumps(entry) + "
-").encode())
+        self.file.add((json.dumps(entry) + "\n").encode())
         self.board.write(step, values)
         self._remember(values)
         if any(name.startswith("eval/") for name in values):
