@@ -54,13 +54,14 @@ def _prepare(beside: Path, needed: int) -> None:
     parent = beside.parent
     # Not its parents: where the run's folder is gone, so is the rest of the run.
     parent.mkdir(exist_ok=True)
+    # Of a save that was killed; its space is needed.
+    shutil.rmtree(beside, ignore_errors=True)
     with naming(parent):
         disk = shutil.disk_usage(parent)
     # Some file systems do not know their size.
     if disk.total and disk.free < needed + _SPARE:
         told = f"{needed / 1e6:.1f} MB are needed and {disk.free / 1e6:.1f} MB are free"
         raise OSError(0, told, str(parent))
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
 
 
