@@ -135,7 +135,8 @@ def _locked(folder: Path, lock: Lock) -> str:
 
 def _clear(folder: Path) -> None:
     aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        shutil.rmtree(aside)
     # At once: half of a checkpoint's folder is not to be continued from.
     if (folder / "checkpoints").is_dir():
         os.replace(folder / "checkpoints", aside)
