@@ -371,6 +371,19 @@ def test_health_beside_a_teacher(textures, run, capsys, tmp_path):
     assert 0 < values["eval/teacher_cka"] < 1 and values["eval/teacher_cosine"] < 0.9
 
 
+def test_networks_with_no_teacher_and_with_two_stand_in_one_table(textures, run, capsys, tmp_path):
+    other = a_run(textures, tmp_path, seed=1)
+    folders = [tmp_path / name for name in ("alone", "first", "second")]
+    teachers = ([], [f"health.teacher={run}"], [f"health.teacher={other}"])
+    for folder, teacher in zip(folders, teachers):
+        evaluate(capsys, "health", run, f"--out={folder}", *teacher)
+    assert cli.main(["eval", "table", *map(str, folders), "--format=csv"]) == 0
+    rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    of = {name: values for name, *values in rows}
+    assert len(set(of["rankme"])) == 1 and of["teacher_cka"][:2] == ["", "1"]
+    assert 0 < float(of["teacher_cka"][2]) < 1
+
+
 def test_embed_writes_features_by_name(run, textures, capsys, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()

@@ -253,8 +253,9 @@ def retrieval(work: Work) -> results.Result:
     )
 
 
-def healthy(work: Work) -> results.Result:
-    """Spread, rank and, where there is a teacher, how near the network is to it."""
+def healthy(work: Work) -> list[results.Result]:
+    """Spread and rank; where there is a teacher, how near the network is to it, as a result of its
+    own, so that networks with and without a teacher stand in one table."""
     begin = time.perf_counter()
     if work.cfg.data.val is None and work.network.has_train:
         work = _on_training_images(work)
@@ -271,12 +272,18 @@ def healthy(work: Work) -> results.Result:
         zt.x if same and zt is not None else None,
         labelled,
     )
-    own: dict[str, Any] = {"teacher": of_teacher, "k": work.settings.health.k}
-    if teacher and labelled:
-        alone = work.settings.health.alone
-        beside, own["alone"] = _features_of(work, networks.of_run(alone) if alone else None)
-        values |= _gap(work, student, teacher["features"], beside.get("features"))
-    return work.save("health", values, work.protocol("health", own), time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    near = {name: values.pop(name) for name in list(values) if name.startswith("teacher_")}
+    found = [work.save("health", values, work.protocol("health", {}), seconds)]
+    if teacher:
+        own: dict[str, Any] = {"k": work.settings.health.k}
+        if labelled:
+            alone = work.settings.health.alone
+            beside, own["alone"] = _features_of(work, networks.of_run(alone) if alone else None)
+            near |= _gap(work, student, teacher["features"], beside.get("features"))
+        protocol = work.protocol("health", own) | {"teacher": of_teacher}
+        found.append(work.save("health-teacher", near, protocol, time.perf_counter() - begin))
+    return found
 
 
 def _on_training_images(work: Work) -> Work:

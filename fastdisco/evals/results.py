@@ -16,8 +16,9 @@ from fastdisco.common.files import naming, write_whole
 from fastdisco.config.merge import flatten
 from fastdisco.evals import intervals
 
-# Of a protocol, what may differ within a column: whose numbers they are, and what computed them.
-OWN = ("network", "versions")
+# Of a protocol, what may differ within a column: whose numbers they are (each network's are beside its
+# own teacher), and what computed them.
+OWN = ("network", "teacher", "versions")
 
 
 class Result(NamedTuple):
