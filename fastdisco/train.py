@@ -68,6 +68,7 @@ def _run(
     # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
+    config.refuse_beyond(cfg, dist.world(), engine.memory(device))
     listing, val = _listings(cfg)
     # One student is a list of one, named ''.
     alone = config.students(cfg).items()
