@@ -4,6 +4,9 @@ import os
 import re
 from pathlib import Path
 
+# Linux's PATH_MAX less the zero byte at the end, and NAME_MAX, bytes.
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+
 
 def write_whole(path: Path, text: str) -> None:
     """Writes the text through a temporary file beside it, which then takes the file's name.
@@ -32,4 +35,20 @@ def expanded(path: Path) -> Path:
     if left := re.search(r"\$(\w+|\{\w+\})", text):
         name = left[1].strip("{}")
         raise ValueError(f"${name} is not set in the environment; set it, or write the path out")
+    _refuse_unopenable(text)
     return Path(text)
+
+
+def _refuse_unopenable(text: str) -> None:
+    """Raises ValueError for a path that no system call takes."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("it has a character that no file name can have; remove it") from None
+    if b"\0" in name:
+        raise ValueError("it has a zero byte, which no path can have; remove it")
+    if len(name) > LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
+        raise ValueError(
+            f"it is longer than a path ({LONGEST_PATH} bytes) or a name in it ({LONGEST_NAME}) can "
+            "be; shorten it"
+        )

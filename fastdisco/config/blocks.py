@@ -6,9 +6,9 @@ config.py.  null in a file is None here."""
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from fastdisco.config.block import Block, Float, Int, no_bool
 
@@ -31,8 +31,9 @@ class Run(Block):
     @field_validator("name")
     @classmethod
     def _one_folder(cls, name: str) -> str:
-        if not re.fullmatch(_WORD, name) or name.startswith("."):
-            raise ValueError("one folder name of letters, digits and . _ + -")
+        # Files beside the folder have longer names than it.
+        if not re.fullmatch(_WORD, name) or name.startswith(".") or len(name.encode()) > 200:
+            raise ValueError("one folder name of letters, digits and . _ + -, at most 200 bytes")
         return name
 
 
@@ -96,7 +97,7 @@ class Student(Block):
     # Width of the embedding, which is the head's output.  It must equal the teacher's.
     dim: Int = Field(128, ge=1)
     # Further arguments of timm.create_model for the backbone.
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class OneOfMany(Block):
@@ -109,7 +110,7 @@ class OneOfMany(Block):
     arch: str | None = None
     hidden: Int | None = Field(None, ge=0)
     # They replace student.kwargs as a whole.
-    kwargs: dict[str, Any] | None = None
+    kwargs: dict[str, JsonValue] | None = None
     lr: Float | None = Field(None, ge=0)
 
     @field_validator("name")
@@ -128,7 +129,7 @@ class Teacher(Block):
     # The timm model of the file's backbone; null: found by the names and shapes in the file.
     arch: str | None = None
     # Further arguments of timm.create_model for the backbone.
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     # Which student teaches, where the fastdisco run has several.
     student: str | None = None
     # Of weights and activations; auto: fp16 on a GPU, engine.precision on a CPU.
@@ -269,7 +270,7 @@ class Engine(Block):
     # With overlap: how many gradients are sent at once, MiB.
     bucket_mb: Float = Field(8.0, gt=0)
     # DeepSpeed's own keys, laid over the settings that fastdisco makes.
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fp16_at_stage_0(self) -> "Engine":
