@@ -1,7 +1,10 @@
 """Files that are written completely or not at all, and paths as users write them."""
 
+import errno
+import io
 import os
 import re
+import stat
 from pathlib import Path
 
 # Linux's PATH_MAX less the zero byte at the end, and NAME_MAX, bytes.
@@ -21,6 +24,21 @@ def write_whole(path: Path, text: str) -> None:
         # Without this the new name could reach the disk before the content.
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """The file opened to be read as bytes.
+
+    Raises OSError, also for a pipe, a socket or a device, where reading could wait for ever."""
+    # Opening a pipe waits for a writer, unless told not to.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        what = os.strerror(code) if stat.S_ISDIR(mode) else "a pipe, a socket or a device, no file"
+        raise OSError(code, what, str(path))
+    return open(fd, "rb")
 
 
 def expanded(path: Path) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.data import lines
 
 # What DALI decodes.
@@ -94,7 +95,7 @@ class Listing(_Listing):
     def open(self, index: int) -> BinaryIO:
         """An image's bytes as a file.  Raises OSError."""
         if self.places is None:
-            return open(self.root / self.files[index], "rb")
+            return open_regular(self.root / self.files[index])
         p = self.places
         tar = self.root / p.tars[p.tar[index]]
         return io.BufferedReader(_Slice(tar, int(p.offset[index]), int(p.size[index])))
@@ -110,7 +111,7 @@ class _Slice(io.RawIOBase):
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         # It stays open until close().
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular(path)
         self._offset, self._size, self._at = offset, size, 0
 
     def readable(self) -> bool:
@@ -346,12 +347,23 @@ def _scan(folder: Path, passed: Counter[str]) -> tuple[list[str], list[str]]:
                         "its place, or a folder of links to files"
                     )
                 elif (extension := _extension(e.name)) in EXTENSIONS:
+                    _refuse_special(e)
                     files.append(e.name)
                 else:
                     passed[f".{extension}" if extension else "without extension"] += 1
     except OSError as err:
         raise UserError(f"{folder}: cannot be read ({err.strerror}); allow reading it") from None
     return sorted(folders), sorted(files)
+
+
+def _refuse_special(e: os.DirEntry[str]) -> None:
+    """Raises UserError for a pipe, a socket or a device in place of an image, also behind a link:
+    reading it could wait for ever."""
+    if e.is_file():
+        return
+    # A link to nothing stays in the list, the check names it.
+    if not e.is_symlink() or os.path.exists(e.path):
+        raise UserError(f"{e.path}: is a pipe, a socket or a device and no image; remove it")
 
 
 def _extension(name: str) -> str:

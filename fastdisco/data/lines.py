@@ -9,12 +9,15 @@ import os
 import shlex
 from pathlib import Path
 
+from fastdisco.common.files import open_regular
+
 
 def read(path: Path) -> list[str]:
     """The lines of a text file, without a byte-order mark.
 
     Raises OSError, and ValueError for a file that is no UTF-8 text."""
-    content = path.read_bytes()
+    with open_regular(path) as f:
+        content = f.read()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("it is UTF-16; save it as UTF-8")
     if b"\0" in content:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished
@@ -30,7 +31,8 @@ def manifest_of(root: Path, tars: list[str] | None) -> dict[str, Any] | None:
             "again"
         )
     try:
-        manifest = json.loads((root / MANIFEST).read_text())
+        with open_regular(root / MANIFEST) as f:
+            manifest = json.loads(f.read())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as e:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.models.pickles import HARMLESS
 
 # Keeps of a file the weights alone, where there are whole networks and other objects in it.  By torch
@@ -35,7 +36,7 @@ def read(file: Path) -> dict[str, Any]:
     The tensors of a torch file that is a zip are mapped, not read, until they are used.  Raises
     UserError for a missing, damaged or unsafe file, or one that holds no dict."""
     try:
-        open(file, "rb").close()
+        open_regular(file).close()
     except OSError as e:
         raise UserError(
             f"{file}: cannot be read ({e.strerror}); give the path of an existing checkpoint"

@@ -65,9 +65,10 @@ class CachedTeacher:
         slots = -(-len(loader.listing.files) // self._block) * self._block
         views = len(loader.crops[:teacher_views])
         self.files = Files(self.folder, slots, (views, dim))
-        # What `at` has fetched: [V,B,d], and the round that was read ahead.
+        # What `at` has fetched: [V,B,d], and the round that was read ahead, with its checksums.
         self._now: Tensor | None = None
         self._round: int | None = None
+        self._sums = np.zeros(0, np.uint32)
         if found:
             self._agree(found)
         if found and not self.recording:
@@ -80,14 +81,13 @@ class CachedTeacher:
         Raises UserError where a row is not the one that was recorded."""
         r, i = epoch % self.rounds, index.numpy()
         if r != self._round:
-            self._round = r
             self.files.read_ahead(r)
+            self._round, self._sums = r, self.files.sums(r)
         cuda = self.loader.device.type == "cuda"
         # Torch keeps pinned memory until its copy is done.
         rows = torch.empty(len(i), *self.files.row, dtype=torch.float16, pin_memory=cuda)
-        # clip is the mode that needs no buffer.
-        self.files.z[r].take(i, axis=0, out=rows.numpy(), mode="clip")
-        wrong = i[checksums(rows.numpy()) != self.files.sums[r].take(i)]
+        self.files.rows(r, i, out=rows.numpy())
+        wrong = i[checksums(rows.numpy()) != self._sums[i]]
         if len(wrong):
             others = f" and {len(wrong) - 1} others of its batch" if len(wrong) > 1 else ""
             raise UserError(
@@ -118,7 +118,7 @@ class CachedTeacher:
         if dist.rank() == 0:
             self.files.allocate(rounds, self.about | {"rounds": rounds, "block": self._block})
         dist.barrier()
-        self.files.map(rounds, write=True)
+        self.files.open(write=True)
         encode = None
         for r in range(self.rounds):
             lacks = self._lacks(r)
@@ -135,14 +135,14 @@ class CachedTeacher:
             # After each round: a rank may be slower than the others, but by hours they would take
             # it for lost.
             dist.barrier()
-        self.files.map(rounds)
+        self.files.open()
         self._refuse_missing()
         dist.barrier()
         if lock:
             lock.close()
         say(
             f"{self.folder}: the teacher's embeddings of {len(self.loader.listing.kept)} images in "
-            f"{self.files.row[0]} views, {self.rounds} rounds, {self.files.z.nbytes / 1e9:.2f} GB"
+            f"{self.files.row[0]} views, {self.rounds} rounds, {self.files.bytes(rounds) / 1e9:.2f} GB"
         )
 
     def _record(self, r: int, mine: np.ndarray, encode: Callable, what: str) -> None:
@@ -164,9 +164,7 @@ class CachedTeacher:
                     f"are not finite in {self._precision}; take another precision or teacher",
                     anywhere=True,
                 )
-            i = batch.index.numpy()
-            self.files.z[r, i] = rows
-            self.files.sums[r, i] = checksums(rows)
+            self.files.write(r, batch.index.numpy(), rows)
         self.files.flush()
 
     def _encoder(self) -> Callable[[list[Tensor]], np.ndarray]:
@@ -231,13 +229,13 @@ class CachedTeacher:
         self.files.refuse_cut_short(found["rounds"])
 
     def _open(self, rounds: int) -> None:
-        """Maps the files to replay them; rounds: that they hold."""
+        """Opens the files to replay them; rounds: that they hold."""
         if rounds < self.rounds:
             raise UserError(
                 f"{self.folder}: holds {rounds} rounds and teacher.cache_rounds asks for "
                 f"{self.rounds}; lower it, or record the rest by {COMMAND}"
             )
-        self.files.map(rounds)
+        self.files.open()
         self._refuse_missing()
         say(
             f"{self.folder}: its embeddings are replayed instead of the teacher, {self.rounds} "
@@ -247,7 +245,7 @@ class CachedTeacher:
     def _refuse_missing(self) -> None:
         """Raises UserError where the rounds lack images of the listing."""
         kept = self.loader.listing.kept
-        lacks = sum(int((self.files.sums[r].take(kept) == 0).sum()) for r in range(self.rounds))
+        lacks = sum(int((self.files.sums(r)[kept] == 0).sum()) for r in range(self.rounds))
         if lacks:
             raise UserError(
                 f"{self.folder}: lacks {lacks} of the {self.rounds * len(kept)} embeddings "
