@@ -150,6 +150,9 @@ def _run(
             # A rank may be asked alone; all stop together.
             asked = stop.agreed()
             save = last or asked or done % cfg.checkpoint.every == 0
+            evaluates = online and (last or (cfg.eval.every and done % cfg.eval.every == 0))
+            if save or evaluates or done % cfg.log.every == 0:
+                loader.agree()
             if save or done % cfg.log.every == 0:
                 lock.check()
                 # Only here does the loop wait for the device.
@@ -157,7 +160,9 @@ def _run(
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-            if online and (last or (cfg.eval.every and done % cfg.eval.every == 0)):
+            if online and evaluates:
+                # Neighbours are looked for among the images that are left.
+                online.train = loader.remaining
                 with meter.paused():
                     log.write(done, evaluate(states, online, device))
             if save:

@@ -47,6 +47,9 @@ class Data(Block):
     # A file that names images to leave out, as `fastdisco data check` writes it.  A relative name
     # is looked for in the folders of train and val.  null: leave nothing out.
     quarantine: Path | None = Path("quarantine.txt")
+    # Of the training images, the share that may break while the run goes on (docs/data.md, Images
+    # that break).  Others take their places.  0: the first one stops the run.
+    bad_limit: Float = Field(0.001, ge=0, lt=1)
     # Images per optimizer step, over all ranks and accumulated micro batches.
     batch: Int = Field(256, ge=1)
     # Micro batches per optimizer step: a rank's forward pass has

@@ -271,6 +271,20 @@ def at_once(listing: Listing, indices: np.ndarray, batch: int) -> int:
     return len(indices) if len(ends) < OPEN else max(batch, int(ends[OPEN - 1]) // batch * batch)
 
 
+def lost(listing: Listing, indices: np.ndarray) -> dict[int, str]:
+    """Those of the images, ascending and with the reason, whose tar is gone or ends before them."""
+    places, bad = listing.places, {}
+    if places is None:
+        return bad
+    for k in np.unique(places.tar[indices]).tolist():
+        tar = listing.root / places.tars[k]
+        size = tar.stat().st_size if tar.is_file() else -1
+        why = f"{tar.name} is gone" if size < 0 else f"{tar.name} is cut short"
+        here = np.unique(indices[places.tar[indices] == k])
+        bad |= dict.fromkeys(here[places.offset[here] + places.size[here] > size].tolist(), why)
+    return dict(sorted(bad.items()))
+
+
 def reader(places: Places, root: Path, indices: np.ndarray, folder: str) -> dict[str, list[str]]:
     """Arguments of fn.readers.webdataset that make it read these samples in this order.
 

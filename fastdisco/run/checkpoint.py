@@ -38,7 +38,7 @@ def items(
     """The one list of what a training's state is.
 
     student  the engine
-    loader   anything with a settable `position`
+    loader   anything with a settable `state`
     name     of one of several students: its items are <name>/student, <name>/method ..., and the
              lists of all, joined, are the training's"""
     net, scaler = student.module, engine.scaler(student)
@@ -66,7 +66,7 @@ def items(
         found |= {"ema": mean, "ema_buffers": _buffers(ema)}
     if name:
         found = {f"{name}/{item}": value for item, value in found.items()}
-    data = Item(lambda: loader.position, lambda position: setattr(loader, "position", position))
+    data = Item(lambda: loader.state, lambda state: setattr(loader, "state", state))
     return found | {"data": data, "rng": Item(_rng, _set_rng, own=True)}
 
 

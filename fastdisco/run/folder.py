@@ -24,6 +24,7 @@ _FREE = (
     "data.train",
     "data.val",
     "data.quarantine",
+    "data.bad_limit",
     "data.threads",
     "data.prefetch",
     "data.copy_views",

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastdisco import config
 from fastdisco.common import dist
-from fastdisco.common.console import console, say
+from fastdisco.common.console import console, say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.data import TrainLoader, reading_order
+from fastdisco.data.lines import printable
 from fastdisco.models import Out
 from fastdisco.teacher.cache_files import COMMAND, VERSION, Files, checksums, header
 from fastdisco.teacher.runtime import Options, Teacher
@@ -135,6 +136,8 @@ class CachedTeacher:
             # After each round: a rank may be slower than the others, but by hours they would take
             # it for lost.
             dist.barrier()
+            # What one rank could not record, no rank will ask for.
+            self.loader.agree()
         self.files.open()
         self._refuse_missing()
         dist.barrier()
@@ -180,7 +183,7 @@ class CachedTeacher:
 
     def _lacks(self, r: int) -> np.ndarray:
         """Indices, ascending, of the images that are missing or damaged in the round."""
-        kept = self.loader.listing.kept
+        kept = self.loader.remaining.kept
         return kept[~self.files.good(r, self._block)[kept]]
 
     # ---- what must be so before they are used
@@ -244,13 +247,14 @@ class CachedTeacher:
 
     def _refuse_missing(self) -> None:
         """Raises UserError where the rounds lack images of the listing."""
-        kept = self.loader.listing.kept
-        lacks = sum(int((self.files.sums(r)[kept] == 0).sum()) for r in range(self.rounds))
-        if lacks:
+        listing, kept = self.loader.listing, self.loader.remaining.kept
+        lacks = [kept[self.files.sums(r)[kept] == 0] for r in range(self.rounds)]
+        if missing := sum(map(len, lacks)):
+            names = [printable(listing.files[i]) for i in np.unique(np.concatenate(lacks)).tolist()]
             raise UserError(
-                f"{self.folder}: lacks {lacks} of the {self.rounds * len(kept)} embeddings "
-                f"({self.rounds} rounds of {len(kept)} images); record them by {COMMAND}, or set "
-                "teacher.cache=record"
+                f"{self.folder}: lacks {missing} of the {self.rounds * len(kept)} embeddings "
+                f"({self.rounds} rounds of {len(kept)} images), those of {shorten(names)}; record "
+                f"them by {COMMAND}, or set teacher.cache=record"
             )
 
 
