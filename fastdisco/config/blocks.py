@@ -129,6 +129,9 @@ class Teacher(Block):
 
     # A checkpoint as its training wrote it, or the folder of a fastdisco run.
     file: Path
+    # SHA-256 of the file, as `fastdisco teacher show --sha256` prints it; of a run's folder that of
+    # the checkpoint's state.pt.  Another file is refused.  null: not compared.
+    sha256: str | None = None
     # The timm model of the file's backbone; null: found by the names and shapes in the file.
     arch: str | None = None
     # Further arguments of timm.create_model for the backbone.
@@ -152,6 +155,13 @@ class Teacher(Block):
     # Of how many epochs the views are recorded.  Epoch e then repeats the views of epoch
     # e mod cache_rounds.
     cache_rounds: Int = Field(10, ge=1)
+
+    @field_validator("sha256")
+    @classmethod
+    def _hex_digits(cls, digest: str | None) -> str | None:
+        if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError("64 digits of 0-9 and a-f")
+        return digest
 
     @field_validator("cache", mode="before")
     @classmethod

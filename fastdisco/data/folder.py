@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -294,7 +293,7 @@ def _lines(path: Path, bare: bool) -> tuple[list[str], list[str]]:
         if not rest or _extension(rest[0]) in EXTENSIONS:
             raise UserError(
                 f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both, names "
-                f"of SimCLR's lists for example by `{SIMCLR.format(shlex.quote(str(path)))}`, and "
+                f"of SimCLR's lists for example by `{SIMCLR.format(lines.for_shell(str(path)))}`, and "
                 "put that file beside the class folders"
             )
         name = lines.unescaped(name)

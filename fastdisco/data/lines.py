@@ -54,7 +54,11 @@ def printable(text: str) -> str:
 def for_shell(name: str) -> str:
     """An image's name as an argument of a command that the user copies from the terminal."""
     # An option begins with a dash.
-    name = f"./{name}" if name.startswith("-") else name
+    return quoted(f"./{name}" if name.startswith("-") else name)
+
+
+def quoted(name: str) -> str:
+    """A name as bash reads it back, whatever bytes it has."""
     if is_utf8(name):
         return shlex.quote(name)
     shown = {ord("'"): r"\'", ord("\\"): r"\\"}

@@ -12,6 +12,7 @@ from fastdisco.common.files import open_regular
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished
+VERSION = 1
 # Its keys.  A JSON file with OURS of them is a manifest of ours, perhaps damaged.
 KEYS = {
     *("version", "seed", "shard_bytes", "source", "samples"),
@@ -74,6 +75,9 @@ def fault(manifest: dict[str, Any]) -> str:
         return f"{shorten(strange)} is no key of it"
     if "checksum" in manifest and manifest["checksum"] != _checksum(manifest):
         return "its checksum does not fit"
+    # Not by ==, for true is 1.
+    if repr(manifest["version"]) != repr(VERSION):
+        return f"its version is {manifest['version']!r:.40}, known is {VERSION}"
     try:
         tars, counts = manifest["tars"].values(), manifest["class_counts"]
         samples = sum(t["samples"] for t in tars)

@@ -4,7 +4,6 @@ reader of DALI is given.  The index of a single tar is tar_index.py's.
 N is the number of samples over all tars."""
 
 import itertools
-import shlex
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import track
 
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
-from fastdisco.data import name_classes, tar_index
+from fastdisco.data import lines, name_classes, tar_index
 from fastdisco.data.folder import UNLABELLED, Listing, Places, classes_of
 
 # BEGUN is for those who know tars by this module.
@@ -208,7 +207,7 @@ def refuse_sorted(listing: Listing) -> None:
         return
     rows = reading_order(listing, np.arange(len(listing.files)))
     label, tar = listing.labels, listing.places.tar[rows]
-    remedy = f"fastdisco data pack {shlex.quote(str(listing.source))} NEW_FOLDER"
+    remedy = f"fastdisco data pack {lines.for_shell(str(listing.source))} NEW_FOLDER"
     what = "sorted by class"
     if listing.classes == [UNLABELLED]:
         by_name = name_classes.of_members(_members(listing))

@@ -30,6 +30,7 @@ _FREE = (
     "data.copy_views",
     "data.eval_batch",
     "teacher.file",
+    "teacher.sha256",
     "teacher.student",
     "teacher.cache",
     "teacher.cache_folder",

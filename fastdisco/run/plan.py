@@ -90,6 +90,7 @@ def _teacher(cfg: Config, missing: list[str]) -> Generator[str, None, int]:
         yield f"teacher     {arch}: not found"
         shapes = models.shapes(teacher.arch) if teacher.arch else {}
         return sum(map(math.prod, shapes.values()))
+    formats.refuse_other(teacher.file, teacher.sha256)
     found = formats.read(
         teacher.file, teacher.arch, teacher.kwargs, cfg.student.dim, teacher.student
     )
