@@ -30,7 +30,7 @@ class Aside:
 
     def __init__(self, listing: Listing, share: float) -> None:
         """share: of the images, how many may be set aside; 0: none."""
-        self._listing, self._allowed = listing, int(share * len(listing.kept))
+        self._listing, self.allowed = listing, int(share * len(listing.kept))
         # Index -> reason.
         self.images: dict[int, str] = {}
         self._news: dict[int, str] = {}
@@ -43,14 +43,14 @@ class Aside:
 
         Raises the error of `broken` where more images would be set aside than may be."""
         new = {i: why for i, why in broken.faults.items() if i not in self.images}
-        if len(self) + len(new) > self._allowed or not new:
+        if len(self) + len(new) > self.allowed or not new:
             raise self._beyond(broken.error) from broken.__cause__
         self._news |= new
         self.images |= new
         names = [f"{lines.printable(self._listing.files[i])} ({why})" for i, why in new.items()]
         say(
             f"set aside, since unreadable: {shorten(names, 8)}; others take the places "
-            f"({len(self)} of at most {self._allowed}, data.bad_limit)",
+            f"({len(self)} of at most {self.allowed}, data.bad_limit)",
             anywhere=True,
         )
 
@@ -65,7 +65,7 @@ class Aside:
         # Ranks found them in different orders.
         self.images = dict(sorted(self.images.items()))
         self._news = {}
-        if len(self) > self._allowed:
+        if len(self) > self.allowed:
             raise self._beyond(
                 UserError(
                     f"{self._listing.root}: images cannot be read, {self._named()}; find all by "
@@ -103,9 +103,9 @@ class Aside:
 
     def _beyond(self, error: Exception) -> Exception:
         """The error, with the limit where there is one."""
-        if not (self._allowed and isinstance(error, UserError)):
+        if not (self.allowed and isinstance(error, UserError)):
             return error
-        many = f"more images than data.bad_limit allows ({self._allowed}) are broken"
+        many = f"more images than data.bad_limit allows ({self.allowed}) are broken"
         return UserError(f"{error} ({many})", anywhere=error.anywhere)
 
     def _named(self) -> str:

@@ -137,11 +137,18 @@ class TrainLoader:
 
     @state.setter
     def state(self, state: int | dict[str, Any]) -> None:
-        if isinstance(state, dict):
-            self.aside.images = dict(state["aside"])
-            self.position = state["position"]
-        else:
-            self.position = state
+        """Raises ValueError for what is no such state."""
+        found = state if isinstance(state, dict) else {"position": state, "aside": {}}
+        position, aside = found.get("position"), found.get("aside")
+        if type(position) is not int or position < 0 or not isinstance(aside, dict):
+            raise ValueError("no position of a loader")
+        n = len(self.listing.files)
+        if not all(
+            type(i) is int and 0 <= i < n and isinstance(why, str) for i, why in aside.items()
+        ):
+            raise ValueError(f"images are set aside that are none of these {n}")
+        self.aside.images = dict(aside)
+        self.position = position
 
     @property
     def remaining(self) -> Listing:
@@ -185,7 +192,7 @@ class TrainLoader:
 
     def _set_aside(self, broken: Broken) -> None:
         """Has the next batch made by new pipelines, without the images that broke the old ones."""
-        if broken.faults or self._failed == self.position:
+        if broken.faults or self._failed == self.position or not self.aside.allowed:
             self.aside.add(broken)
         # An image that can be read again, or a disk that was away for a moment: once more.
         self._failed = self.position

@@ -4,6 +4,7 @@ RUN/config.yaml                          the configuration
 RUN/checkpoints/step_XXXXXXXX/state.pt   the state after a step
 RUN/checkpoints/last                     a text file: the name of the newest step_XXXXXXXX"""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from fastdisco import config
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.models.build import of
 from fastdisco.models.net import Net
 from fastdisco.models.weights import load_weights, read
@@ -58,13 +60,31 @@ def last(run: Path) -> Path | None:
     pointer = Path(run) / "checkpoints" / "last"
     if not pointer.exists():
         return None
-    step = pointer.parent / pointer.read_text().strip()
+    step = _named(pointer)
     if not (step / "state.pt").is_file():
         raise UserError(
             f"{pointer}: names {step.name}, which holds no state.pt; write a complete folder's "
             "name into it"
         )
     return step
+
+
+def _named(pointer: Path) -> Path:
+    """The folder that the file `last` names, which need not be there."""
+    try:
+        with open_regular(pointer) as f:
+            # Whatever it is, no name is longer.
+            name = f.read(1000).decode("ascii", errors="replace").strip()
+    except OSError as e:
+        raise UserError(
+            f"{pointer}: cannot be read ({e.strerror}); write the name of a folder there into it"
+        ) from None
+    if not re.fullmatch(r"step_\d{1,18}", name, re.ASCII):
+        raise UserError(
+            f"{pointer}: names no checkpoint; write the name of a folder there into it, such as "
+            "step_00001000"
+        )
+    return pointer.parent / name
 
 
 def _alone(cfg: config.Config, student: str | None, folder: Path) -> config.Config:

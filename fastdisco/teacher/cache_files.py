@@ -19,6 +19,7 @@ from fastdisco.common.errors import UserError
 from fastdisco.common.files import open_regular, write_whole
 
 VERSION = 1
+MOST = 1 << 31  # rounds, and images of a block
 COMMAND = "`fastdisco teacher record --config ...`"
 
 
@@ -30,6 +31,10 @@ def header(folder: Path) -> dict[str, Any] | None:
             found = json.loads(f.read())
         if not isinstance(found, dict):
             raise ValueError("it is no header")
+        # Those of the first versions had no block.
+        for key in {"rounds", "block"} & found.keys() | {"rounds"}:
+            if type(number := found.get(key)) is not int or not 0 < number < MOST:
+                raise ValueError(f"its {key} is no number of theirs")
         return found
     except FileNotFoundError:
         return None
