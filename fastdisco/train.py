@@ -91,6 +91,8 @@ def _run(
     agreement.same_checkpoint(folder)
     start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
+    if loader.aside:
+        say(f"{len(loader.aside)} images that broke before stay set aside (data.bad_limit)")
     if replayed:
         replayed.complete()
     steps = loader.steps_per_epoch * cfg.run.epochs

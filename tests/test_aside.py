@@ -2,7 +2,9 @@
 is exact."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +194,23 @@ def test_evaluations_still_name_the_image(images):
     assert seen == [i for i in range(43) if i != 17] and list(batches.aside.images) == [17]
     left = data.EvalLoader(batches.remaining, 24, 16, 8, 1, CPU)
     assert [i for b in left for i in b.index.tolist()] == seen
+
+
+def _cut_under_the_reader(root):
+    batches = loader(data.listing(root), 0.9)
+    next(batches)
+    # DALI reads ahead, and would have the next files mapped.
+    time.sleep(0.5)
+    for i in epoch_order(batches.listing, 0)[8:40]:
+        os.truncate(batches.listing.root / batches.listing.files[i], 0)
+    seen = torch.cat([b.index for b in batches])
+    return seen.tolist(), sorted(batches.aside.images)
+
+
+def test_files_that_are_cut_while_they_are_read_end_no_process(images):
+    """A mapped file would, by SIGBUS."""
+    ((seen, aside),) = ranks(1, _cut_under_the_reader, images.root)
+    assert len(seen) == 14 * 8 and aside and not set(seen[40:]) & set(aside)
 
 
 # ---- several ranks
