@@ -191,6 +191,7 @@ def test_configurations_as_bytes(tmp_path_factory, content):
 @example([("method.prototypes", 2**63 - 1)])
 @example([("student.kwargs", {"a": float("nan")})])
 @example([("run.name", "a\nb")])
+@example([("teacher.kwargs", {"\U00018618": None})])
 def test_configurations_as_overrides(tmp_path_factory, pairs):
     overrides = [f"{key}={json.dumps(value)}" for key, value in pairs]
     read_config(tmp_path_factory.mktemp("c", numbered=True), WHOLE.encode(), overrides)

@@ -20,6 +20,8 @@ from fastdisco.config.recipes import RECIPES
 # Bounds of what is read: bytes of a file, values in it, levels of nesting, and characters of it in a
 # sentence.
 LARGEST, ITEMS, DEEPEST, SHOWN = 1 << 20, 100_000, 64, 300
+# What JSON escapes other characters by; YAML reads two of them, of which no file can be written.
+SURROGATE = re.compile("[\ud800-\udfff]")
 # How many mistakes are told at once.
 MISTAKES = 4
 
@@ -172,6 +174,8 @@ def _refuse_unfolding(node: yaml.Node) -> None:
         if len(above) > DEEPEST:
             raise yaml.YAMLError("it is nested too deep")
         if id(node) not in sizes:
+            if isinstance(node, yaml.ScalarNode) and SURROGATE.search(node.value):
+                raise yaml.YAMLError("a text has half a character (\\ud800 to \\udfff)")
             inside = [] if isinstance(node, yaml.ScalarNode) else node.value
             if isinstance(node, yaml.MappingNode):
                 inside = [part for pair in inside for part in pair]
