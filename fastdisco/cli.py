@@ -5,7 +5,7 @@ import sys
 
 from fastdisco import __version__
 from fastdisco.commands import arguments, data, evaluate, teacher, train
-from fastdisco.common import launch
+from fastdisco.common import files, launch
 from fastdisco.common.console import escape_what_cannot_be_shown, refuse
 from fastdisco.common.errors import UserError
 
@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse(parser, argv)
     try:
         _alone(args)
-        return args.run(args) or 0
+        with files.refused():
+            return args.run(args) or 0
     except UserError as e:
         return refuse(e)
 

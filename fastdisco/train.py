@@ -29,14 +29,13 @@ from fastdisco.config import Config
 from fastdisco.engine import optim
 from fastdisco.methods import Progress
 from fastdisco.run import agreement, checkpoint, students
+from fastdisco.run.evaluation import Evaluation
 from fastdisco.run.folder import claim, clear, describe
 from fastdisco.run.lock import Lock
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
-from fastdisco.run.online import Evaluated, Online
-from fastdisco.run.remarks import remarks
+from fastdisco.run.remarks import announce, remarks
 from fastdisco.run.signals import Stop
-from fastdisco.run.students import TrainState
 
 
 def train(cfg: Config, overwrite: bool = False) -> bool:
@@ -97,7 +96,7 @@ def _run(
         replayed.complete()
     steps = loader.steps_per_epoch * cfg.run.epochs
     steps = min(steps, cfg.run.max_steps or steps)
-    _announce(cfg, listing, states, micro, steps, start, folder, device)
+    announce(cfg, listing, states, micro, steps, start, folder, device)
     for remark in remarks(cfg, listing, val):
         say(remark)
     if start < steps:
@@ -105,9 +104,14 @@ def _run(
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
-    online = Online(cfg, listing, val, device) if val else None
+    saver = checkpoint.Saver(folder, items, meta, cfg.checkpoint.keep)
+    evaluation = Evaluation(cfg, states, listing, val, device, steps)
     with Log(folder, start, steps) as log:
-        closing.append(log.__exit__)
+        closing.append(log.close)
+        # It was killed, or failed, when the checkpoint was saved.
+        if start and evaluation.due(start) and dist.any_rank(log.lacks(start)):
+            with meter.paused():
+                log.write(start, evaluation.run(start, loader.remaining))
         for step in range(start, steps):
             # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
@@ -146,14 +150,14 @@ def _run(
                         models.ema_update(student.ema, student.net, momentum)
                 student.method.after_step()
 
-            # ---- log, evaluate, save
+            # ---- log, save, evaluate
             done = step + 1
             last = done == steps
             # A rank may be asked alone; all stop together.
             asked = stop.agreed()
             save = last or asked or done % cfg.checkpoint.every == 0
-            evaluates = online and (last or (cfg.eval.every and done % cfg.eval.every == 0))
-            if save or evaluates or done % cfg.log.every == 0:
+            due = evaluation.due(done)
+            if save or due or done % cfg.log.every == 0:
                 loader.agree()
             if save or done % cfg.log.every == 0:
                 lock.check()
@@ -162,43 +166,20 @@ def _run(
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
-            if online and evaluates:
-                # Neighbours are looked for among the images that are left.
-                online.train = loader.remaining
-                with meter.paused():
-                    log.write(done, evaluate(states, online, device))
             if save:
-                # Again: the evaluation may have taken long.
-                lock.check()
                 with meter.paused():
-                    checkpoint.save(folder, done, items, meta, cfg.checkpoint.keep)
-            if asked and not last:
+                    saver.save(done, ends=last or asked)
+            if asked and (due or not last):
                 say(f"stopped as asked after step {done}; the same command continues from there")
                 break
+            if due:
+                with meter.paused():
+                    log.write(done, evaluation.run(done, loader.remaining))
         else:
             say(f"done: {steps} steps, outputs in {folder}")
             asked = False
     stop.finish()
     return not asked
-
-
-def evaluate(states: list[TrainState], online: Online, device: torch.device) -> dict[str, float]:
-    """kNN accuracy of every student's features, 0..1, as eval/[<student>/]knn_top1, and how healthy
-    they are.
-
-    The network has the weights and batch-norm statistics that a checkpoint would hold: statistics
-    are the mean over ranks."""
-    scores = {}
-    for s in states:
-        # What is drawn here is overwritten: it must not shift the training's random stream.
-        with torch.random.fork_rng(devices=[]):
-            net = models.of(s.cfg)
-        net.load_state_dict(engine.weights(s.engine) | models.mean_buffers(s.net))
-        net.to(device).to(memory_format=torch.channels_last).eval()
-        encode = engine.autocast(s.cfg.engine.precision, device)(net.features)
-        found = online.run(s.cfg, s.name, Evaluated(net, encode))
-        scores |= named({f"eval/{k}": v for k, v in found.items()}, student=s.name)
-    return scores
 
 
 def _listings(cfg: Config) -> tuple[data.Listing, data.Listing | None]:
@@ -219,53 +200,3 @@ def _teacher(
         return None
     precision, graphs = cfg.engine.precision, cfg.perf.graphs
     return teacher.create(cfg.teacher, cfg.student.dim, precision, loader, graphs, views)
-
-
-def _announce(
-    cfg: Config,
-    listing: data.Listing,
-    states: list[TrainState],
-    micro: int,
-    steps: int,
-    start: int,
-    folder: Path,
-    device: torch.device,
-) -> None:
-    """Says what will be trained and on what, before the first step."""
-    taught = f"teacher {cfg.teacher.file}" if cfg.teacher else "no teacher"
-    for s in states:
-        size = f"{s.size / 1e6:.1f} M weights with its head"
-        say(f"{folder}: {_titled(s.name)}{s.cfg.student.arch} ({size}), {taught}")
-    say(
-        f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = "
-        f"{dist.world()} ranks x {micro} images x {cfg.data.accumulate} accumulated, {steps} steps, "
-        f"{cfg.engine.precision}, ZeRO stage {cfg.engine.stage}, on {engine.describe(device)}"
-    )
-    if left := len(listing.left_out):
-        say(
-            f"{left} of them {'is' if left == 1 else 'are'} left out by the quarantine "
-            f"(data.quarantine: {cfg.data.quarantine})"
-        )
-    if dist.world() * cfg.bn.groups == 1 and getattr(cfg.method, "contrast", 0):
-        say(
-            "one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups "
-            "(the paper's: 32 images a group)"
-        )
-    if device.type == "cuda" and cfg.perf.cudnn_benchmark and start < steps:
-        say(
-            "the first step and the first evaluation may be silent for a minute or two: cuDNN looks "
-            "for what is fastest here (perf.cudnn_benchmark)"
-        )
-    if cfg.optim.lr_scale != "none":
-        rates = ", ".join(
-            f"{_titled(s.name)}lr {s.lr:.4g} for optim.lr {s.cfg.optim.lr:.4g} at batch 256"
-            for s in states
-        )
-        say(f"optim.lr_scale: {cfg.optim.lr_scale}, {rates}")
-    if start:
-        say(f"continuing after step {start}")
-
-
-def _titled(name: str) -> str:
-    """A student's name before what is said of it; '' where there is one student."""
-    return f"{name}: " if name else ""

@@ -434,7 +434,7 @@ def test_a_ranks_file_that_is_lost_is_found(tmp_path):
     own = tmp_path / "checkpoints/step_00000001/rank_0.pt"
     torch.save({"world": 2}, own)
     first, second = ranks(2, _restores, tmp_path)
-    assert first == "" and "rank_1.pt: is not there, but 2 ranks have written" in second
+    assert first == second and "rank_1.pt: is not there, but 2 ranks have written" in first
     # One rank wrote it: then there is none for rank 1.
     torch.save({"world": 1}, own)
     assert ranks(2, _restores, tmp_path) == ["", ""]

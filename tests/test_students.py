@@ -92,7 +92,9 @@ def test_each_trains_as_it_would_alone_to_the_last_bit(out, name):
             group, rest = key.split("/")
             assert a[f"{group}/{name}/{rest}"] == b[key]
     for both, one in zip(_files(out / "both"), _files(out / name)):
-        shared = {k for k in one if k.split(".")[0] in ("step", "meta", "data", "world", "rng")}
+        shared = {
+            k for k in one if k.split(".")[0] in ("step", "meta", "data", "world", "rank", "rng")
+        }
         assert {k for k in both if k.startswith(f"{name}/")} == {
             f"{name}/{k}" for k in set(one) - shared
         } and len(one) > len(shared)

@@ -13,7 +13,7 @@ from training import SCRIPT, _fails, _knn, _told, _train, losses, metrics, train
 from fastdisco import config, data, engine, methods, models
 from fastdisco.common import dist
 from fastdisco.config import UserError
-from fastdisco.run import checkpoint
+from fastdisco.run import checkpoint, saving
 
 # ---- starting
 
@@ -204,26 +204,29 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     }
     checkpoint.save(tmp_path, 1, state, {}, keep=2)
     value["n"] = 2
-    write = checkpoint._write
+    write = saving._write
     for broken in ("state.pt", "rank_0.pt"):
 
         def fails(path, what, broken=broken):
             if path.name == broken:
                 path.write_bytes(b"half")
                 raise OSError("disk full")
-            write(path, what)
+            return write(path, what)
 
-        monkeypatch.setattr(checkpoint, "_write", fails)
-        with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr(saving, "_write", fails)
+        with pytest.raises(UserError, match="disk full"):
             checkpoint.save(tmp_path, 2, state, {}, keep=2)
         assert checkpoint.restore(tmp_path, state, {}) == 1 and value["n"] == 1
         value["n"] = 2
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(saving, "_write", write)
     checkpoint.save(tmp_path, 2, state, {}, keep=2)
     value["n"] = 0
     assert checkpoint.restore(tmp_path, state, {}) == 2 and value["n"] == 2
     (checkpoint.last(tmp_path) / "state.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="state.pt"):
+    # The one before is whole.
+    assert checkpoint.restore(tmp_path, state, {}) == 1 and value["n"] == 1
+    (tmp_path / "checkpoints/step_00000001/state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="step_00000002/state.pt"):
         checkpoint.restore(tmp_path, state, {})
 
 

@@ -11,6 +11,7 @@ from fastdisco.commands.measure import Stopped, Work, plain
 from fastdisco.common import dist
 from fastdisco.common.console import console, say
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import naming
 from fastdisco.evals.finetune import Tuning
 from fastdisco.evals.linear import Training
 from fastdisco.evals.results import short_hash
@@ -77,8 +78,9 @@ class Kept:
             content = io.BytesIO()
             torch.save(self.training.state_dict(), content)
             part = self.path.with_suffix(".part")
-            part.write_bytes(content.getvalue())
-            part.replace(self.path)
+            with naming(self.path):
+                part.write_bytes(content.getvalue())
+                part.replace(self.path)
             self.saved = time.monotonic()
 
     def remove(self) -> None:

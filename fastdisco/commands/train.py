@@ -3,7 +3,7 @@
 import argparse
 
 from fastdisco.commands import arguments
-from fastdisco.common import launch
+from fastdisco.common import files, launch
 from fastdisco.common.console import escape_what_cannot_be_shown, refuse, say
 from fastdisco.common.errors import UserError
 
@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     add(parser)
     try:
-        return run(arguments.parse(parser, argv))
+        args = arguments.parse(parser, argv)
+        with files.refused():
+            return run(args)
     except UserError as e:
         return refuse(e)
 

@@ -4,16 +4,20 @@ Everything works the same with one rank, where nothing is sent.  Shapes: B image
 
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
+from fastdisco.common import files
+from fastdisco.common.errors import UserError
 from fastdisco.common.launch import defaults, local_rank, rank, world
 from fastdisco.common.seeding import mix
 
 __all__ = [
     "Shuffle",
+    "alike",
     "all_gather",
     "all_gather_async",
     "all_mean",
@@ -31,6 +35,7 @@ __all__ = [
     "world",
 ]
 
+T = TypeVar("T")
 # torch 2.14 renamed it.
 _GATHER = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 
@@ -111,16 +116,34 @@ def any_rank_later(flag: bool) -> Callable[[], bool]:
 
 
 def all_texts(text: str) -> list[str]:
-    """Every rank's text, in rank order."""
+    """Every rank's text, in rank order.  It may hold names of files that are not valid UTF-8."""
     if world() == 1:
         return [text]
-    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    raw = text.encode(errors="surrogateescape")
+    own = torch.tensor(list(raw), dtype=torch.uint8, device=device())
     sizes = all_gather(torch.tensor([len(own)], device=device())).tolist()
     # A gather takes as many bytes from each rank: the longest text's, and one where all are empty.
     padded = own.new_zeros(max(1, *sizes))
     padded[: len(own)] = own
     rows = all_gather(padded).view(world(), -1).cpu()
-    return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, sizes)]
+    raws = (bytes(row[:n].tolist()) for row, n in zip(rows, sizes))
+    return [x.decode(errors="surrogateescape") for x in raws]
+
+
+def alike(action: Callable[..., T], *args: Any) -> T:
+    """The action's result.  Where it raises a UserError or an error of the file system on any rank,
+    every rank raises the first of them as a UserError: nobody is left waiting in what comes next.
+
+    The action itself must not wait for other ranks."""
+    found, error = None, ""
+    try:
+        with files.refused():
+            found = action(*args)
+    except UserError as e:
+        error = str(e)
+    if error := next(filter(None, all_texts(error)), ""):
+        raise UserError(error)
+    return cast(T, found)
 
 
 def barrier() -> None:

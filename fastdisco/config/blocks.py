@@ -321,6 +321,9 @@ class Eval(Block):
     temp: Float = Field(0.07, gt=0)
     # How many training images neighbours are looked for in, drawn by run.seed; null: all.
     bank: Int | None = Field(None, ge=1)
+    # Whether an evaluation that fails, of a damaged image for example, ends the run; else that is
+    # said, and the training goes on.
+    fatal: bool = False
 
 
 class Log(Block):

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import naming, write_whole
 from fastdisco.common.limits import SHARD_MB
 from fastdisco.data import cifar, lines, tar_index
 from fastdisco.data.folder import Listing, told
@@ -242,7 +242,7 @@ def _tar(
     part, rows, size, sha = tar.with_suffix(".part"), [], 0, hashlib.sha256()
     # With mode x below, nothing is written through a link of that name.
     part.unlink(missing_ok=True)
-    with open(part, "xb") as f:
+    with naming(tar), open(part, "xb") as f:
         for i, (extension, content) in zip(
             order.tolist(), ahead(pool, images.read, order.tolist())
         ):

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdisco.common import temporary
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import naming
 from fastdisco.data import decoder, lines, shards
 from fastdisco.data.aside import Broken
 from fastdisco.data.folder import Listing
@@ -61,8 +63,9 @@ def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
     """The pipeline make(reader's arguments) over these images, built.
 
     Raises Broken where a tar is gone or cut short."""
-    with tempfile.TemporaryDirectory(prefix="fastdisco-") as folder:
-        pipe = make(reader(listing, indices, folder))
+    with tempfile.TemporaryDirectory(prefix=temporary.prefix()) as folder:
+        with naming(Path(folder)):
+            pipe = make(reader(listing, indices, folder))
         try:
             pipe.build()
         except RuntimeError as e:

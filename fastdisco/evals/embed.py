@@ -10,7 +10,7 @@ import numpy as np
 from fastdisco import data
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import naming, write_whole
 from fastdisco.data.lines import is_utf8, printable
 from fastdisco.evals.features import Features, gathered
 
@@ -53,8 +53,9 @@ def refuse_absent(form: str) -> None:
 def _npy(folder: Path, names: list[str], labels: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
     for name, x in (arrays | {"labels": labels}).items():
         part = folder / f".{name}.part.npy"
-        np.save(part, x)
-        part.replace(folder / f"{name}.npy")
+        with naming(folder / f"{name}.npy"):
+            np.save(part, x)
+            part.replace(folder / f"{name}.npy")
     write_whole(folder / "names.txt", "".join(f"{n}\n" for n in names))
 
 
@@ -75,5 +76,6 @@ def _parquet(
         flat = pyarrow.array(np.ascontiguousarray(x).reshape(-1))
         columns[name] = pyarrow.FixedSizeListArray.from_arrays(flat, x.shape[1])
     part = path.with_suffix(".part")
-    pyarrow.parquet.write_table(pyarrow.table(columns), part)
-    part.replace(path)
+    with naming(path):
+        pyarrow.parquet.write_table(pyarrow.table(columns), part)
+        part.replace(path)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdisco import config, data
 from fastdisco.common import dist
+from fastdisco.common.errors import UserError
 from fastdisco.config import Crop
 from fastdisco.evals import features, neighbours, passes
 from fastdisco.evals.features import Features
@@ -43,8 +44,10 @@ def run(
                    are the whole
     look           is told this rank's features of the queries
     No rank ever holds the whole bank.  Returns {"knn_top1": 0..1}, equal on all ranks and for any
-    number of ranks."""
-    known, asked = _features(encode, bank), _features(encode, queries)
+    number of ranks.
+    Raises UserError, on every rank alike, where an image is damaged or a rank gets none."""
+    # A damaged image is met by one rank alone, and the others would wait below.
+    known, asked = dist.alike(lambda: (_features(encode, bank), _features(encode, queries)))
     if look:
         look(asked)
     k = min(k, features.count(known.x))
@@ -101,6 +104,10 @@ def _features(encode: Callable[[Tensor], Tensor], batches: Iterable[Labelled]) -
         index = getattr(batch, "index", None)
         # A tuple's own `index` is a method.
         indices += [index] if isinstance(index, Tensor) else []
+    if not xs:
+        raise UserError(
+            f"the images are fewer than {dist.world()} ranks; start fewer ranks, or give more images"
+        )
     x = torch.cat(xs)
     y = torch.cat(ys).to(x.device)
     if len(indices) == len(ys):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import naming, write_whole
 from fastdisco.config.merge import flatten
 from fastdisco.evals import intervals
 
@@ -72,8 +72,9 @@ def write(folder: Path, result: Result) -> Path:
     if result.labels is not None:
         part = path.with_suffix(".part.npz")
         names, rows = list(result.predictions), list(result.predictions.values())
-        np.savez_compressed(part, labels=result.labels, names=names, predictions=np.stack(rows))
-        part.replace(path.with_suffix(".npz"))
+        with naming(path.with_suffix(".npz")):
+            np.savez_compressed(part, labels=result.labels, names=names, predictions=np.stack(rows))
+            part.replace(path.with_suffix(".npz"))
     text = {
         "what": result.what,
         "hash": result.hash,

@@ -8,7 +8,7 @@ batchnorm.py   batch norm over part of a batch, or over all ranks
 ema.py         the mean student (EMA)
 queue.py       MoCo's queue of negatives
 weights.py     weights from files, strictly;  pickles.py  what else a file may hold
-runs.py        the networks of finished runs
+runs.py        the networks of finished runs, and their checkpoints;  manifest.py  those's files
 
 Level 1: imports config, common and kernels.  No other package makes timm's models."""
 
@@ -18,7 +18,7 @@ from fastdisco.models.batchnorm import mean_buffers, split_bn, sync_bn
 from fastdisco.models.build import create, of
 from fastdisco.models.ema import ema_copy, ema_update
 from fastdisco.models.net import Net, Out, size
-from fastdisco.models.runs import from_run, last
+from fastdisco.models.runs import checkpoints, from_run, last, newest_first
 from fastdisco.models.weights import load_weights, read
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Net",
     "Out",
     "backbone",
+    "checkpoints",
     "create",
     "ema_copy",
     "ema_update",
@@ -34,6 +35,7 @@ __all__ = [
     "last",
     "load_weights",
     "mean_buffers",
+    "newest_first",
     "of",
     "read",
     "shapes",

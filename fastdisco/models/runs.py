@@ -2,8 +2,11 @@
 
 RUN/config.yaml                          the configuration
 RUN/checkpoints/step_XXXXXXXX/state.pt   the state after a step
-RUN/checkpoints/last                     a text file: the name of the newest step_XXXXXXXX"""
+RUN/checkpoints/last                     a text file: the name of the newest step_XXXXXXXX
+manifest.py has the manifest beside state.pt."""
 
+import errno
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +15,12 @@ import torch
 
 from fastdisco import config
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import open_regular
+from fastdisco.models import manifest
 from fastdisco.models.build import of
 from fastdisco.models.net import Net
 from fastdisco.models.weights import load_weights, read
+
+_STEP = re.compile(r"step_\d{1,18}", re.ASCII)
 
 
 def from_run(
@@ -39,7 +44,9 @@ def from_run(
         )
     state, described = step / "state.pt", step.parent.parent / "config.yaml"
     cfg = _alone(config.load(described, overrides), student, folder)
-    weights = read(state).get(f"{student}/{which}" if student else which)
+    content = read(state)
+    manifest.refuse_lost(state, content)
+    weights = content.get(f"{student}/{which}" if student else which)
     if not isinstance(weights, dict):
         without_ema = f"this run by {cfg.method.name} has no mean student"
         why = without_ema if which == "ema" else "give a checkpoint written by fastdisco/train.py"
@@ -56,9 +63,9 @@ def last(run: Path) -> Path | None:
     """The folder of a run's newest checkpoint, which RUN/checkpoints/last names; None where the run
     has none yet.
 
-    Raises UserError where that folder has no state.pt."""
+    Raises UserError where `last` is damaged, or that folder has no state.pt."""
     pointer = Path(run) / "checkpoints" / "last"
-    if not pointer.exists():
+    if not _is_there(pointer):
         return None
     step = _named(pointer)
     if not (step / "state.pt").is_file():
@@ -69,17 +76,65 @@ def last(run: Path) -> Path | None:
     return step
 
 
+def newest_first(run: Path) -> tuple[list[Path], str]:
+    """The folders of the checkpoints that a run may continue from, the newest first: none that is
+    later than the one that RUN/checkpoints/last names.
+
+    Where `last` is lost or damaged, or names what is not there, it is all of them, and the second
+    value is a clause that says what is wrong."""
+    pointer = Path(run) / "checkpoints" / "last"
+    steps = checkpoints(run)[::-1]
+    if not _is_there(pointer):
+        return steps, f"{pointer}: is not there" if steps else ""
+    try:
+        step = _named(pointer)
+    except UserError as e:
+        return steps, str(e)
+    if step not in steps:
+        return steps, f"{pointer}: names {step.name}, which is not there"
+    return steps[steps.index(step) :], ""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the oldest first; a copy of a user's, such as
+    step_00001000.good, is none of them.  Raises OSError where that cannot be seen."""
+    folder = Path(run) / "checkpoints"
+    try:
+        # Not by a glob: to that, a folder that may not be read is an empty one.
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = [folder / name for name in names if _STEP.fullmatch(name)]
+    return sorted((p for p in found if p.is_dir()), key=_number)
+
+
+def _is_there(path: Path) -> bool:
+    """As os.path.lexists, to which what may not be seen is not there."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _number(step: Path) -> int:
+    return int(step.name.removeprefix("step_"))
+
+
 def _named(pointer: Path) -> Path:
     """The folder that the file `last` names, which need not be there."""
     try:
-        with open_regular(pointer) as f:
+        # Opening a pipe would wait for its other end.
+        if pointer.exists() and not pointer.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        with pointer.open("rb") as f:
             # Whatever it is, no name is longer.
             name = f.read(1000).decode("ascii", errors="replace").strip()
     except OSError as e:
         raise UserError(
             f"{pointer}: cannot be read ({e.strerror}); write the name of a folder there into it"
         ) from None
-    if not re.fullmatch(r"step_\d{1,18}", name, re.ASCII):
+    if not _STEP.fullmatch(name):
         raise UserError(
             f"{pointer}: names no checkpoint; write the name of a folder there into it, such as "
             "step_00001000"

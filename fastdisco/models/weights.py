@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import open_regular
+from fastdisco.models import manifest
 from fastdisco.models.pickles import HARMLESS
 
 # Keeps of a file the weights alone, where there are whole networks and other objects in it.  By torch
@@ -34,9 +35,11 @@ def read(file: Path) -> dict[str, Any]:
     """What torch.save or safetensors wrote, on the CPU.  No code from the file runs (weights_only).
 
     The tensors of a torch file that is a zip are mapped, not read, until they are used.  Raises
-    UserError for a missing, damaged or unsafe file, or one that holds no dict."""
+    UserError for a missing, damaged or unsafe file, for one that holds no dict, or that is not the
+    one in the manifest beside it."""
     try:
         open_regular(file).close()
+        manifest.verify(Path(file))
     except OSError as e:
         raise UserError(
             f"{file}: cannot be read ({e.strerror}); give the path of an existing checkpoint"

@@ -1,11 +1,13 @@
 """A run: its folder, its checkpoints, its metrics, its plan, and the students in training.
 
 students.py     a student with engine, EMA, method and optimizer; compilation and CUDA graphs
-checkpoint.py   everything an exact resume needs
+checkpoint.py   everything an exact resume needs;  saving.py  how it is written;  fit.py  what fits
 folder.py       the run's folder, and whether a command may continue the run in it;  lock.py  its lock
 agreement.py    what all ranks must have in common; when one refuses, all end
 meter.py        what is measured between two log points;  log.py  where it is written and shown
-online.py       what the evaluation during training says of the features
+appended.py     a file that may fail for a while;  board.py  TensorBoard's
+evaluation.py   the evaluation on the way;  online.py  what it says of the features
+remarks.py      what is said before the first step
 plan.py         what a run would be and lack: `train.py --dry-run`
 environment.py  versions, commit and hardware;  signals.py  SIGTERM, SIGUSR1, Ctrl-C
 

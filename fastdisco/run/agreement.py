@@ -16,12 +16,12 @@ from typing import Any
 import torch.distributed as td
 
 from fastdisco import config
-from fastdisco.common import dist
+from fastdisco.common import dist, files
 from fastdisco.common.console import refuse
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
 from fastdisco.data import Listing
-from fastdisco.models import last
+from fastdisco.models import newest_first
 from fastdisco.run import lock
 from fastdisco.run.environment import versions
 
@@ -93,11 +93,11 @@ def same_folder(folder: Path, mark: str) -> None:
 
 
 def same_checkpoint(folder: Path) -> None:
-    """Raises the same UserError on every rank unless all see the same newest checkpoint of the run
-    in the folder, whose path may differ."""
-    name, _, host = dist.all_texts(f"{_newest(folder)} {platform.node()}")[0].partition(" ")
-    _shows(lambda: _newest(folder) == name, host)
-    same({"checkpoints/last": _newest(folder)})
+    """Raises the same UserError on every rank unless all see the same checkpoints of the run in the
+    folder, whose path may differ."""
+    host, _, names = dist.all_texts(f"{platform.node()} {_checkpoints(folder)}")[0].partition(" ")
+    _shows(lambda: _checkpoints(folder) == names, host)
+    same({"checkpoints/last": _checkpoints(folder)})
 
 
 @contextlib.contextmanager
@@ -118,7 +118,8 @@ def together() -> Iterator[list[Callable[[], Any]]]:
     watch = threading.Thread(target=_watch, args=watched, daemon=True)
     watch.start()
     try:
-        yield closing
+        with files.refused():
+            yield closing
     except UserError as e:
         ended.set()
         _say(store, e)
@@ -210,11 +211,6 @@ def _images(listing: Listing) -> str:
     return f"{len(listing.files):,} images with the fingerprint {listing.fingerprint[:12]}"
 
 
-def _newest(folder: Path) -> str:
-    """The name of the run's newest checkpoint; a word where there is none or it is damaged."""
-    try:
-        found = last(folder)
-    except UserError:
-        # `checkpoint.restore` says what is wrong.
-        return "damaged"
-    return found.name if found else "none"
+def _checkpoints(folder: Path) -> str:
+    """The names of the checkpoints that the run may continue from, the newest first."""
+    return ", ".join(step.name for step in newest_first(folder)[0]) or "none"

@@ -2,12 +2,13 @@
 continue it."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastdisco import config
-from fastdisco.common import dist
+from fastdisco.common import dist, temporary
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
@@ -49,6 +50,8 @@ _FREE = (
 # config.yaml goes last: a folder without it is no run, and one that lost it midway
 # would be refused from then on.
 _OURS = ("env.json", "metrics.jsonl", "tb", "checkpoints", "eval", "config.yaml")
+# What `clear` calls checkpoints/ while it deletes it.
+ASIDE = ".checkpoints.part"
 
 
 def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Path:
@@ -63,22 +66,14 @@ def claim(cfg: Config, overwrite: bool = False, lock: Lock | None = None) -> Pat
         agreement.same_folder(folder, _locked(folder, lock))
         # Another training may have ended between the first look and the lock.
         agree(cfg, overwrite)
+        _tidy(folder)
     return folder
 
 
 def clear(folder: Path) -> None:
     """Deletes the run in the folder, and says what else is there and stays.  Called by every rank;
     `claim` comes before, which refuses folders of other things."""
-    if dist.rank() == 0 and folder.exists():
-        for name in _OURS:
-            path = folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        if left := sorted(p.name for p in _visible(folder)):
-            say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")
-    dist.barrier()
+    dist.alike(lambda: None if dist.rank() else _clear(folder))
 
 
 def agree(cfg: Config, overwrite: bool = False) -> Path:
@@ -103,18 +98,27 @@ def agree(cfg: Config, overwrite: bool = False) -> Path:
 def describe(cfg: Config, folder: Path) -> None:
     """Writes config.yaml and env.json.  Call it when the run is known to belong to this data and
     teacher."""
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", config.dump(cfg))
-        write_whole(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
-    dist.barrier()
+    dist.alike(lambda: None if dist.rank() else _describe(cfg, folder))
+
+
+def _describe(cfg: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", config.dump(cfg))
+    write_whole(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
 
 
 def _agree(cfg: Config, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old, new = (config.flatten(c.model_dump(mode="json")) for c in (config.load(path), cfg))
+    try:
+        there = config.load(path)
+    # It is not even text, or is nested by the thousand.
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path}: is no configuration; restore it from a copy, or take another run.name"
+        ) from None
+    old, new = (config.flatten(c.model_dump(mode="json")) for c in (there, cfg))
     changed = (k for k in sorted(old | new) if old.get(k) != new.get(k))
     differ = [
         f"{k} ({old.get(k)} there, {new.get(k)} here)" for k in changed if not k.startswith(_FREE)
@@ -128,15 +132,37 @@ def _agree(cfg: Config, folder: Path) -> None:
 
 def _locked(folder: Path, lock: Lock) -> str:
     """Rank 0 takes the lock; returns its id, or raises rank 0's error on every rank."""
-    mark, error = "", ""
+    return dist.alike(lambda: "" if dist.rank() else lock.take(folder))
+
+
+def _clear(folder: Path) -> None:
+    aside = folder / ASIDE
+    if aside.exists():
+        shutil.rmtree(aside)
+    # At once: half of a checkpoint's folder is not to be continued from.
+    if (folder / "checkpoints").is_dir():
+        os.replace(folder / "checkpoints", aside)
+        shutil.rmtree(aside)
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    left = sorted(p.name for p in _visible(folder)) if folder.exists() else []
+    if left:
+        say(f"{folder}: --overwrite left what is not of the run: {shorten(left)}")
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what killed trainings have left: of this run, whose lock is held, and in TMPDIR."""
     if dist.rank() == 0:
-        try:
-            mark = lock.take(folder)
-        except UserError as e:
-            error = str(e)
-    if error := dist.all_texts(error)[0]:
-        raise UserError(error)
-    return mark
+        checkpoints = folder / "checkpoints"
+        for part in (folder / ASIDE, *checkpoints.glob(".step_*.part")):
+            shutil.rmtree(part, ignore_errors=True)
+        temporary.sweep(folder, checkpoints, folder / "eval")
+    if dist.local_rank() == 0:
+        temporary.sweep_tmpdir()
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -151,7 +177,7 @@ def _of_a_run(folder: Path) -> None:
     try:
         config.load(folder / "config.yaml")
     # ValueError: it is not even text.
-    except (UserError, ValueError) as e:
+    except (UserError, ValueError, RecursionError) as e:
         raise UserError(
             f"--overwrite: deletes runs alone, and {folder}/config.yaml is not that of a run ({e}); "
             "take another run.name or run.out, or delete the folder yourself"

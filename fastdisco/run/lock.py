@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastdisco.common import temporary
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.common.launch import process
@@ -129,19 +130,9 @@ def _me() -> dict[str, Any]:
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "ticks": seen and seen[0],
-        "machine": _machine(),
+        "machine": temporary.machine(),
         "id": os.urandom(8).hex(),
     }
-
-
-def _machine() -> list[str]:
-    """What two processes have in common that can see each other: the boot and the PID namespace,
-    of which each container has its own."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return [boot, os.readlink("/proc/self/ns/pid")]
-    except OSError:
-        return []
 
 
 def _text(owner: dict[str, Any]) -> str:
@@ -150,7 +141,7 @@ def _text(owner: dict[str, Any]) -> str:
 
 def _create(path: Path, text: str) -> bool:
     """Makes the lock with its content; False where there is one."""
-    part = path.with_name(f"{NAME}.{os.urandom(6).hex()}.part")
+    part = temporary.part(path)
     try:
         part.write_text(text)
         try:
@@ -182,7 +173,7 @@ def _remove_stale(path: Path) -> None:
             f"{path.parent}: {_told(owner)}; wait for it or end it, or take another run.name"
         )
     # Two may find the same lock stale: only one of them gets it under the new name.
-    aside = path.with_name(f"{NAME}.{os.urandom(6).hex()}.part")
+    aside = temporary.part(path)
     try:
         os.rename(path, aside)
     except FileNotFoundError:
@@ -198,7 +189,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _alive(path: Path, owner: dict[str, Any], before: float) -> bool:
-    machine = _machine()
+    machine = temporary.machine()
     if machine and owner.get("machine") == machine:
         seen = process(owner["pid"])
         return bool(seen) and seen[0] == owner["ticks"]
@@ -228,7 +219,7 @@ def _time(path: Path) -> float:
 
 def _now(folder: Path) -> float:
     """The time of the clock that dates the folder's files."""
-    part = folder / f"{NAME}.{os.urandom(6).hex()}.part"
+    part = temporary.part(folder / NAME)
     try:
         part.touch()
         return _time(part)

@@ -4,13 +4,15 @@ lines elsewhere; rank 0 only."""
 import json
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastdisco.common import dist
 from fastdisco.common.console import console, say
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import naming, write_whole
+from fastdisco.run.appended import Appended
+from fastdisco.run.board import Board
 
 
 class Log:
@@ -22,21 +24,22 @@ class Log:
         self.steps = steps
         # The best kNN accuracy so far, by its name.
         self.best: dict[str, float] = {}
-        self.file: TextIO | None = None
+        # Steps at which earlier attempts evaluated.
+        self.scored: set[int] = set()
+        self.file: Appended | None = None
         self.bar: Progress | None = None
         if dist.rank():
             return
-        # Imported here: only rank 0 needs it, and protocol buffers take their time.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.tb = SummaryWriter(folder / "tb", purge_step=start + 1)
+        self.board = Board(folder / "tb", start)
         path = folder / "metrics.jsonl"
         kept = _entries(path, start)
         for line in kept:
-            self._remember(json.loads(line))
-        write_whole(path, "".join(kept))
-        # A line at a time, for whoever follows the file.
-        self.file = path.open("a", buffering=1)
+            entry = json.loads(line)
+            if self._remember(entry):
+                self.scored.add(entry["step"])
+        content = "".join(kept)
+        write_whole(path, content)
+        self.file = Appended(path, len(content.encode()))
         if console.is_terminal:
             self.bar, self.task = _bar(start, steps)
 
@@ -46,19 +49,27 @@ class Log:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
         if self.bar:
             self.bar.stop()
         if self.file:
             self.file.close()
-            self.tb.close()
+            self.board.close()
+
+    def lacks(self, step: int) -> bool:
+        """Whether a resumed run has no evaluation of that step; False on ranks other than 0."""
+        return self.file is not None and step not in self.scored
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Metrics after `step` steps, named group/name as in TensorBoard."""
         if not self.file or not values:
             return
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for name, value in values.items():
-            self.tb.add_scalar(name, value, step)
+        entry = {"step": step, "time": round(time.time(), 3), **values}
+        self.file.add((json.dumps(entry) + "\n").encode())
+        self.board.write(step, values)
         self._remember(values)
         if any(name.startswith("eval/") for name in values):
             self._show_evaluation(step, values)
@@ -117,20 +128,33 @@ def _entries(path: Path, start: int) -> list[str]:
     if not start or not path.exists():
         return []
     kept, torn = [], 0
-    for line in path.read_text(errors="replace").splitlines(True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+    with naming(path):
+        lines = path.read_text(errors="replace").splitlines()
+    for line in lines:
+        step = _step(line)
+        if step is None:
             # A full disk or a power loss has cut it.
             torn += 1
-            continue
-        if step <= start:
-            kept.append(line)
+        elif step <= start:
+            kept.append(line + "\n")
     if torn:
         say(
             f"{path}: {torn} damaged line{'s' * (torn > 1)} dropped, of steps that are trained anyhow"
         )
     return kept
+
+
+def _step(line: str) -> int | None:
+    """The step of an entry; None where the line is none."""
+    try:
+        entry = json.loads(line)
+    # RecursionError: brackets in brackets, by the thousand.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return None
+    numbers = (v for k, v in entry.items() if k.endswith("/knn_top1"))
+    return entry["step"] if all(isinstance(v, float) for v in numbers) else None
 
 
 def _bar(start: int, steps: int) -> tuple[Progress, TaskID]:

@@ -146,7 +146,9 @@ class Online:
     def _pass(self, encode: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Features]:
         """This rank's part of `self.some`."""
         view, images = passes.of_config(self.cfg), self.cfg.data
-        return passes.features(encode, self.val, self.some, view, images, self.device)
+        given = (encode, self.val, self.some, view, images, self.device)
+        # A damaged image is met by one rank alone.
+        return dist.alike(lambda: passes.features(*given))
 
 
 def _pairs(f: Features) -> bool:

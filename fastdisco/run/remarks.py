@@ -1,11 +1,63 @@
-"""What a run says once, before its first step, about data that may surprise the user."""
+"""What a run says once, before its first step: what will be trained and on what, and what about the
+data may surprise the user."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from fastdisco import data
+import torch
+
+from fastdisco import data, engine
+from fastdisco.common import dist
+from fastdisco.common.console import say
 from fastdisco.config import Config, Moco, Seed
 from fastdisco.data.folder import told
 from fastdisco.data.lines import printable
+from fastdisco.run.students import TrainState
+
+
+def announce(
+    cfg: Config,
+    listing: data.Listing,
+    states: list[TrainState],
+    micro: int,
+    steps: int,
+    start: int,
+    folder: Path,
+    device: torch.device,
+) -> None:
+    """Says what will be trained and on what, before the first step."""
+    taught = f"teacher {cfg.teacher.file}" if cfg.teacher else "no teacher"
+    for s in states:
+        size = f"{s.size / 1e6:.1f} M weights with its head"
+        say(f"{folder}: {_titled(s.name)}{s.cfg.student.arch} ({size}), {taught}")
+    say(
+        f"{len(listing.files)} images of {len(listing.classes)} classes, batch {cfg.data.batch} = "
+        f"{dist.world()} ranks x {micro} images x {cfg.data.accumulate} accumulated, {steps} steps, "
+        f"{cfg.engine.precision}, ZeRO stage {cfg.engine.stage}, on {engine.describe(device)}"
+    )
+    if left := len(listing.left_out):
+        say(
+            f"{left} of them {'is' if left == 1 else 'are'} left out by the quarantine "
+            f"(data.quarantine: {cfg.data.quarantine})"
+        )
+    if dist.world() * cfg.bn.groups == 1 and getattr(cfg.method, "contrast", 0):
+        say(
+            "one rank and bn.groups 1: MoCo can leak through the batch statistics; set bn.groups "
+            "(the paper's: 32 images a group)"
+        )
+    if device.type == "cuda" and cfg.perf.cudnn_benchmark and start < steps:
+        say(
+            "the first step and the first evaluation may be silent for a minute or two: cuDNN looks "
+            "for what is fastest here (perf.cudnn_benchmark)"
+        )
+    if cfg.optim.lr_scale != "none":
+        rates = ", ".join(
+            f"{_titled(s.name)}lr {s.lr:.4g} for optim.lr {s.cfg.optim.lr:.4g} at batch 256"
+            for s in states
+        )
+        say(f"optim.lr_scale: {cfg.optim.lr_scale}, {rates}")
+    if start:
+        say(f"continuing after step {start}")
 
 
 def remarks(cfg: Config, train: data.Listing, val: data.Listing | None) -> Iterator[str]:
@@ -21,3 +73,8 @@ def remarks(cfg: Config, train: data.Listing, val: data.Listing | None) -> Itera
             f"method.queue: {method.queue} is more than the {images} images of an epoch, so images "
             f"are compared with their own older embeddings; a queue below {images} avoids it"
         )
+
+
+def _titled(name: str) -> str:
+    """A student's name before what is said of it; '' where there is one student."""
+    return f"{name}: " if name else ""

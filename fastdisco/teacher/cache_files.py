@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import open_regular, write_whole
+from fastdisco.common.files import naming, open_regular, write_whole
 
 VERSION = 1
 MOST = 1 << 31  # rounds, and images of a block
@@ -30,14 +30,16 @@ def header(folder: Path) -> dict[str, Any] | None:
         with open_regular(path) as f:
             found = json.loads(f.read())
         if not isinstance(found, dict):
-            raise ValueError("it is no header")
-        # Those of the first versions had no block.
-        for key in {"rounds", "block"} & found.keys() | {"rounds"}:
-            if type(number := found.get(key)) is not int or not 0 < number < MOST:
-                raise ValueError(f"its {key} is no number of theirs")
+            raise ValueError(f"a {type(found).__name__}, not an object")
+        counts = found.get("rounds"), found.get("block", 1)
+        if not all(type(n) is int and 0 < n < MOST for n in counts):
+            raise ValueError("rounds or block is no count")
+        if not isinstance(found.get("teacher"), str):
+            raise ValueError("teacher is no fingerprint")
         return found
     except FileNotFoundError:
         return None
+    # RecursionError: brackets in brackets, by the thousand.
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"{path}: cannot be read ({e}); take another teacher.cache_folder, or remove this "
@@ -107,8 +109,9 @@ class Files:
     def flush(self) -> None:
         """Writes to disk what has changed; z first, for a checksum says that its rows are there."""
         assert self._z is not None and self._sums is not None
-        os.fsync(self._z)
-        os.fsync(self._sums)
+        with naming(self.folder):
+            os.fsync(self._z)
+            os.fsync(self._sums)
 
     def read_ahead(self, r: int) -> None:
         """Has the system read the whole round: random rows would come one by one."""

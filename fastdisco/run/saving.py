@@ -1,0 +1,169 @@
+"""Writing a checkpoint's files, by all ranks: everything under another name first, then the manifest,
+the step's own name, and `last`.  A crash at any moment leaves the last checkpoint whole."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from fastdisco.common import dist
+from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
+from fastdisco.common.files import naming, sync, told, write_whole
+from fastdisco.models import checkpoints, manifest
+
+# Free bytes beyond what the tensors need: for names, pickles and the manifest.
+_SPARE = 1 << 20
+
+
+class NotSaved(UserError):
+    """A checkpoint could not be written; the one before is whole.  Raised on every rank alike."""
+
+
+def write(run: Path, step: int, shared: dict[str, Any], own: dict[str, Any], keep: int) -> None:
+    """Writes step_<step>, points `last` to it and removes all but the `keep` newest; called by every
+    rank.
+
+    shared  what rank 0 writes for all;  own: what each rank writes for itself
+    Raises NotSaved where a rank meets an error of the file system."""
+    folder = run / "checkpoints" / f"step_{step:08}"
+    beside = folder.with_name(f".{folder.name}.part")
+    needed = _bytes(shared) + dist.world() * _bytes(own)
+    _by_rank_0(lambda: _prepare(beside, needed))
+    try:
+        files = _written(beside, shared, own)
+        _by_rank_0(lambda: _name(beside, folder, manifest.text(step, dist.world(), files)))
+    except NotSaved:
+        if dist.rank() == 0:
+            # Its space may be what the disk lacks.
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if dist.rank() == 0:
+        _prune(folder, keep)
+    dist.barrier()
+
+
+def _prepare(beside: Path, needed: int) -> None:
+    """Makes the empty folder; raises OSError where the disk has less than the needed bytes free."""
+    parent = beside.parent
+    # Not its parents: where the run's folder is gone, so is the rest of the run.
+    parent.mkdir(exist_ok=True)
+    # Of a save that was killed; its space is needed.
+    shutil.rmtree(beside, ignore_errors=True)
+    with naming(parent):
+        disk = shutil.disk_usage(parent)
+    # Some file systems do not know their size.
+    if disk.total and disk.free < needed + _SPARE:
+        told = f"{needed / 1e6:.1f} MB are needed and {disk.free / 1e6:.1f} MB are free"
+        raise OSError(0, told, str(parent))
+    beside.mkdir()
+
+
+def _written(beside: Path, shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Writes this rank's files.  Returns {name: size and digest} of all ranks'."""
+    mine = {f"rank_{dist.rank()}.pt": own}
+    if dist.rank() == 0:
+        mine["state.pt"] = shared
+    try:
+        found = {name: _write(beside / name, value) for name, value in mine.items()}
+        result = {"files": found}
+    except OSError as e:
+        result = {"error": told(e)}
+    results = [json.loads(text) for text in dist.all_texts(json.dumps(result))]
+    if error := next((x["error"] for x in results if "error" in x), ""):
+        raise NotSaved(error)
+    return {name: about for x in results for name, about in x["files"].items()}
+
+
+def _write(path: Path, value: dict[str, Any]) -> dict[str, Any]:
+    """Returns the file's size and digest."""
+    return _to_disk(path, lambda f: torch.save(value, f))
+
+
+def _to_disk(path: Path, write: Callable[[IO[bytes]], object]) -> dict[str, Any]:
+    """Returns the size and digest of what is written to the file, which may not go back in it."""
+    with naming(path), path.open("wb") as f:
+        hashed = _Hashed(f)
+        try:
+            write(cast(IO[bytes], hashed))
+        except RuntimeError:
+            # torch's writer tells of the file's error in words of its own.
+            if hashed.error:
+                raise hashed.error from None
+            raise
+        f.flush()
+        os.fsync(f.fileno())
+    return {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
+
+
+class _Hashed:
+    """A file that is written to once from its start, with the digest of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            n = self.file.write(content)
+        except OSError as e:
+            self.error = e
+            raise
+        self.digest.update(content)
+        self.size += n
+        return n
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _name(beside: Path, folder: Path, listed: str) -> None:
+    """Gives the written files their folder's name, and the name to `last`."""
+    write_whole(beside / manifest.NAME, listed)
+    sync(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    with naming(folder):
+        os.replace(beside, folder)
+    write_whole(folder.parent / "last", folder.name)
+    # `last` is on disk before an older checkpoint goes.
+    sync(folder.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Removes what is not among the `keep` newest checkpoints up to this one, which `last` names.
+
+    A later step's is of a training that was given up: somebody has written an older checkpoint's
+    name into `last`, or it was damaged, and this one continues from there."""
+    try:
+        steps = checkpoints(folder.parent.parent)
+        kept = steps[: steps.index(folder) + 1][-keep:]
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(step)
+    except OSError as e:
+        say(f"an old checkpoint stays for now: {told(e)}")
+
+
+def _by_rank_0(action: Callable[[], None]) -> None:
+    """Rank 0 does it while the others wait; raises its error as NotSaved on every rank."""
+    error = ""
+    if dist.rank() == 0:
+        try:
+            action()
+        except OSError as e:
+            error = told(e)
+    if error := dist.all_texts(error)[0]:
+        raise NotSaved(error)
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the tensors in nested dicts."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0
