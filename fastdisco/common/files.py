@@ -114,7 +114,9 @@ def open_regular(path: Path | str) -> io.BufferedReader:
     if not stat.S_ISREG(mode):
         os.close(fd)
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        what = os.strerror(code) if stat.S_ISDIR(mode) else "a pipe, a socket or a device, no file"
+        what = (
+            os.strerror(code) if stat.S_ISDIR(mode) else "a pipe, a socket or a device, not a file"
+        )
         raise OSError(code, what, str(path))
     return open(fd, "rb")
 
