@@ -13,6 +13,8 @@ VERSION = re.findall(r'__version__ = "(.+?)"', (ROOT / "fastdisco/__init__.py").
 # fastdisco eval embed writes parquet with this one, and maps by other methods with these.
 PARQUET = ["pyarrow"]
 MAPS = ["openTSNE", "umap-learn"]
+# `fastdisco export --to onnx int8`: the exporter needs onnxscript.
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 
 setup(
     name="fastdisco",
@@ -50,9 +52,13 @@ setup(
         "cuda12": ["nvidia-dali-cuda120>=2.4,<3"],
         "parquet": PARQUET,
         "tsne": MAPS,
+        "onnx": ONNX,
         "dev": [
             *PARQUET,
             *MAPS,
+            *ONNX,
+            # Loads what an export writes; it needs Python 3.11.
+            "timmx; python_version >= '3.11'",
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",

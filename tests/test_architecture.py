@@ -11,7 +11,7 @@ LEVELS = [
     {"kernels", "common", "config"},
     {"data", "models", "engine"},
     {"teacher", "methods", "evals"},
-    {"run"},
+    {"run", "export"},
     {"cli", "train", "commands"},
 ]
 OWNERS = {
@@ -24,6 +24,8 @@ OWNERS = {
     "openTSNE": {"evals"},
     "umap": {"evals"},
     "pyarrow": {"evals"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
 }
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

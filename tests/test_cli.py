@@ -59,7 +59,8 @@ def test_help_has_one_line_for_each_command_in_the_order_of_a_users_work():
     assert [line.strip().startswith(name) for name, line in zip(COMMANDS, lines)] == [True] * len(
         lines
     )
-    assert list(cli.GROUPS) == ["data", "train", "teacher", "eval"] and len(lines) == len(COMMANDS)
+    assert list(cli.GROUPS) == ["data", "train", "teacher", "eval", "export"]
+    assert len(lines) == len(COMMANDS)
 
 
 def test_help_of_every_command_and_the_version_come_before_torch():

@@ -32,6 +32,24 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [w for w in words if w not in found], found
 
 
+def of_network(parser: argparse.ArgumentParser) -> None:
+    """Adds what says more about a NET."""
+    parser.add_argument(
+        "--net",
+        choices=("student", "ema"),
+        default="student",
+        help="of a run; ema: the mean student",
+    )
+    parser.add_argument(
+        "--student", metavar="NAME", help="the name of one, for a run that has several"
+    )
+    parser.add_argument(
+        "--arch", help="the timm model of a teacher's file, where the file does not say"
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of timm:NAME")
+    parser.add_argument("--untrained", action="store_true", help="timm:NAME with random weights")
+
+
 def launched(parser: argparse.ArgumentParser) -> None:
     """Takes the argument that the deepspeed launcher passes; LOCAL_RANK says the same."""
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

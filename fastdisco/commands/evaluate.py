@@ -66,18 +66,10 @@ def _add_measure(p: argparse.ArgumentParser, name: str) -> None:
         metavar="NET",
         # Several are shown side by side.
         nargs="+" if name == "tsne" else None,
-        help="a run's folder, one of its checkpoints/step_XXXXXXXX, a teacher's file, or timm:NAME",
+        help="a run's folder, one of its checkpoints/step_XXXXXXXX, a teacher's file, an exported "
+        "ONNX file, or timm:NAME",
     )
-    p.add_argument(
-        "--net",
-        choices=("student", "ema"),
-        default="student",
-        help="of a run; ema: the mean student",
-    )
-    p.add_argument("--student", metavar="NAME", help="the name of one, for a run that has several")
-    p.add_argument("--arch", help="the timm model of a teacher's file, where the file does not say")
-    p.add_argument("--weights", type=Path, metavar="FILE", help="of timm:NAME")
-    p.add_argument("--untrained", action="store_true", help="timm:NAME with random weights")
+    arguments.of_network(p)
     p.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the results; by default the run's eval/"
     )

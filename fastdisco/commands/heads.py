@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdisco import config, data
+from fastdisco import config, data, models
 from fastdisco.commands.kept import Kept
 from fastdisco.commands.measure import Work, named
 from fastdisco.common import dist
@@ -195,6 +195,10 @@ def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
     p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize, preset)
     if block.lrs or block.weight_decays:
         raise UserError("semi.lrs: a grid is for linear evaluations; set semi.lr with finetune")
+    if not models.size(work.net):
+        raise UserError(
+            "semi.finetune: the weights of an exported file cannot be trained; give the run itself"
+        )
     seed, view, size = block.seed, passes.of_protocol(p), work.network.about["features"]
     own = {"protocol": p.model_dump(mode="json"), "preset": preset, "seed": seed}
     protocol = _protocol(work, sets, "fp32", "finetune", own)

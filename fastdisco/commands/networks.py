@@ -1,6 +1,7 @@
-"""The network that an evaluation is of: a run's, a teacher's file, or timm's."""
+"""The network that an evaluation is of: a run's, a teacher's file, an exported ONNX file, or timm's."""
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdisco import config, models
+from fastdisco import config, export, models
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import expanded
 from fastdisco.config import Config
@@ -48,20 +49,25 @@ class Network(NamedTuple):
         return encode
 
 
-def read(args: argparse.Namespace, overrides: list[str]) -> Network:
+def read(args: argparse.Namespace, overrides: list[str], images: bool = True) -> Network:
     """The network that the arguments name; overrides: of the configuration.
 
+    images  whether some are needed, which of a file or a timm network only overrides can name
     Raises UserError for what is none, or a checkpoint that is damaged or half written."""
     name = str(args.network)
     if name.startswith(TIMM):
-        return _from_timm(name.removeprefix(TIMM), args, overrides)
+        return _from_timm(name.removeprefix(TIMM), args, overrides, images)
     if args.weights or args.untrained:
         raise UserError("--weights and --untrained belong to timm:NAME; leave them out")
     try:
         path = expanded(Path(name))
     except ValueError as e:
         raise UserError(f"{name}: {e}") from None
-    return _from_run(path, args, overrides) if path.is_dir() else _from_file(path, args, overrides)
+    if export.is_onnx(path):
+        return _from_onnx(path, args, overrides)
+    if path.is_dir():
+        return _from_run(path, args, overrides)
+    return _from_file(path, args, overrides, images)
 
 
 def read_all(
@@ -117,20 +123,70 @@ def _from_run(path: Path, args: argparse.Namespace, overrides: list[str]) -> Net
     return Network(net, about, cfg, _out(args, run / "eval" / part), True, True, title)
 
 
-def _from_file(path: Path, args: argparse.Namespace, overrides: list[str]) -> Network:
+def _from_file(path: Path, args: argparse.Namespace, overrides: list[str], images: bool) -> Network:
     found = formats.read(path, args.arch, student=args.student)
-    cfg, has_train = _config(path.stem, overrides)
+    cfg, has_train = _config(path.stem, overrides, images)
     about = _about(found.net, found.arch, dict(found.kwargs), found.format)
     folder = _out(args, cfg.run.out / "eval" / path.name)
     return Network(found.net.eval(), about, cfg, folder, has_train, True, path.name)
 
 
-def _from_timm(arch: str, args: argparse.Namespace, overrides: list[str]) -> Network:
+def of_onnx(
+    path: Path, told: dict[str, Any], cfg: Config, folder: Path, has_train: bool
+) -> Network:
+    """An ONNX file as a network: onnxruntime computes its features in its own precision, on the CPU.
+
+    told    what the file says about itself
+    folder  for results"""
+    settings = cfg.model_copy(
+        update={
+            "engine": cfg.engine.model_copy(update={"precision": "fp32"}),
+            "perf": cfg.perf.model_copy(update={"graphs": False}),
+        }
+    )
+    net = models.Net(export.Session(path), nn.Identity()).eval()
+    about = told["network"] | {
+        "fingerprint": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "source": f"{path.name}, exported from {told['network']['source']}",
+        "of": told["network"]["fingerprint"],
+    }
+    return Network(net, about, settings, folder, has_train, False, path.name)
+
+
+def _from_onnx(path: Path, args: argparse.Namespace, overrides: list[str]) -> Network:
+    told = export.about(path)
+    view = told["view"]
+    # Of the run that the file lies in come data and kNN's settings; of the file, how it sees images.
+    own = [
+        f"data.eval_resize={view['resize']}",
+        f"data.eval_size={view['size']}",
+        f"view.mean={view['mean']}",
+        f"view.std={view['std']}",
+    ]
+    described = next((f for f in _runs_above(path) if f.is_file()), None)
+    if described is None:
+        cfg, has_train = _config(path.stem, [*own, *overrides])
+    else:
+        cfg, has_train = config.load(described, [*own, *overrides]), True
+    if cfg.data.eval_size != view["size"]:
+        raise UserError(
+            f"{path}: takes images of {view['size']} pixels, not data.eval_size={cfg.data.eval_size};"
+            " leave it out"
+        )
+    return of_onnx(path, told, cfg, _out(args, path.parent / "eval" / path.stem), has_train)
+
+
+def _runs_above(path: Path) -> list[Path]:
+    """Where the config.yaml of a run is that an export lies in: RUN/export/ or RUN/export/NAME/."""
+    return [p.parent / "config.yaml" for p in path.absolute().parents[:2] if p.name == "export"]
+
+
+def _from_timm(arch: str, args: argparse.Namespace, overrides: list[str], images: bool) -> Network:
     if bool(args.weights) == args.untrained:
         raise UserError(
             f"{TIMM}{arch}: give its weights as --weights FILE, or --untrained for random ones"
         )
-    cfg, has_train = _config(arch, overrides)
+    cfg, has_train = _config(arch, overrides, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed)
         net = models.create(arch, lambda features: nn.Identity(), sizes=(cfg.data.eval_size,))
@@ -158,17 +214,17 @@ def _load(backbone: Any, file: Path) -> None:
     models.load_weights(backbone, own, file, "name the timm model that the file was made with")
 
 
-def _config(name: str, overrides: list[str]) -> tuple[Config, bool]:
+def _config(name: str, overrides: list[str], images: bool = True) -> tuple[Config, bool]:
     """The defaults with the overrides laid over them, and whether they name training images.
-    Raises UserError where no images are named."""
+    Raises UserError where images are needed and none are named."""
     raw: dict[str, Any] = {}
     for item in overrides:
         raw = overlay(raw, settings.nested(item))
     given = raw.get("data") or {}
-    if not given.keys() & {"train", "val"}:
+    if images and not given.keys() & {"train", "val"}:
         raise UserError("data.val: give the images, as data.val=PATH and data.train=PATH")
     # The configuration requires training images; where there are none, nothing asks for them.
-    data = {"train": given.get("val")} | given
+    data = {"train": given.get("val") or "none"} | given
     label = "".join(c if c.isalnum() or c in "._+-" else "_" for c in name) or "network"
     base = {"run": {"name": label.lstrip(".")}, "views": [{"count": 2}]}
     return config.validate(overlay(base, raw | {"data": data}), "overrides"), "train" in given

@@ -13,6 +13,10 @@ from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 
 
+class Useless(UserError):
+    """Features that tell nothing: no finite numbers, or the same for every image."""
+
+
 class Features(NamedTuple):
     x: Tensor  # [N,F] float32, raw
     label: Tensor  # [N] int64, on the device of x
@@ -75,12 +79,12 @@ def count(own: Tensor) -> int:
 
 
 def refuse_useless(own: Features, what: str) -> None:
-    """Raises UserError, on every rank alike, where the features are no finite numbers or are the
+    """Raises Useless, on every rank alike, where the features are no finite numbers or are the
     same for every image.  what: names them in the sentence."""
     x = own.x.double()
     bad = dist.all_sum((~own.x.isfinite().all(1)).sum())
     if int(bad):
-        raise UserError(
+        raise Useless(
             f"{what}: the features of {int(bad)} images are no finite numbers; the network is "
             "broken or its precision too low, take another checkpoint or precision fp32"
         )
@@ -88,7 +92,7 @@ def refuse_useless(own: Features, what: str) -> None:
     mean = dist.all_sum(x.sum(0)) / n
     square = dist.all_sum((x - mean).square().sum()) / n
     if float(square) <= 1e-10 * float(mean.square().sum()):
-        raise UserError(
+        raise Useless(
             f"{what}: the features are the same for all {n} images; the network has collapsed or "
             "is broken, take another checkpoint"
         )

@@ -1,10 +1,12 @@
-"""Weights from files: read without running code from them, and copied strictly into a network."""
+"""Weights from files: read without running code from them, and copied strictly into a network; and
+weights into files for others."""
 
 import pickle
 import re
 import shlex
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,17 @@ def load_weights(net: nn.Module, weights: dict[str, Any], source: Path | str, re
         )
     # Not strict, for the counters; all else is there.
     net.load_state_dict(weights, strict=False)
+
+
+def plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, each with a memory of its own and its dimensions in the usual order."""
+    usual = torch.contiguous_format
+    return {k: x.detach().cpu().clone(memory_format=usual) for k, x in weights.items()}
+
+
+def as_safetensors(weights: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file, as timm and the Hugging Face hub expect it."""
+    return safetensors.torch.save(plain(weights), metadata={"format": "pt"})
 
 
 def _contents(file: Path) -> object:

@@ -4,6 +4,9 @@ checkpoint whole.
 RUN/checkpoints/last                          text: the name of the newest folder
 RUN/checkpoints/step_00001000/state.pt        what all ranks share, as full named tensors
 RUN/checkpoints/step_00001000/rank_0.pt       a rank's own: random state, batch-norm statistics
+RUN/checkpoints/step_00001000/backbone.safetensors
+                                              the student's backbone alone, for timm and others; nothing
+                                              here reads it.  backbone-NAME... for each of several
 RUN/checkpoints/step_00001000/manifest.json   size and SHA-256 of these files
 The .pt files load with torch.load(weights_only=True)."""
 

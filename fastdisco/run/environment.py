@@ -25,6 +25,8 @@ _PACKAGES = (
     "nvidia-dali-cuda120",
     "apex",
     "numpy",
+    "onnx",
+    "onnxruntime",
 )
 
 

@@ -17,6 +17,7 @@ from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import naming, sync, told, write_whole
 from fastdisco.models import checkpoints, manifest
+from fastdisco.models.weights import as_safetensors
 
 # Free bytes beyond what the tensors need: for names, pickles and the manifest.
 _SPARE = 1 << 20
@@ -34,7 +35,7 @@ def write(run: Path, step: int, shared: dict[str, Any], own: dict[str, Any], kee
     Raises NotSaved where a rank meets an error of the file system."""
     folder = run / "checkpoints" / f"step_{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
-    needed = _bytes(shared) + dist.world() * _bytes(own)
+    needed = _bytes(shared) + _bytes(_backbones(shared)) + dist.world() * _bytes(own)
     _by_rank_0(lambda: _prepare(beside, needed))
     try:
         files = _written(beside, shared, own)
@@ -67,12 +68,14 @@ def _prepare(beside: Path, needed: int) -> None:
 
 def _written(beside: Path, shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Writes this rank's files.  Returns {name: size and digest} of all ranks'."""
-    mine = {f"rank_{dist.rank()}.pt": own}
+    mine: dict[str, Callable[[IO[bytes]], object]]
+    mine = {f"rank_{dist.rank()}.pt": lambda f: torch.save(own, f)}
     if dist.rank() == 0:
-        mine["state.pt"] = shared
+        mine["state.pt"] = lambda f: torch.save(shared, f)
+        for name, weights in _backbones(shared).items():
+            mine[name] = lambda f, weights=weights: f.write(as_safetensors(weights))
     try:
-        found = {name: _write(beside / name, value) for name, value in mine.items()}
-        result = {"files": found}
+        result = {"files": {name: _to_disk(beside / name, x) for name, x in mine.items()}}
     except OSError as e:
         result = {"error": told(e)}
     results = [json.loads(text) for text in dist.all_texts(json.dumps(result))]
@@ -81,9 +84,16 @@ def _written(beside: Path, shared: dict[str, Any], own: dict[str, Any]) -> dict[
     return {name: about for x in results for name, about in x["files"].items()}
 
 
-def _write(path: Path, value: dict[str, Any]) -> dict[str, Any]:
-    """Returns the file's size and digest."""
-    return _to_disk(path, lambda f: torch.save(value, f))
+def _backbones(shared: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """{file name: weights} of each student's backbone under timm's names:
+    timm.create_model(arch, num_classes=0, checkpoint_path=...) loads it."""
+    found, begin = {}, "backbone."
+    for item, weights in shared.items():
+        name, _, what = item.rpartition("/")
+        if what == "student":
+            own = {k.removeprefix(begin): x for k, x in weights.items() if k.startswith(begin)}
+            found[f"backbone-{name}.safetensors" if name else "backbone.safetensors"] = own
+    return found
 
 
 def _to_disk(path: Path, write: Callable[[IO[bytes]], object]) -> dict[str, Any]:
