@@ -4,7 +4,7 @@ PYTHON ?= python3
 CUDA ?= cuda13
 BIN := .venv/bin
 
-.PHONY: demo lint test test-slow gpu gpu-first results
+.PHONY: demo lint test test-slow fuzz gpu gpu-first results
 demo: .venv/done
 	$(BIN)/python bench/demo.py --seeds 0 --out out/demo
 
@@ -19,6 +19,11 @@ test: .venv/done
 
 test-slow: .venv/done
 	$(BIN)/python -m pytest tests -m slow -rs
+
+# Mutated inputs of every kind; what fails is kept in tests/fuzz and tried first from then on.
+FUZZ ?= 10000
+fuzz: .venv/done
+	CUDA_VISIBLE_DEVICES= FASTDISCO_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -q -rs -n auto
 
 # make gpu-first: the order for the first half hour on a GPU.
 # make gpu PART=kernels: one part, tests or a bench, each under 9 minutes by estimate (docs/speed.md).  RUN=python3 takes that Python as it is.

@@ -6,7 +6,7 @@ import sys
 from fastdisco import __version__
 from fastdisco.commands import arguments, data, evaluate, export, teacher, train
 from fastdisco.common import files, launch
-from fastdisco.common.console import refuse
+from fastdisco.common.console import escape_what_cannot_be_shown, refuse
 from fastdisco.common.errors import UserError
 
 # In the order of a user's work.
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 where a user's error stopped it, 3 where an
     exported file lost too much accuracy, or 75 where a signal stopped it and the same command
     continues."""
+    escape_what_cannot_be_shown()
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(argv)
     if not argv:

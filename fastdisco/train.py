@@ -67,6 +67,7 @@ def _run(
     # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
+    config.refuse_beyond(cfg, dist.world(), engine.memory(device))
     listing, val = _listings(cfg)
     # One student is a list of one, named ''.
     alone = config.students(cfg).items()
@@ -89,6 +90,8 @@ def _run(
     agreement.same_checkpoint(folder)
     start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
+    if loader.aside:
+        say(f"{len(loader.aside)} images that broke before stay set aside (data.bad_limit)")
     if replayed:
         replayed.complete()
     steps = loader.steps_per_epoch * cfg.run.epochs
@@ -108,7 +111,7 @@ def _run(
         # It was killed, or failed, when the checkpoint was saved.
         if start and evaluation.due(start) and dist.any_rank(log.lacks(start)):
             with meter.paused():
-                log.write(start, evaluation.run(start))
+                log.write(start, evaluation.run(start, loader.remaining))
         for step in range(start, steps):
             # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
@@ -153,6 +156,9 @@ def _run(
             # A rank may be asked alone; all stop together.
             asked = stop.agreed()
             save = last or asked or done % cfg.checkpoint.every == 0
+            due = evaluation.due(done)
+            if save or due or done % cfg.log.every == 0:
+                loader.agree()
             if save or done % cfg.log.every == 0:
                 lock.check()
                 # Only here does the loop wait for the device.
@@ -163,13 +169,12 @@ def _run(
             if save:
                 with meter.paused():
                     saver.save(done, ends=last or asked)
-            due = evaluation.due(done)
             if asked and (due or not last):
                 say(f"stopped as asked after step {done}; the same command continues from there")
                 break
             if due:
                 with meter.paused():
-                    log.write(done, evaluation.run(done))
+                    log.write(done, evaluation.run(done, loader.remaining))
         else:
             say(f"done: {steps} steps, outputs in {folder}")
             asked = False

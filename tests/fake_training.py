@@ -207,7 +207,7 @@ class Loader:
     crops: tuple
     placement: data.placement.Placement
     device: torch.device = CUDA
-    position: int = 0
+    state: int = 0
 
     def views(self) -> list[Tensor]:
         """As DALI hands them over."""

@@ -122,7 +122,7 @@ def _zero(case, stage, folder, resume=False, **cfg_engine):
         accumulate,
         clip,
     )
-    state = checkpoint.items(student, ema, nn.Module(), types.SimpleNamespace(position=0))
+    state = checkpoint.items(student, ema, nn.Module(), types.SimpleNamespace(state=0))
     start = checkpoint.restore(folder, state, {}) if resume else 0
     assert student.zero_optimization_stage() == stage and start == (HALF if resume else 0)
     out = []
@@ -290,7 +290,7 @@ def test_the_loss_scaler_is_among_the_items(tmp_path):
             torch_autocast_z0_gradscaler=scaler,
         )
         return checkpoint.items(
-            student, nn.Linear(1, 1), nn.Module(), types.SimpleNamespace(position=0)
+            student, nn.Linear(1, 1), nn.Module(), types.SimpleNamespace(state=0)
         )
 
     def overflow(scaler):

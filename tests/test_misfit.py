@@ -31,7 +31,7 @@ class Training:
         block = config.Moco(queue=8)
         self.method = methods.create("moco", cfg=block, dim=2, seed=0, shuffle="off")
         self.ema = copy.deepcopy(net)
-        self.loader = types.SimpleNamespace(position=steps)
+        self.loader = types.SimpleNamespace(state=steps)
         self.student = types.SimpleNamespace(
             module=net,
             basic_optimizer=optimizer,

@@ -55,7 +55,7 @@ def _knn(folder):
     return json.loads(out.getvalue().splitlines()[-1])["eval/knn_top1"]
 
 
-def _differences(folder_a, folder_b, n):
+def _differences(folder_a, folder_b, n, logged=range(1, 15)):
     """Names of what two finished runs do not have bit-equal."""
     found = []
     for file in ["state.pt"] + [f"rank_{r}.pt" for r in range(n)]:
@@ -69,5 +69,5 @@ def _differences(folder_a, folder_b, n):
             if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])
         ]
     a, b = losses(folder_a), losses(folder_b)
-    assert sorted(a) == sorted(b) == list(range(1, 15))
+    assert sorted(a) == sorted(b) == list(logged)
     return found + [f"loss:{s}" for s in a if a[s] != b[s]]

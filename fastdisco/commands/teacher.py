@@ -31,7 +31,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     sub = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     known = {"parents": [_checkpoint()]}
     what = f"{COMMANDS['show']}; exit code 2 if it is no teacher"
-    arguments.command(sub, "show", what, show, **known)
+    p = arguments.command(sub, "show", what, show, **known)
+    p.add_argument(
+        "--sha256", action="store_true", help="also the file's SHA-256, for teacher.sha256"
+    )
     what = f"{COMMANDS['check']}; exit code 2 if it has not"
     _add_check(arguments.command(sub, "check", what, check, **known))
     what = (
@@ -111,6 +114,8 @@ def show(args: argparse.Namespace) -> None:
     for why, names in found.ignored.items():
         say(f"ignored       {why}: {shorten(names)}")
     say(f"fingerprint   {runtime.fingerprint(found.net)}")
+    if args.sha256:
+        say(f"sha256        {formats.sha256(args.file)}")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 from fastdisco.commands import arguments
 from fastdisco.common import files, launch
-from fastdisco.common.console import refuse, say
+from fastdisco.common.console import escape_what_cannot_be_shown, refuse, say
 from fastdisco.common.errors import UserError
 
 COMMANDS = {"": "train a student, or go on with the run of the same command"}
@@ -13,6 +13,7 @@ COMMANDS = {"": "train a student, or go on with the run of the same command"}
 def main(argv: list[str] | None = None) -> int:
     """`python fastdisco/train.py`; returns the exit code: 0 finished, 2 refused by a user's error,
     75 stopped by a signal, to be started again."""
+    escape_what_cannot_be_shown()
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     add(parser)
     try:

@@ -4,6 +4,7 @@
 is first asked for: importing rich takes longer than a command needs to print its help."""
 
 import functools
+import io
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,14 @@ def say(text: str, anywhere: bool = False) -> None:
     if rank == 0 or anywhere:
         line = f"rank {rank}: {text}" if rank else text
         _console().print(line, markup=False, soft_wrap=True)
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Lets the terminal show, escaped, the characters that its encoding lacks, where Python would
+    end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def refuse(error: UserError) -> int:

@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,8 @@ _REMEDIES = {
     errno.EROFS: _RIGHTS,
     errno.ENAMETOOLONG: "give a shorter name",
 }
+# Linux's PATH_MAX less the zero byte at the end, and NAME_MAX, bytes.
+LONGEST_PATH, LONGEST_NAME = 4095, 255
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -100,6 +104,23 @@ def sync(folder: Path) -> None:
             os.close(fd)
 
 
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """The file opened to be read as bytes.
+
+    Raises OSError, also for a pipe, a socket or a device, where reading could wait for ever."""
+    # Opening a pipe waits for a writer, unless told not to.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        what = (
+            os.strerror(code) if stat.S_ISDIR(mode) else "a pipe, a socket or a device, not a file"
+        )
+        raise OSError(code, what, str(path))
+    return open(fd, "rb")
+
+
 def expanded(path: Path) -> Path:
     """The path with ~ and environment variables replaced: a shell leaves them as they are in
     key=value and --option=value, and nobody else would look at a YAML file.
@@ -112,4 +133,20 @@ def expanded(path: Path) -> Path:
     if left := re.search(r"\$(\w+|\{\w+\})", text):
         name = left[1].strip("{}")
         raise ValueError(f"${name} is not set in the environment; set it, or write the path out")
+    _refuse_unopenable(text)
     return Path(text)
+
+
+def _refuse_unopenable(text: str) -> None:
+    """Raises ValueError for a path that no system call takes."""
+    try:
+        name = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("it has a character that no file name can have; remove it") from None
+    if b"\0" in name:
+        raise ValueError("it has a zero byte, which no path can have; remove it")
+    if len(name) > LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
+        raise ValueError(
+            f"it is longer than a path ({LONGEST_PATH} bytes) or a name in it ({LONGEST_NAME}) can "
+            "be; shorten it"
+        )

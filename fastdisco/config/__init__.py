@@ -6,7 +6,7 @@ crops.py     a view and its augmentation
 recipes.py   the defaults of other blocks under a method, as its authors trained
 config.py    the whole, and what its blocks must agree on
 reading.py   files and overrides; the sentences about mistakes
-derived.py   each student's configuration, the crops one by one, the micro batch
+derived.py   each student's configuration, the crops one by one, the micro batch, least memory
 
 Level 0: imports nothing of fastdisco but `common`, and no torch."""
 
@@ -28,7 +28,7 @@ from fastdisco.config.blocks import (
 )
 from fastdisco.config.config import Config
 from fastdisco.config.crops import Crop, Crops
-from fastdisco.config.derived import crops, micro_batch, students
+from fastdisco.config.derived import crops, micro_batch, refuse_beyond, students
 from fastdisco.config.merge import flatten
 from fastdisco.config.methods import Dino, Moco, Rkd, Seed, Swav
 from fastdisco.config.reading import dump, load, validate
@@ -63,6 +63,7 @@ __all__ = [
     "flatten",
     "load",
     "micro_batch",
+    "refuse_beyond",
     "students",
     "validate",
 ]

@@ -1,14 +1,42 @@
-"""What all blocks of the configuration have in common."""
+"""What all blocks of the configuration have in common, and the numbers in them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, field_validator
 
 from fastdisco.common.files import expanded
 
+# Whole numbers up to here go through floats and through torch's sizes unchanged.
+LARGEST = 2**53
+# Everything is computed in float32; what lies outside would become 0 or infinite there.
+TINY, HUGE = 2.0**-126, 2.0**127
 
-class Block(BaseModel, extra="forbid", frozen=True, validate_default=True):
+
+def no_bool(value: Any) -> Any:
+    """The value.  Raises ValueError for true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _fits(value: float) -> float:
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"no whole number above 2^53 = {LARGEST} is known here")
+    if isinstance(value, float) and value and not TINY <= abs(value) <= HUGE:
+        raise ValueError(
+            "float32, in which all is computed, cannot hold it; take a number between 1e-37 and "
+            "1e38, or 0"
+        )
+    return value
+
+
+# The numbers of every block: true and false are none, and `Block` takes no infinity and no NaN.
+Int = Annotated[int, BeforeValidator(no_bool), AfterValidator(_fits)]
+Float = Annotated[float, BeforeValidator(no_bool), AfterValidator(_fits)]
+
+
+class Block(BaseModel, extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False):
     """A group of keys: fixed once made, and it refuses keys that it does not have.
 
     In its paths, ~ and environment variables are replaced."""

@@ -3,13 +3,14 @@
 The block `method` is in methods.py, the crops (`view`, `views`) in crops.py, and the whole in
 config.py.  null in a file is None here."""
 
+import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
-from fastdisco.config.block import Block
+from fastdisco.config.block import Block, Float, Int, no_bool
 
 _WORD = r"[\w.+-]+"
 
@@ -21,17 +22,18 @@ class Run(Block):
     name: str
     out: Path = Path("out")
     # What all randomness comes from: initial weights, order of the images, views, shuffles.
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Int = Field(0, ge=0, lt=2**32)
     # Length of the training.  The schedules of learning rate and weight decay end with it.
-    epochs: int = Field(200, ge=1)
+    epochs: Int = Field(200, ge=1)
     # Stop after so many steps.  The schedules stay those of all epochs.  null: train to the end.
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Int | None = Field(None, ge=1)
 
     @field_validator("name")
     @classmethod
     def _one_folder(cls, name: str) -> str:
-        if not re.fullmatch(_WORD, name) or name.startswith("."):
-            raise ValueError("one folder name of letters, digits and . _ + -")
+        # Files beside the folder have longer names than it.
+        if not re.fullmatch(_WORD, name) or name.startswith(".") or len(name.encode()) > 200:
+            raise ValueError("one folder name of letters, digits and . _ + -, at most 200 bytes")
         return name
 
 
@@ -45,31 +47,34 @@ class Data(Block):
     # A file that names images to leave out, as `fastdisco data check` writes it.  A relative name
     # is looked for in the folders of train and val.  null: leave nothing out.
     quarantine: Path | None = Path("quarantine.txt")
+    # Of the training images, the share that may break while the run goes on (docs/data.md, Images
+    # that break).  Others take their places.  0: the first one stops the run.
+    bad_limit: Float = Field(0.001, ge=0, lt=1)
     # Images per optimizer step, over all ranks and accumulated micro batches.
-    batch: int = Field(256, ge=1)
+    batch: Int = Field(256, ge=1)
     # Micro batches per optimizer step: a rank's forward pass has
     # data.batch / (ranks x data.accumulate) images.
-    accumulate: int = Field(1, ge=1)
+    accumulate: Int = Field(1, ge=1)
     # DALI's CPU threads on each rank.
-    threads: int = Field(4, ge=1)
+    threads: Int = Field(4, ge=1, le=1024)
     # Where JPEGs are decoded; auto: where `augment` is.
     decode: Literal["auto", "gpu", "cpu"] = "auto"
     # Where crops, colours and blur are computed; auto: on the GPU where there is one.
     augment: Literal["auto", "gpu", "cpu"] = "auto"
     # With decode on a GPU that has a JPEG decoding engine (A100, H100 ...): the share of the images
     # that the engine decodes.  The GPU's cores decode the rest.
-    hw_decoder_load: float = Field(0.65, ge=0, le=1)
+    hw_decoder_load: Float = Field(0.65, ge=0, le=1)
     # How many batches are made ahead of the step.
-    prefetch: int = Field(2, ge=1)
+    prefetch: Int = Field(2, ge=1, le=128)
     # Whether views are copied out of DALI's memory at once, or used where DALI made them
     # (docs/data.md, On GPUs).
     copy_views: bool = False
     # Evaluation: images are resized so that the short side has so many pixels.
-    eval_resize: int = Field(256, ge=8)
+    eval_resize: Int = Field(256, ge=8)
     # Evaluation: side of the square that is then cut from the centre, pixels.
-    eval_size: int = Field(224, ge=8)
+    eval_size: Int = Field(224, ge=8)
     # Evaluation: images per batch on each rank.
-    eval_batch: int = Field(128, ge=1)
+    eval_batch: Int = Field(128, ge=1)
 
     @model_validator(mode="after")
     def _nothing_goes_back(self) -> "Data":
@@ -91,11 +96,11 @@ class Student(Block):
     # Batch norm after each hidden layer of the head, as in SwAV's.
     head_bn: bool = False
     # Width of the head's hidden layers.  0: the head is a single linear layer.
-    hidden: int = Field(2048, ge=0)
+    hidden: Int = Field(2048, ge=0)
     # Width of the embedding, which is the head's output.  It must equal the teacher's.
-    dim: int = Field(128, ge=1)
+    dim: Int = Field(128, ge=1)
     # Further arguments of timm.create_model for the backbone.
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class OneOfMany(Block):
@@ -106,10 +111,10 @@ class OneOfMany(Block):
     # The student's name in metrics, in checkpoints and for --student; null: the architecture's.
     name: str | None = None
     arch: str | None = None
-    hidden: int | None = Field(None, ge=0)
+    hidden: Int | None = Field(None, ge=0)
     # They replace student.kwargs as a whole.
-    kwargs: dict[str, Any] | None = None
-    lr: float | None = Field(None, ge=0)
+    kwargs: dict[str, JsonValue] | None = None
+    lr: Float | None = Field(None, ge=0)
 
     @field_validator("name")
     @classmethod
@@ -124,10 +129,13 @@ class Teacher(Block):
 
     # A checkpoint as its training wrote it, or the folder of a fastdisco run.
     file: Path
+    # SHA-256 of the file, as `fastdisco teacher show --sha256` prints it; of a run's folder that of
+    # the checkpoint's state.pt.  Another file is refused.  null: not compared.
+    sha256: str | None = None
     # The timm model of the file's backbone; null: found by the names and shapes in the file.
     arch: str | None = None
     # Further arguments of timm.create_model for the backbone.
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     # Which student teaches, where the fastdisco run has several.
     student: str | None = None
     # Of weights and activations; auto: fp16 on a GPU, engine.precision on a CPU.
@@ -135,7 +143,7 @@ class Teacher(Block):
     # What its batch norms normalise with.  eval: the statistics in the file; batch: the statistics
     # of each `bn_group` images of a view, as in DisCo's official code.
     bn: Literal["eval", "batch"] = "eval"
-    bn_group: int = Field(32, ge=2)
+    bn_group: Int = Field(32, ge=2)
     # Fold each batch norm into the layer before it, which is faster.  Only with bn: eval.
     fold: bool = True
     # On a GPU: run the forward as a CUDA graph, beside the student's forward.
@@ -146,7 +154,14 @@ class Teacher(Block):
     cache_folder: Path = Path("out/teacher_cache")
     # Of how many epochs the views are recorded.  Epoch e then repeats the views of epoch
     # e mod cache_rounds.
-    cache_rounds: int = Field(10, ge=1)
+    cache_rounds: Int = Field(10, ge=1)
+
+    @field_validator("sha256")
+    @classmethod
+    def _hex_digits(cls, digest: str | None) -> str | None:
+        if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError("64 digits of 0-9 and a-f")
+        return digest
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -168,7 +183,7 @@ class Bn(Block):
     """The batch norms of student and mean student (EMA) in training (docs/method.md)."""
 
     # Compute statistics over 1/groups of a rank's micro batch, as if on `groups` GPUs.
-    groups: int = Field(1, ge=1)
+    groups: Int = Field(1, ge=1)
     # How the key encoder (the mean student) gets a batch that is permuted over ranks and groups
     # (MoCo, section 3.3).  gather: ranks send each other images; load: each rank loads the images
     # of its share itself, and they are view B for all networks; off: no permutation.  true means
@@ -201,19 +216,19 @@ class Optim(Block):
     # Any optimizer of timm.optim.  sgd is plain momentum SGD, nesterov its Nesterov form.
     name: str = "sgd"
     # The learning rate that the schedule starts from, before lr_scale.
-    lr: float = Field(0.03, ge=0)
+    lr: Float = Field(0.03, ge=0)
     # What lr is multiplied by.  none: 1; linear: data.batch / 256; sqrt: the root of that.
     lr_scale: Literal["none", "linear", "sqrt"] = "none"
     # The learning rate at the end of the cosine.  It is not scaled.
-    lr_min: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr_min: Float = Field(0.0, ge=0)
+    momentum: Float = Field(0.9, ge=0, lt=1)
+    weight_decay: Float = Field(1e-4, ge=0)
     # Weight decay at the end of the training, reached by a cosine; null: it stays as it is.
-    weight_decay_end: float | None = Field(None, gt=0)
+    weight_decay_end: Float | None = Field(None, gt=0)
     # Whether biases and the weights of norms decay, too, as in MoCo and DisCo.
     decay_norm_and_bias: bool = True
     # The gradient is shortened to this norm where it is longer; 0: never.
-    clip: float = Field(0.0, ge=0)
+    clip: Float = Field(0.0, ge=0)
     # Clip each weight tensor's gradient by itself, as DINO's code does, instead of all together.
     clip_each: bool = False
     # How the learning rate falls.  cosine: to lr_min; step: to a tenth at each milestone; constant:
@@ -222,14 +237,19 @@ class Optim(Block):
     # How often the schedule changes the learning rate.
     per: Literal["step", "epoch"] = "step"
     # For so many epochs from the start the learning rate rises linearly, to lr as scaled.
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: Float = Field(0.0, ge=0)
     # Where that rise begins.  zero: at 0; lr: at lr before lr_scale, as in SEED's code.
     warmup_from: Literal["zero", "lr"] = "zero"
     # Where the cosine is at its top.  warmup: at the end of the warm-up; start: at epoch 0, so that
     # the warm-up hides its beginning, as in SEED's code.
     cosine_from: Literal["warmup", "start"] = "warmup"
     # Epochs at which `schedule: step` multiplies the learning rate by 0.1.
-    milestones: tuple[int, ...] = (120, 160)
+    milestones: tuple[Int, ...] = (120, 160)
+
+    def scaled(self, batch: int) -> float:
+        """`lr` times what `lr_scale` says for this global batch."""
+        share = batch / 256
+        return self.lr * {"none": 1.0, "linear": share, "sqrt": math.sqrt(share)}[self.lr_scale]
 
     @model_validator(mode="after")
     def _schedules(self) -> "Optim":
@@ -256,14 +276,14 @@ class Engine(Block):
     tf32: bool = True
     # ZeRO stage.  0: only gradients are exchanged, which is the fastest for students that fit, and
     # all do; 1 and above divide optimizer state, then gradients, then weights among the ranks.
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_bool)] = 0
     # Exchange gradients while the backward still runs: at stage 0 by fastdisco, at 1 and 2 on GPUs
     # by DeepSpeed.
     overlap: bool = True
     # With overlap: how many gradients are sent at once, MiB.
-    bucket_mb: float = Field(8.0, gt=0)
+    bucket_mb: Float = Field(8.0, gt=0)
     # DeepSpeed's own keys, laid over the settings that fastdisco makes.
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fp16_at_stage_0(self) -> "Engine":
@@ -294,13 +314,13 @@ class Eval(Block):
     """The kNN evaluation during the training, which needs data.val."""
 
     # Steps between evaluations.  0: only after the last step.
-    every: int = Field(0, ge=0)
+    every: Int = Field(0, ge=0)
     # How many neighbours vote.
-    k: int = Field(20, ge=1)
+    k: Int = Field(20, ge=1)
     # Temperature of the votes: a neighbour's weight is exp(cosine / temp).
-    temp: float = Field(0.07, gt=0)
+    temp: Float = Field(0.07, gt=0)
     # How many training images neighbours are looked for in, drawn by run.seed; null: all.
-    bank: int | None = Field(None, ge=1)
+    bank: Int | None = Field(None, ge=1)
     # Whether an evaluation that fails, of a damaged image for example, ends the run; else that is
     # said, and the training goes on.
     fatal: bool = False
@@ -310,13 +330,13 @@ class Log(Block):
     """The metrics."""
 
     # Steps between lines of metrics.  Only for these does the loop wait for the device.
-    every: int = Field(20, ge=1)
+    every: Int = Field(20, ge=1)
 
 
 class Checkpoint(Block):
     """The checkpoints."""
 
     # Steps between checkpoints.  There is one after the last step in any case.
-    every: int = Field(1000, ge=1)
+    every: Int = Field(1000, ge=1)
     # How many of the newest are kept.
-    keep: int = Field(2, ge=1)
+    keep: Int = Field(2, ge=1)

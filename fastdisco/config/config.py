@@ -120,6 +120,42 @@ class Config(Block):
         return self
 
     @model_validator(mode="after")
+    def _a_loss_has_weight(self) -> "Config":
+        if isinstance(self.method, Moco):
+            weights = {"contrast": self.method.contrast}
+            if self.teacher:
+                weights |= {"distill": self.method.distill} | {
+                    f"rkd.{key}": weight for key, weight in self.method.rkd
+                }
+        elif isinstance(self.method, Seed):
+            weights = {"distill": self.method.distill, "contrast": self.method.contrast}
+        else:
+            # SwAV's and DINO's own loss has weight 1.
+            return self
+        if not any(weights.values()):
+            first, *others = (f"method.{key}" for key in weights)
+            also = "" if self.teacher else ", or give a teacher (teacher.file)"
+            raise ValueError(
+                f"{first}: every loss has weight 0 ({', '.join([first, *others])}), so nothing "
+                f"would be learned; set one above 0{also}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_cosine_falls(self) -> "Config":
+        rates = [self.optim.lr, *(one.lr for one in self.students if one.lr is not None)]
+        if self.students and all(one.lr is not None for one in self.students):
+            # Nobody takes it.
+            rates = rates[1:]
+        lowest = self.optim.model_copy(update={"lr": min(rates)}).scaled(self.data.batch)
+        if self.optim.lr_min > lowest:
+            raise ValueError(
+                f"optim.lr_min: {self.optim.lr_min:g} is above the learning rate that the cosine "
+                f"starts from, {lowest:g} (optim.lr, as scaled by optim.lr_scale); lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _queue_fits_the_batch(self) -> "Config":
         method, batch = self.method, self.data.batch
         if isinstance(method, Moco | Seed) and method.queue < batch:

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
+
+from fastdisco.config.block import Block, Float, Int
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -11,43 +13,43 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Hue = Annotated[float, Field(ge=0, le=0.5)]
+NotNegative = Annotated[Float, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(gt=0, le=1)]
+Hue = Annotated[Float, Field(ge=0, le=0.5)]
 
 
-class Crop(BaseModel, extra="forbid", frozen=True):
+class Crop(Block):
     """One view; a `*_p` is the chance that the step is applied.
 
     The defaults are MoCo-v2's augmentation, arXiv:2003.04297.  The data pipelines read nothing else
     of the configuration."""
 
     # Side of the square that comes out, pixels.
-    size: int = Field(224, ge=8)
+    size: Int = Field(224, ge=8)
     # The crop's area as a share of the image's area: smallest and largest.
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.2, 1.0)
     # The crop's width / height: smallest and largest.
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
     # Mirror left and right.
-    flip_p: float = Field(0.5, ge=0, le=1)
+    flip_p: Float = Field(0.5, ge=0, le=1)
     # Change the colours.
-    jitter_p: float = Field(0.8, ge=0, le=1)
+    jitter_p: Float = Field(0.8, ge=0, le=1)
     # How strongly: brightness, contrast and saturation are multiplied by up to 1 +- this, hue is
     # turned by up to this part of the colour circle.
     jitter: tuple[NotNegative, NotNegative, NotNegative, Hue] = (0.4, 0.4, 0.4, 0.1)
     # Make it grey.
-    gray_p: float = Field(0.2, ge=0, le=1)
+    gray_p: Float = Field(0.2, ge=0, le=1)
     # Blur with a Gaussian.
-    blur_p: float = Field(0.5, ge=0, le=1)
+    blur_p: Float = Field(0.5, ge=0, le=1)
     # The Gaussian's standard deviation, pixels: smallest and largest.
     blur_sigma: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.1, 2.0)
     # Solarise, after all other steps: a value v of 0..255 that is 128 or more becomes 255 - v.
-    solarize_p: float = Field(0.0, ge=0, le=1)
+    solarize_p: Float = Field(0.0, ge=0, le=1)
     # How the crop is resized; both are antialiased.
     interpolation: Literal["linear", "cubic"] = "linear"
     # The view is normalised at the end: (v - mean) / std, with v in 0..1, for red, green, blue.
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Float, Float, Float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
@@ -57,4 +59,4 @@ class Crops(Crop):
     What a group does not set is as in the configuration's block `view`: `config.crops` puts them
     together."""
 
-    count: int = Field(1, ge=1)
+    count: Int = Field(1, ge=1, le=1024)

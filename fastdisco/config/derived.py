@@ -1,5 +1,5 @@
-"""What follows from a configuration: each student's own one, the crops one by one, and the images
-of a micro batch."""
+"""What follows from a configuration: each student's own one, the crops one by one, the images of a
+micro batch, and the least memory that a rank needs for each size."""
 
 from typing import Any
 
@@ -75,3 +75,42 @@ def _divided(cfg: Config, world: int) -> int:
             f"{cfg.data.accumulate} accumulated; nearest: {' or '.join(map(str, near))}"
         )
     return batch
+
+
+def refuse_beyond(cfg: Config, world: int, memory: int) -> None:
+    """Raises UserError, which names the key, where one size alone needs more than a device's memory.
+
+    world   number of ranks
+    memory  bytes"""
+    for key, size in _sizes(cfg, world).items():
+        if size > memory:
+            raise UserError(
+                f"{key}: needs {size / 2**30:,.0f} GiB at least on each rank, and its device has "
+                f"{memory / 2**30:,.0f}; lower it"
+            )
+
+
+def _sizes(cfg: Config, world: int) -> dict[str, int]:
+    """By key, bytes that each rank holds at least because of it."""
+    asked = crops(cfg)
+    images = cfg.data.batch // (world * cfg.data.accumulate)
+    # Half precision is the least that views come in.
+    views = sum(2 * 3 * crop.size**2 for crop in asked)
+    own = "view.size" if cfg.view.size == max(crop.size for crop in asked) else "views"
+    sizes = {
+        own: views,
+        "data.batch": images * views,
+        "data.prefetch": images * views * cfg.data.prefetch,
+        "data.eval_size": 4 * 3 * cfg.data.eval_size**2,
+        "data.eval_batch": 4 * 3 * cfg.data.eval_size**2 * cfg.data.eval_batch,
+        "student.dim": 4 * cfg.student.dim,
+    }
+    # ZeRO parts weights among the ranks, but not while they are made.
+    hidden = max(student.student.hidden for student in students(cfg).values())
+    sizes["student.hidden"] = 4 * hidden * cfg.student.dim
+    dim, method = cfg.student.dim, cfg.method
+    if queue := getattr(method, "queue", 0):
+        sizes["method.queue"] = 2 * queue * dim
+    if prototypes := getattr(method, "prototypes", 0):
+        sizes["method.prototypes"] = 4 * prototypes * dim
+    return sizes

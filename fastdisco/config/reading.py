@@ -17,6 +17,14 @@ from fastdisco.config.config import Config
 from fastdisco.config.merge import flatten, overlay
 from fastdisco.config.recipes import RECIPES
 
+# Bounds of what is read: bytes of a file, values in it, levels of nesting, and characters of it in a
+# sentence.
+LARGEST, ITEMS, DEEPEST, SHOWN = 1 << 20, 100_000, 64, 300
+# What JSON escapes other characters by; YAML reads two of them, of which no file can be written.
+SURROGATE = re.compile("[\ud800-\udfff]")
+# How many mistakes are told at once.
+MISTAKES = 4
+
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The Config of a YAML file with `block.key=value` overrides laid over it.
@@ -44,7 +52,9 @@ def validate(raw: dict[str, Any], source: Path | str) -> Config:
         # The views are missing only where the method is wrong, which would have brought them; that
         # is the mistake to tell.
         errors = [err for err in e.errors() if (err["loc"], err["type"]) != (("views",), "missing")]
-        raise UserError(f"{source}: " + "; ".join(_sentence(err) for err in errors)) from None
+        # With a hundred mistakes, the first few are enough.
+        told = "; ".join(_one_line(_sentence(err)) for err in errors[:MISTAKES])
+        raise UserError(f"{source}: {told}") from None
 
 
 def dump(cfg: Config) -> str:
@@ -60,7 +70,7 @@ def _over_base(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     base = raw.pop("base")
     if not isinstance(base, str):
         raise UserError(
-            f"{path}: base: the name of a YAML file beside it is expected (found {base!r})"
+            f"{path}: base: the name of a YAML file beside it is expected (found {_shown(base)})"
         )
     below = _read(path.parent / base, f"correct `base` in {path}")
     if "base" in below:
@@ -73,32 +83,40 @@ def _over_base(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = yaml.load(text, Loader=_Loader) or {}
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no text in UTF-8; {remedy}") from None
+        with path.open("rb") as f:
+            content = f.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UserError(f"{path}: is larger than {LARGEST} bytes, no configuration; {remedy}")
+        raw, text = _parsed(content.decode("utf-8"))
+    except (OSError, ValueError) as e:
+        if isinstance(e, UnicodeDecodeError):
+            raise UserError(f"{path}: is no text in UTF-8; {remedy}") from None
+        why = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"{path}: cannot be read ({why}); {remedy}") from None
     except _WrittenTwice as e:
         raise UserError(f"{path}: {e}; join the two") from None
     except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {_one_line(str(e))}") from None
+    raw = raw or {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
-    return _with_texts(raw, yaml.load(text, Loader=yaml.BaseLoader), [Config])
+    return _with_texts(raw, text, [Config])
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
     """Sets one `block.key=value` in the nested dicts, in place."""
     key, eq, value = item.partition("=")
     if not eq or not key:
-        raise UserError(f"override '{item}': expected block.key=value, for example optim.lr=0.06")
+        raise UserError(
+            f"override '{_one_line(item)}': expected block.key=value, for example optim.lr=0.06"
+        )
     try:
-        found, text = (yaml.load(value, Loader=x) for x in (_Loader, yaml.BaseLoader))
+        found, text = _parsed(value)
     except _WrittenTwice as e:
-        raise UserError(f"override '{item}': {e}; keep one") from None
-    except yaml.YAMLError:
-        raise UserError(f"override '{item}': the value is not valid YAML") from None
+        raise UserError(f"override '{_one_line(item)}': {e}; keep one") from None
+    except yaml.YAMLError as e:
+        why = _one_line(str(e))
+        raise UserError(f"override '{_one_line(item)}': not valid YAML: {why}") from None
     *blocks, last = key.split(".")
     models: list[type[BaseModel]] = [Config]
     node = raw
@@ -111,12 +129,82 @@ def _override(raw: dict[str, Any], item: str) -> None:
     node |= _with_texts({last: found}, {last: text}, models)
 
 
+def _parsed(document: str) -> tuple[Any, Any]:
+    """A YAML document, and the same with every value read as text.
+
+    Raises yaml.YAMLError, also for what PyYAML trips over: `2001-13-45`, `!!float x`, 5,000 digits,
+    and for what it would unfold or nest without end."""
+    try:
+        read, text = (yaml.load(document, Loader=x) for x in (_Loader, _Texts))
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise yaml.YAMLError(f"a value is not what it looks like or is marked as ({e})") from None
+    return read, text
+
+
+def _one_line(text: str) -> str:
+    """The text in one line that a terminal can show, and not a long one."""
+    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+
+
+def _shown(value: Any) -> str:
+    """What was found, for a sentence."""
+    try:
+        return _one_line(repr(value))
+    except ValueError:
+        # Of a whole number with more than 4300 digits.
+        return "more digits than can be printed"
+
+
 class _WrittenTwice(yaml.YAMLError):
     """A mapping has a key twice, of which YAML would keep the last alone."""
 
 
+def _refuse_unfolding(node: yaml.Node) -> None:
+    """Raises yaml.YAMLError for a document that is nested too deep, holds itself, or has more than
+    ITEMS values once its anchors are put in: nine anchors of nine others make 9^9 of nine."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise yaml.YAMLError("an anchor holds itself")
+        if len(above) > DEEPEST:
+            raise yaml.YAMLError("it is nested too deep")
+        if id(node) not in sizes:
+            if isinstance(node, yaml.ScalarNode) and SURROGATE.search(node.value):
+                raise yaml.YAMLError("a text has half a character (\\ud800 to \\udfff)")
+            inside = [] if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                inside = [part for pair in inside for part in pair]
+            above = (*above, id(node))
+            sizes[id(node)] = 1 + sum(size(part, above) for part in inside)
+        return sizes[id(node)]
+
+    if size(node, ()) > ITEMS:
+        raise yaml.YAMLError(f"its anchors unfold to more than {ITEMS} values; write them out")
+
+
+class _Texts(yaml.BaseLoader):
+    """Reads every value as text."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _refuse_unfolding(node)
+        return node
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML reads 1e-3 as text, by YAML 1.1; here it is a number.  A key may be written once."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _refuse_unfolding(node)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here rather than where the dict is made: by then, merged keys (<<) stand beside their own.
@@ -199,7 +287,7 @@ def _sentence(err: Mapping[str, Any]) -> str:
     # Our own checks name the key themselves.
     if not where or says.startswith(f"{loc[0]}."):
         return says
-    return f"{where}: {says} (found {err['input']!r})"
+    return f"{where}: {says} (found {_shown(err['input'])})"
 
 
 def _unknown_key(loc: list[str], method: str | None) -> str:

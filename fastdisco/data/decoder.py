@@ -15,7 +15,7 @@ from fastdisco.common.errors import UserError
 from fastdisco.data.folder import Listing
 from fastdisco.data.placement import default_placement, kind
 
-BATCH = 64  # images that `unreadable` decodes at a time
+BATCH = 64  # images that `faults` decodes at a time
 
 # What libjpeg and libtiff say of damage in the picture itself.  They also speak of colour profiles,
 # unknown tags and the like.
@@ -99,24 +99,24 @@ class Decoder:
         return words, _first_line(said(), COMPLAINT)
 
 
-def unreadable(listing: Listing, indices: np.ndarray, device: torch.device) -> list[int]:
-    """Those of the images that cannot be read or decoded, ascending."""
-    bad, found, images = [], [], []
-    for i in indices.tolist():
-        try:
-            content = listing.read(i)
-        except OSError:
-            content = b""
-        if content:
-            found.append(i)
-            images.append(content)
-        else:
-            bad.append(i)
+def faults(listing: Listing, indices: np.ndarray, device: torch.device) -> dict[int, str]:
+    """Those of the images that cannot be read or decoded, ascending, each with the reason."""
+    bad: dict[int, str] = {}
     decoder = Decoder(device, BATCH, 1)
-    for start in range(0, len(images), BATCH):
-        faults = decoder.faults(images[start : start + BATCH], complaints=False)
-        bad += [found[start + j] for j in faults]
-    return sorted(bad)
+    for start in range(0, len(indices), BATCH):
+        found: dict[int, bytes] = {}
+        for i in indices[start : start + BATCH].tolist():
+            try:
+                found[i] = listing.read(i)
+            except OSError as e:
+                bad[i] = e.strerror or str(e)
+        bad |= {i: "empty" for i, content in found.items() if not content}
+        found = {i: content for i, content in found.items() if content}
+        if found:
+            at = list(found)
+            words = decoder.faults(list(found.values()), complaints=False)
+            bad |= {at[j]: said for j, said in words.items()}
+    return dict(sorted(bad.items()))
 
 
 @contextlib.contextmanager

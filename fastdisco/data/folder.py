@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.data import lines
 
 # What DALI decodes.
@@ -94,7 +94,7 @@ class Listing(_Listing):
     def open(self, index: int) -> BinaryIO:
         """An image's bytes as a file.  Raises OSError."""
         if self.places is None:
-            return open(self.root / self.files[index], "rb")
+            return open_regular(self.root / self.files[index])
         p = self.places
         tar = self.root / p.tars[p.tar[index]]
         return io.BufferedReader(_Slice(tar, int(p.offset[index]), int(p.size[index])))
@@ -110,7 +110,7 @@ class _Slice(io.RawIOBase):
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         # It stays open until close().
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._file = open_regular(path)
         self._offset, self._size, self._at = offset, size, 0
 
     def readable(self) -> bool:
@@ -293,7 +293,7 @@ def _lines(path: Path, bare: bool) -> tuple[list[str], list[str]]:
         if not rest or _extension(rest[0]) in EXTENSIONS:
             raise UserError(
                 f"{path}: line {number} is no `<image> <class>`: {line[:60]!r}; write both, names "
-                f"of SimCLR's lists for example by `{SIMCLR.format(shlex.quote(str(path)))}`, and "
+                f"of SimCLR's lists for example by `{SIMCLR.format(lines.for_shell(str(path)))}`, and "
                 "put that file beside the class folders"
             )
         name = lines.unescaped(name)
@@ -346,12 +346,23 @@ def _scan(folder: Path, passed: Counter[str]) -> tuple[list[str], list[str]]:
                         "its place, or a folder of links to files"
                     )
                 elif (extension := _extension(e.name)) in EXTENSIONS:
+                    _refuse_special(e)
                     files.append(e.name)
                 else:
                     passed[f".{extension}" if extension else "without extension"] += 1
     except OSError as err:
         raise UserError(f"{folder}: cannot be read ({err.strerror}); allow reading it") from None
     return sorted(folders), sorted(files)
+
+
+def _refuse_special(e: os.DirEntry[str]) -> None:
+    """Raises UserError for a pipe, a socket or a device in place of an image, also behind a link:
+    reading it could wait for ever."""
+    if e.is_file():
+        return
+    # A link to nothing stays in the list, the check names it.
+    if not e.is_symlink() or os.path.exists(e.path):
+        raise UserError(f"{e.path}: is a pipe, a socket or a device and no image; remove it")
 
 
 def _extension(name: str) -> str:

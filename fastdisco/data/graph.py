@@ -128,7 +128,8 @@ def decode(source: Callable[[], list[np.ndarray]], placement: Placement) -> Data
 def _read(reader: dict[str, Any]) -> DataNode:
     """Encoded images in the reader's order: of files, or of samples in tars."""
     if "file_root" in reader:
-        return fn.readers.file(**reader)[0]
+        # A mapped file that is cut short ends the process by a signal.
+        return fn.readers.file(**reader, dont_use_mmap=True)[0]
     # A tar that is shorter than its index says is an error of the reader with dont_use_mmap, and a
     # segmentation fault without.
     return fn.readers.webdataset(

@@ -9,12 +9,15 @@ import os
 import shlex
 from pathlib import Path
 
+from fastdisco.common.files import open_regular
+
 
 def read(path: Path) -> list[str]:
     """The lines of a text file, without a byte-order mark.
 
     Raises OSError, and ValueError for a file that is no UTF-8 text."""
-    content = path.read_bytes()
+    with open_regular(path) as f:
+        content = f.read()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("it is UTF-16; save it as UTF-8")
     if b"\0" in content:
@@ -51,7 +54,11 @@ def printable(text: str) -> str:
 def for_shell(name: str) -> str:
     """An image's name as an argument of a command that the user copies from the terminal."""
     # An option begins with a dash.
-    name = f"./{name}" if name.startswith("-") else name
+    return quoted(f"./{name}" if name.startswith("-") else name)
+
+
+def quoted(name: str) -> str:
+    """A name as bash reads it back, whatever bytes it has."""
     if is_utf8(name):
         return shlex.quote(name)
     shown = {ord("'"): r"\'", ord("\\"): r"\\"}

@@ -14,8 +14,12 @@ from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.config import Crop
 from fastdisco.data import draws, pipelines, shards
+from fastdisco.data.aside import Aside, Broken
 from fastdisco.data.decoder import graphs
 from fastdisco.data.folder import Listing
+
+# permutation is for those who know it by this module.
+from fastdisco.data.orders import order, permutation  # noqa: F401
 from fastdisco.data.placement import Placement, default_placement
 
 # Samples that one pipeline reads on a rank, but at least one epoch, since its list of files costs
@@ -50,11 +54,11 @@ class TrainLoader:
     Epoch e is a permutation of all images by (seed, e), less those of the quarantine.  Of files it
     may be any permutation, of tars it is one that reads tar after tar (`shards.order`).  Its first
     steps_per_epoch x global batch images are used, each once over all ranks; which images remain
-    differs by epoch.
+    differs by epoch.  In the places of images that broke meanwhile (`aside`) it has others.
 
     An optimizer step takes a contiguous slice of the permutation, which is split over micro batches
     and then over ranks.  So which images a step holds depends on neither, and the whole state of
-    the loader is `position`."""
+    the loader is `position` and what is set aside."""
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class TrainLoader:
         placement: Placement | None = None,
         rounds: int | None = None,
         permuted: bool = False,
+        bad_limit: float = 0.0,
     ) -> None:
         """Prepares the order; no image is read before the first batch.
 
@@ -84,6 +89,8 @@ class TrainLoader:
         permuted    all views but the first are of this rank's share of the batch permuted over
                     ranks, as `dist.Shuffle` would split it.  The views themselves stay the same;
                     label and index are the first view's
+        bad_limit   of the images, the share that may break and be replaced; 0 or permuted, where
+                    ranks would disagree on a batch: the first one raises UserError
         Raises UserError where the listing holds less than one global batch, or samples in tars that
         are sorted by class."""
         # Images of an optimizer step, and images to use.
@@ -97,6 +104,9 @@ class TrainLoader:
         self.listing, self.crops, self.batch, self.seed = listing, tuple(crops), batch, seed
         self.threads, self.device, self.rounds = threads, device, rounds
         self.placement = placement or default_placement(device)
+        self.aside = Aside(listing, 0.0 if permuted else bad_limit)
+        # Where a pipeline ended without a reason.
+        self._failed: int | None = None
         self._parts = [_Part(0, self.crops, self._order)]
         if permuted:
             self._parts = [
@@ -118,25 +128,75 @@ class TrainLoader:
         # With the chunk at its end, the next batch opens pipelines.
         self._position = self._chunk_end = micro
 
+    @property
+    def state(self) -> int | dict[str, Any]:
+        """What a resume needs: the position, and which images are set aside, if any are."""
+        if not self.aside:
+            return self.position
+        return {"position": self.position, "aside": dict(self.aside.images)}
+
+    @state.setter
+    def state(self, state: int | dict[str, Any]) -> None:
+        """Raises ValueError for what is no such state."""
+        found = state if isinstance(state, dict) else {"position": state, "aside": {}}
+        position, aside = found.get("position"), found.get("aside")
+        if type(position) is not int or position < 0 or not isinstance(aside, dict):
+            raise ValueError("no position of a loader")
+        n = len(self.listing.files)
+        if not all(
+            type(i) is int and 0 <= i < n and isinstance(why, str) for i, why in aside.items()
+        ):
+            raise ValueError(f"images are set aside that are none of these {n}")
+        self.aside.images = dict(aside)
+        self.position = position
+
+    @property
+    def remaining(self) -> Listing:
+        """The listing, which leaves out what is set aside."""
+        return self.aside.without(self.listing)
+
+    def agree(self) -> None:
+        """Makes all ranks leave out, from the next batch on, what any of them has set aside.  Called
+        by every rank between two steps.  Raises UserError, see `Aside.agree`."""
+        if self.aside.agree():
+            # The next batch opens pipelines.
+            self.position = self.position
+
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> Batch:
         if self.position >= self._end:
             raise StopIteration
-        if self.position == self._chunk_end:
-            self._open()
-        i = self.position - self._chunk_start
-        parts = [
-            pipelines.run(pipe, self.listing, images, i, self.batch, self.device, self.placement)
-            for pipe, images in zip(self._pipes, self._chunk_images)
-        ]
+        parts = None
+        while parts is None:
+            try:
+                parts = self._next_parts()
+            except Broken as e:
+                self._set_aside(e)
         views = [view for views, _ in parts for view in views]
         # With permuted views, the other part is of other images.
         _, index = parts[0]
         epoch = self._round(self.position // self._per_epoch)
         self._position += 1
         return Batch(views, torch.from_numpy(self.listing.labels)[index], index, epoch)
+
+    def _next_parts(self) -> list[tuple[list[Tensor], Tensor]]:
+        if self.position == self._chunk_end:
+            self._open()
+        i = self.position - self._chunk_start
+        return [
+            pipelines.run(pipe, self.listing, images, i, self.batch, self.device, self.placement)
+            for pipe, images in zip(self._pipes, self._chunk_images)
+        ]
+
+    def _set_aside(self, broken: Broken) -> None:
+        """Has the next batch made by new pipelines, without the images that broke the old ones."""
+        if broken.faults or self._failed == self.position or not self.aside.allowed:
+            self.aside.add(broken)
+        # An image that can be read again, or a disk that was away for a moment: once more.
+        self._failed = self.position
+        self.position = self.position
 
     def recipe(self, views: int | None = None) -> dict[str, Any]:
         """What decides, besides epoch and index, every pixel of the first `views` views, or of
@@ -153,7 +213,8 @@ class TrainLoader:
 
     def views_of(self, indices: np.ndarray, epoch: int) -> Iterator[Batch]:
         """Each of these images once, in that order, with the views of that epoch.  The last batch
-        holds what is left.  `position` does not change."""
+        holds what is left.  `position` does not change.  Images that break are set aside and left
+        out."""
         epoch = self._round(epoch)
 
         def pipeline(reader: dict[str, Any], images: np.ndarray, batch: int) -> Any:
@@ -161,7 +222,14 @@ class TrainLoader:
             return self._pipeline(0, self.crops, reader, words, batch, self.threads)
 
         return _each(
-            self.listing, indices, epoch, self.batch, self.device, self.placement, pipeline
+            self.listing,
+            indices,
+            epoch,
+            self.batch,
+            self.device,
+            self.placement,
+            pipeline,
+            self.aside,
         )
 
     def _pipeline(
@@ -203,8 +271,8 @@ class TrainLoader:
         self._chunk_start, self._chunk_end = self.position, self.position + n // self.batch
         # Drops the old pipelines first: beside the new ones they would hold twice the buffers.
         self._pipes = []
-        for part, order, some in zip(self._parts, orders, self._chunk_images):
-            words = [draws.words(indices, self._round(e)) for indices, e in zip(order, epochs)]
+        for part, of_part, some in zip(self._parts, orders, self._chunk_images):
+            words = [draws.words(images, self._round(e)) for images, e in zip(of_part, epochs)]
             self._pipes.append(self._built(part, some, np.concatenate(words)[begin : begin + n]))
 
     def _built(self, part: _Part, images: np.ndarray, words: np.ndarray) -> Any:
@@ -237,7 +305,7 @@ class TrainLoader:
         if len(self.listing.left_out):
             whole = whole[~np.isin(whole, self.listing.left_out)]
         used = self._per_epoch * self.batch * dist.world()
-        return whole[:used].reshape(self._per_epoch, -1)
+        return self.aside.fill(whole[:used], whole[used:]).reshape(self._per_epoch, -1)
 
 
 class EvalLoader:
@@ -297,46 +365,29 @@ def _each(
     device: torch.device,
     placement: Placement,
     pipeline: Callable[[dict[str, Any], np.ndarray, int], Any],
+    aside: Aside | None = None,
 ) -> Iterator[Batch]:
     """Each of the images once, in that order; the last batch holds what is left.
 
-    pipeline: (reader's arguments, indices, batch) -> a pipeline that is not built yet"""
-    n = len(indices)
-    batch = min(batch, n)
-    # DALI's batches are full, so the last image fills the last batch and is dropped again.
-    padded = np.concatenate([indices, indices[-1:].repeat(-n % batch)]) if n else indices
-    labels = torch.from_numpy(listing.labels)
-    while n:
+    pipeline  (reader's arguments, indices, batch) -> a pipeline that is not built yet
+    aside     takes the images that break, which are left out then; None: they raise UserError"""
+    batch = max(1, min(batch, len(indices)))
+    left, labels = indices, torch.from_numpy(listing.labels)
+    while len(left):
+        # DALI's batches are full, so the last image fills the last batch and is dropped again.
+        padded = np.concatenate([left, left[-1:].repeat(-len(left) % batch)])
         some = min(shards.at_once(listing, padded, batch), max(1, CHUNK // batch) * batch)
-        now, padded = padded[:some], padded[some:]
+        now = padded[:some]
         make = lambda reader, now=now: pipeline(reader, now, batch)
-        pipe = pipelines.build(listing, now, make)
-        for i in range(len(now) // batch):
-            views, index = pipelines.run(pipe, listing, now, i, batch, device, placement)
-            here = min(batch, n)
-            index = index[:here]
-            yield Batch([v[:here] for v in views], labels[index], index, epoch)
-            n -= here
-
-
-# ---- the order of an epoch
-
-
-def order(seed: int, epoch: int, listing: Listing) -> np.ndarray:
-    """[N] int64, a permutation of all images by (seed, epoch)."""
-    n = len(listing.files)
-    if listing.places is None:
-        return permutation(seed, epoch, n)
-    return shards.order(_keys(seed, epoch, n + len(listing.places.tars) + 1), listing.places)
-
-
-def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
-    """[images] int64: the stable sort of random words."""
-    return np.argsort(_keys(seed, epoch, images), kind="stable")
-
-
-def _keys(seed: int, epoch: int, n: int) -> np.ndarray:
-    """[n] uint64: the raw words of Philox4x64 with key (seed, epoch) and counter 0.
-
-    Not Generator.permutation, whose stream NumPy may change."""
-    return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
+        try:
+            pipe = pipelines.build(listing, now, make)
+            for i in range(len(now) // batch):
+                views, index = pipelines.run(pipe, listing, now, i, batch, device, placement)
+                here = min(batch, len(left))
+                index, left = index[:here], left[here:]
+                yield Batch([v[:here] for v in views], labels[index], index, epoch)
+        except Broken as e:
+            if aside is None or not e.faults:
+                raise e.error from e.__cause__
+            aside.add(e)
+            left = left[~np.isin(left, list(e.faults))]

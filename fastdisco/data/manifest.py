@@ -8,9 +8,11 @@ from typing import Any
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 
 MANIFEST = "manifest.json"  # of a set that `fastdisco data pack` wrote
 BEGUN = "manifest.part.json"  # of one that it has not finished
+VERSION = 1
 # Its keys.  A JSON file with OURS of them is a manifest of ours, perhaps damaged.
 KEYS = {
     *("version", "seed", "shard_bytes", "source", "samples"),
@@ -30,7 +32,8 @@ def manifest_of(root: Path, tars: list[str] | None) -> dict[str, Any] | None:
             "again"
         )
     try:
-        manifest = json.loads((root / MANIFEST).read_text())
+        with open_regular(root / MANIFEST) as f:
+            manifest = json.loads(f.read())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as e:
@@ -72,6 +75,9 @@ def fault(manifest: dict[str, Any]) -> str:
         return f"{shorten(strange)} is no key of it"
     if "checksum" in manifest and manifest["checksum"] != _checksum(manifest):
         return "its checksum does not fit"
+    # Not by ==, for true is 1.
+    if repr(manifest["version"]) != repr(VERSION):
+        return f"its version is {manifest['version']!r:.40}, known is {VERSION}"
     try:
         tars, counts = manifest["tars"].values(), manifest["class_counts"]
         samples = sum(t["samples"] for t in tars)

@@ -26,7 +26,7 @@ from fastdisco.common.limits import SHARD_MB
 from fastdisco.data import cifar, lines, tar_index
 from fastdisco.data.folder import Listing, told
 from fastdisco.data.loader import permutation
-from fastdisco.data.manifest import BEGUN, MANIFEST, fault, text_of
+from fastdisco.data.manifest import BEGUN, MANIFEST, VERSION, fault, text_of
 from fastdisco.data.source import listing, read_quarantine
 from fastdisco.data.tar_index import Row
 
@@ -141,7 +141,7 @@ def _cifar(pixels: np.ndarray, labels: np.ndarray, classes: list[str], jpeg: int
 def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
     """Writes the tars of one set, at most `limit` bytes each, and returns their manifest.  Goes on
     where an earlier call with the same arguments was killed."""
-    wanted = dict(version=1, seed=seed, shard_bytes=limit, source=images.fingerprint)
+    wanted = dict(version=VERSION, seed=seed, shard_bytes=limit, source=images.fingerprint)
     if (dst / MANIFEST).exists():
         return _reuse(dst, MANIFEST, wanted)
     if (dst / BEGUN).exists():

@@ -4,7 +4,6 @@ batches as torch tensors.
 Shapes: B images, S side of a view."""
 
 import os
-import shlex
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +19,11 @@ from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import naming
 from fastdisco.data import decoder, lines, shards
+from fastdisco.data.aside import Broken
 from fastdisco.data.folder import Listing
 from fastdisco.data.placement import Placement
+
+NAMED = 20  # images that a sentence names
 
 # Arguments of a DALI reader -> a pipeline that is not built yet.
 Make = Callable[[dict[str, Any]], Any]
@@ -60,22 +62,27 @@ def reader(listing: Listing, indices: np.ndarray, folder: str) -> dict[str, Any]
 def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
     """The pipeline make(reader's arguments) over these images, built.
 
-    Raises UserError where a tar is gone."""
+    Raises Broken where a tar is gone or cut short."""
     with tempfile.TemporaryDirectory(prefix=temporary.prefix()) as folder:
         with naming(Path(folder)):
             pipe = make(reader(listing, indices, folder))
         try:
             pipe.build()
-        except RuntimeError:
-            tars = listing.places.tars if listing.places else []
-            gone = [name for name in tars if not (listing.root / name).is_file()]
-            if not gone:
+        except RuntimeError as e:
+            lost = shards.lost(listing, indices)
+            if not lost:
                 raise
-            raise UserError(
-                f"{listing.root}: {shorten(gone)} is no longer there; put it back, then the same "
-                "command continues",
-                anywhere=True,
-            ) from None
+            places = listing.places
+            assert places
+            tars = sorted({places.tars[places.tar[i]] for i in lost})
+            raise Broken(
+                lost,
+                UserError(
+                    f"{listing.root}: {shorten(tars)} is no longer there, or not whole; put it "
+                    "back, then the same command continues",
+                    anywhere=True,
+                ),
+            ) from e
     return pipe
 
 
@@ -99,7 +106,7 @@ def run(
     calls cudaDeviceSynchronize, which waits for all that was launched on any stream until then, and
     spins on a core while it waits.  torch's allocator does not know this memory, so `record_stream`
     does nothing: drop a tensor only when all that reads it is launched.
-    Raises UserError naming the images that cannot be read."""
+    Raises Broken with the images that cannot be read; the pipeline is of no use then."""
     stream = torch.cuda.current_stream(device) if placement.out == "gpu" else None
     try:
         views = pipe.run(stream)
@@ -108,10 +115,9 @@ def run(
         # what would stop the run next.
         ahead = np.unique(indices[i * batch : (i + 1 + placement.prefetch) * batch])
         on = device if placement.decode == "gpu" else torch.device("cpu")
-        bad = decoder.unreadable(listing, ahead, on)
-        if not bad:
-            raise
-        raise _unreadable(listing, [listing.files[j] for j in bad]) from e
+        faults = decoder.faults(listing, ahead, on)
+        names = [listing.files[j] for j in faults]
+        raise Broken(faults, _unreadable(listing, names) if names else e) from e
     take = partial(_copied, stream=stream) if placement.copy else torch.from_dlpack
     # DALI has the channels last.
     tensors = [take(v.as_tensor()).permute(0, 3, 1, 2) for v in views]
@@ -128,11 +134,14 @@ def _copied(view: Any, stream: torch.cuda.Stream | None) -> Tensor:
 
 
 def _unreadable(listing: Listing, names: list[str]) -> UserError:
-    source = shlex.quote(str(listing.source))
-    shown, only = ", ".join(map(lines.printable, names)), " ".join(map(lines.for_shell, names))
+    source = lines.for_shell(str(listing.source))
+    shown = shorten([lines.printable(name) for name in names], NAMED)
+    # A command with thousands of names is no help: the whole set has to be looked at.
+    few = len(names) <= NAMED
+    only = f" --only {' '.join(map(lines.for_shell, names))}" if few else ""
     return UserError(
         f"{listing.root}: unreadable image{'s' * (len(names) > 1)} {shown}; replace, or leave out "
-        f"by `fastdisco data check {source} --only {only}`; the same command then continues from "
-        "the last checkpoint",
+        f"by `fastdisco data check {source}{only}`; the same command then continues from the last "
+        "checkpoint",
         anywhere=True,
     )

@@ -4,7 +4,6 @@ reader of DALI is given.  The index of a single tar is tar_index.py's.
 N is the number of samples over all tars."""
 
 import itertools
-import shlex
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import track
 
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
-from fastdisco.data import name_classes, tar_index
+from fastdisco.data import lines, name_classes, tar_index
 from fastdisco.data.folder import UNLABELLED, Listing, Places, classes_of
 
 # BEGUN is for those who know tars by this module.
@@ -208,7 +207,7 @@ def refuse_sorted(listing: Listing) -> None:
         return
     rows = reading_order(listing, np.arange(len(listing.files)))
     label, tar = listing.labels, listing.places.tar[rows]
-    remedy = f"fastdisco data pack {shlex.quote(str(listing.source))} NEW_FOLDER"
+    remedy = f"fastdisco data pack {lines.for_shell(str(listing.source))} NEW_FOLDER"
     what = "sorted by class"
     if listing.classes == [UNLABELLED]:
         by_name = name_classes.of_members(_members(listing))
@@ -269,6 +268,20 @@ def at_once(listing: Listing, indices: np.ndarray, batch: int) -> int:
         return len(indices)
     ends = _changes(listing.places.tar[indices])
     return len(indices) if len(ends) < OPEN else max(batch, int(ends[OPEN - 1]) // batch * batch)
+
+
+def lost(listing: Listing, indices: np.ndarray) -> dict[int, str]:
+    """Those of the images, ascending and with the reason, whose tar is gone or ends before them."""
+    places, bad = listing.places, {}
+    if places is None:
+        return bad
+    for k in np.unique(places.tar[indices]).tolist():
+        tar = listing.root / places.tars[k]
+        size = tar.stat().st_size if tar.is_file() else -1
+        why = f"{tar.name} is gone" if size < 0 else f"{tar.name} is cut short"
+        here = np.unique(indices[places.tar[indices] == k])
+        bad |= dict.fromkeys(here[places.offset[here] + places.size[here] > size].tolist(), why)
+    return dict(sorted(bad.items()))
 
 
 def reader(places: Places, root: Path, indices: np.ndarray, folder: str) -> dict[str, list[str]]:

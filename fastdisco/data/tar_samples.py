@@ -7,7 +7,6 @@ one (README), folders __MACOSX, and README.md or __info__.json beside the sample
 
 import itertools
 import re
-import shlex
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 from fastdisco.data.folder import EXTENSIONS
+from fastdisco.data.lines import for_shell, quoted
 
 # The first bytes of gzip, bzip2, xz and zstd files.
 COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
@@ -164,7 +164,7 @@ def _no_image(tar: Path, stem: str, parts: dict[str, Member]) -> UserError:
     return UserError(
         f"{tar}: its sample {stem}.* needs one image, found none (members: {shorten(names)}; "
         f"images are {' '.join(EXTENSIONS)}); give it one, or take it out by "
-        f"`tar --delete -f {shlex.quote(str(tar))} {shlex.join(names[:4])}`"
+        f"`tar --delete -f {for_shell(str(tar))} -- {' '.join(map(quoted, names[:4]))}`"
     )
 
 

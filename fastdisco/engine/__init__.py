@@ -13,7 +13,7 @@ Level 1: imports config and common.  No other package imports deepspeed or timm.
 
 from fastdisco.common.precision import autocast
 from fastdisco.engine.deepspeed_engine import create, scaler, start, stop
-from fastdisco.engine.device import describe
+from fastdisco.engine.device import describe, memory
 from fastdisco.engine.settings import deepspeed_config
 from fastdisco.engine.zero import (
     gathered,
@@ -31,6 +31,7 @@ __all__ = [
     "gathered",
     "load_optimizer_state",
     "load_weights",
+    "memory",
     "optimizer_state",
     "scaler",
     "start",

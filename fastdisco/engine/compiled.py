@@ -52,6 +52,16 @@ def compile(what: str, net: nn.Module, step: Callable[[], object], backend: str)
     )
 
 
+def refuse_unknown(backend: str) -> None:
+    """Raises UserError for a backend that torch.compile does not know here."""
+    # Those for debugging count, too.
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(
+            f"perf.backend: torch.compile knows no {backend!r}; known here: {', '.join(known)}"
+        )
+
+
 def forward_backward(net: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Runs forward and backward of one micro batch and returns the gradients.
 

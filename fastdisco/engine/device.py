@@ -56,6 +56,13 @@ def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
+def memory(device: torch.device) -> int:
+    """Bytes of the device's memory: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def launch_needs() -> list[str]:
     """What is missing of that which Triton uses to build a kernel's launcher, each with its
     remedy."""

@@ -52,8 +52,7 @@ def create(net: nn.Module, cfg: Optim, lr: float, stage: int = 0) -> torch.optim
 
 def base_lr(cfg: Optim, batch: int) -> float:
     """The learning rate that the schedule starts from; `batch` is the global batch."""
-    scale = {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}
-    return cfg.lr * scale[cfg.lr_scale]
+    return cfg.scaled(batch)
 
 
 def rate(cfg: Optim, lr: float, epoch: float, epochs: int) -> float:

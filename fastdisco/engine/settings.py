@@ -127,13 +127,17 @@ def _refuse(cfg: Engine, decided: set[str]) -> None:
             f"engine.deepspeed.{unknown[0]}: not a top-level key that can be passed to DeepSpeed, "
             f"which would ignore it silently; known: {', '.join(sorted(_RAW_KEYS))}"
         )
+    if not isinstance(zero := raw.get("zero_optimization", {}), dict):
+        raise UserError(
+            f"engine.deepspeed.zero_optimization: keys with values are expected (found {zero!r})"
+        )
     theirs = sorted(set(raw) & _REDUCTION)
     if cfg.stage == 0 and cfg.overlap and theirs:
         raise UserError(
             f"engine.deepspeed.{theirs[0]}: belongs to DeepSpeed's own exchange of gradients, "
             "which engine.overlap replaces at stage 0; set engine.overlap=false or remove it"
         )
-    if elsewhere := sorted(set(raw.get("zero_optimization", {})) & _ELSEWHERE):
+    if elsewhere := sorted(set(zero) & _ELSEWHERE):
         raise UserError(
             f"engine.deepspeed.zero_optimization.{elsewhere[0]}: keeps weights or optimizer state "
             "where the checkpoint does not look; remove it"

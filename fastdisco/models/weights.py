@@ -1,7 +1,6 @@
 """Weights from files: read without running code from them, and copied strictly into a network; and
 weights into files for others."""
 
-import errno
 import pickle
 import re
 import shlex
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.models import manifest
 from fastdisco.models.pickles import HARMLESS
 
@@ -40,10 +40,7 @@ def read(file: Path) -> dict[str, Any]:
     UserError for a missing, damaged or unsafe file, for one that holds no dict, or that is not the
     one in the manifest beside it."""
     try:
-        # Opening a pipe would wait for its other end.
-        if Path(file).exists() and not Path(file).is_file():
-            raise OSError(errno.EINVAL, "not a file")
-        open(file, "rb").close()
+        open_regular(file).close()
         manifest.verify(Path(file))
     except OSError as e:
         raise UserError(

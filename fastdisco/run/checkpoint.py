@@ -47,7 +47,7 @@ def items(
     """The one list of what a training's state is.
 
     student  the engine
-    loader   anything with a settable `position`
+    loader   anything with a settable `state`
     name     of one of several students: its items are <name>/student, <name>/method ..., and the
              lists of all, joined, are the training's"""
     net, scaler = student.module, engine.scaler(student)
@@ -91,9 +91,7 @@ def items(
     if name:
         found = {f"{name}/{item}": value for item, value in found.items()}
     data = Item(
-        lambda: loader.position,
-        lambda position: setattr(loader, "position", position),
-        check=fit.count,
+        lambda: loader.state, lambda state: setattr(loader, "state", state), check=fit.loader
     )
     return found | {"data": data, "rng": Item(_rng, _set_rng, own=True, check=fit.random)}
 

@@ -32,13 +32,15 @@ class Evaluation:
         every = self.cfg.eval.every
         return self.online is not None and (step == self.steps or bool(every and step % every == 0))
 
-    def run(self, step: int) -> dict[str, float]:
+    def run(self, step: int, train: data.Listing) -> dict[str, float]:
         """kNN accuracy of every student's features, 0..1, as eval/[<student>/]knn_top1, and how
         healthy they are.  Called by every rank.
 
+        train: the training images that are left, among which neighbours are looked for.
         Where an image is damaged, or there are too few, that is said and nothing returned; with
         eval.fatal it is a UserError, on every rank alike."""
         assert self.online
+        self.online.train = train
         try:
             return evaluate(self.states, self.online, self.device)
         except UserError as e:

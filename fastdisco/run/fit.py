@@ -32,6 +32,19 @@ def count(found: Any, least: int = 0) -> None:
         raise ValueError(f"it is {_kind(found)}, not a count")
 
 
+def loader(found: Any) -> None:
+    """The data loader's: a position, or a dict of one and of the images that were set aside."""
+    if not isinstance(found, dict):
+        count(found)
+        return
+    _names(found, {"position": 0, "aside": {}})
+    count(found["position"])
+    for index, why in _dict(found["aside"], "aside").items():
+        count(index)
+        if not isinstance(why, str):
+            raise ValueError(f"aside of image {index} is {_kind(why)}, not a reason")
+
+
 def optimizer(found: Any, shapes: Mapping[str, torch.Size], groups: list[dict[str, Any]]) -> None:
     """The state of `engine.optimizer_state`.  shapes: of the network's weights; groups: the
     optimizer's own, before."""

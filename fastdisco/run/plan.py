@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastdisco import config, data, methods, models
+from fastdisco import config, data, engine, methods, models
+from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
 from fastdisco.data import shards
-from fastdisco.engine import optim
+from fastdisco.engine import compiled, optim
 from fastdisco.methods import Progress
 from fastdisco.run.remarks import remarks
 from fastdisco.teacher import formats, runtime
 
 GIB = 2**30
+# A plan is also made on machines without a GPU, for others: NVIDIA's B300 has most.
+LARGEST_GPU = 288 * GIB
 
 
 def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
@@ -30,6 +33,9 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     network that cannot be made, a teacher that does not fit."""
     missing: list[str] = []
     micro = config.micro_batch(cfg, world)
+    config.refuse_beyond(cfg, world, _most_memory())
+    if cfg.perf.compile:
+        compiled.refuse_unknown(cfg.perf.backend)
     lr = optim.base_lr(cfg.optim, cfg.data.batch)
     sizes = [crop.size for crop in config.crops(cfg)]
     crops = ", ".join(f"{sizes.count(s)} x {s}" for s in dict.fromkeys(sizes))
@@ -84,6 +90,7 @@ def _teacher(cfg: Config, missing: list[str]) -> Generator[str, None, int]:
         yield f"teacher     {arch}: not found"
         shapes = models.shapes(teacher.arch) if teacher.arch else {}
         return sum(map(math.prod, shapes.values()))
+    formats.refuse_other(teacher.file, teacher.sha256)
     found = formats.read(
         teacher.file, teacher.arch, teacher.kwargs, cfg.student.dim, teacher.student
     )
@@ -160,7 +167,7 @@ def memory(
     Queue, data pipeline and the libraries' workspaces are not in it."""
     method = _method(cfg)
     own = sum(_bytes(p) for p in net.parameters())
-    state = _optimizer_bytes(cfg, net, lr)
+    state = _optimizer_bytes(cfg, net, lr, micro)
     ema = 0 if method.momentum(Progress(0, 0.0)) is None else own
     # ZeRO parts the optimizer's state, then gradients, then weights.
     weights, gradients, states = (
@@ -186,12 +193,21 @@ def _method(cfg: Config) -> methods.Method:
         )
 
 
+def _most_memory() -> int:
+    """Bytes that a rank may have: here, or where there is no GPU on a machine with the largest."""
+    here = engine.memory(dist.device())
+    return here if torch.cuda.is_available() else max(here, LARGEST_GPU)
+
+
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _optimizer_bytes(cfg: Config, net: nn.Module, lr: float) -> int:
+def _optimizer_bytes(cfg: Config, net: nn.Module, lr: float, micro: int) -> int:
     """The tensors that the optimizer keeps for all weights, after a step on the meta device."""
+    size, clip = models.size(net), cfg.optim.clip
+    # For what it refuses.
+    engine.deepspeed_config(cfg.engine, micro, cfg.data.accumulate, clip, size)
     # Whether it works at that ZeRO stage is tried with numbers, which the meta device has not.
     optim.create(nn.Linear(1, 1), cfg.optim, lr, cfg.engine.stage)
     optimizer = optim.create(net, cfg.optim, lr)

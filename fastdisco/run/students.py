@@ -109,6 +109,7 @@ def loader(
         placement=data.place(cfg.data, device, cfg.engine.precision),
         rounds=teacher.rounds(cfg.teacher),
         permuted=permuted,
+        bad_limit=cfg.data.bad_limit,
     )
 
 

@@ -42,7 +42,7 @@ def create(
     run = options(cfg, precision, tuple(sizes), loader.device, graphs)
 
     def loaded(run: Options) -> Teacher:
-        return load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student)
+        return load(cfg.file, cfg.arch, cfg.kwargs, dim, run, cfg.student, cfg.sha256)
 
     if cfg.cache == "off":
         return loaded(run)
@@ -61,6 +61,7 @@ def load(
     dim: int,
     run: Options | None = None,
     student: str | None = None,
+    sha256: str | None = None,
 ) -> Teacher:
     """The teacher from a checkpoint of the kinds in layouts.FORMATS, or from the folder of one of our
     runs (or of one of its checkpoints).
@@ -69,9 +70,11 @@ def load(
     dim           width of the student's embedding, which the teacher's must have
     run           how and where it runs, see `options`; None: on the CPU, as it was loaded
     student       the name of one, for a run that has several
+    sha256        of the file; None: not compared
     Raises UserError naming every weight that is missing, unexpected or of another shape: there is
     no such thing as a random teacher."""
     try:
+        formats.refuse_other(file, sha256)
         net = formats.read(file, arch, kwargs, dim, student).net
     except UserError as e:
         raise UserError(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastdisco import config
 from fastdisco.common import dist
-from fastdisco.common.console import console, say
+from fastdisco.common.console import console, say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.data import TrainLoader, reading_order
+from fastdisco.data.lines import printable
 from fastdisco.models import Out
 from fastdisco.teacher.cache_files import COMMAND, VERSION, Files, checksums, header
 from fastdisco.teacher.runtime import Options, Teacher
@@ -65,9 +66,10 @@ class CachedTeacher:
         slots = -(-len(loader.listing.files) // self._block) * self._block
         views = len(loader.crops[:teacher_views])
         self.files = Files(self.folder, slots, (views, dim))
-        # What `at` has fetched: [V,B,d], and the round that was read ahead.
+        # What `at` has fetched: [V,B,d], and the round that was read ahead, with its checksums.
         self._now: Tensor | None = None
         self._round: int | None = None
+        self._sums = np.zeros(0, np.uint32)
         if found:
             self._agree(found)
         if found and not self.recording:
@@ -80,14 +82,13 @@ class CachedTeacher:
         Raises UserError where a row is not the one that was recorded."""
         r, i = epoch % self.rounds, index.numpy()
         if r != self._round:
-            self._round = r
             self.files.read_ahead(r)
+            self._round, self._sums = r, self.files.sums(r)
         cuda = self.loader.device.type == "cuda"
         # Torch keeps pinned memory until its copy is done.
         rows = torch.empty(len(i), *self.files.row, dtype=torch.float16, pin_memory=cuda)
-        # clip is the mode that needs no buffer.
-        self.files.z[r].take(i, axis=0, out=rows.numpy(), mode="clip")
-        wrong = i[checksums(rows.numpy()) != self.files.sums[r].take(i)]
+        self.files.rows(r, i, out=rows.numpy())
+        wrong = i[checksums(rows.numpy()) != self._sums[i]]
         if len(wrong):
             others = f" and {len(wrong) - 1} others of its batch" if len(wrong) > 1 else ""
             raise UserError(
@@ -118,7 +119,7 @@ class CachedTeacher:
         if dist.rank() == 0:
             self.files.allocate(rounds, self.about | {"rounds": rounds, "block": self._block})
         dist.barrier()
-        self.files.map(rounds, write=True)
+        self.files.open(write=True)
         encode = None
         for r in range(self.rounds):
             lacks = self._lacks(r)
@@ -135,14 +136,16 @@ class CachedTeacher:
             # After each round: a rank may be slower than the others, but by hours they would take
             # it for lost.
             dist.barrier()
-        self.files.map(rounds)
+            # What one rank could not record, no rank will ask for.
+            self.loader.agree()
+        self.files.open()
         self._refuse_missing()
         dist.barrier()
         if lock:
             lock.close()
         say(
             f"{self.folder}: the teacher's embeddings of {len(self.loader.listing.kept)} images in "
-            f"{self.files.row[0]} views, {self.rounds} rounds, {self.files.z.nbytes / 1e9:.2f} GB"
+            f"{self.files.row[0]} views, {self.rounds} rounds, {self.files.bytes(rounds) / 1e9:.2f} GB"
         )
 
     def _record(self, r: int, mine: np.ndarray, encode: Callable, what: str) -> None:
@@ -164,9 +167,7 @@ class CachedTeacher:
                     f"are not finite in {self._precision}; take another precision or teacher",
                     anywhere=True,
                 )
-            i = batch.index.numpy()
-            self.files.z[r, i] = rows
-            self.files.sums[r, i] = checksums(rows)
+            self.files.write(r, batch.index.numpy(), rows)
         self.files.flush()
 
     def _encoder(self) -> Callable[[list[Tensor]], np.ndarray]:
@@ -182,7 +183,7 @@ class CachedTeacher:
 
     def _lacks(self, r: int) -> np.ndarray:
         """Indices, ascending, of the images that are missing or damaged in the round."""
-        kept = self.loader.listing.kept
+        kept = self.loader.remaining.kept
         return kept[~self.files.good(r, self._block)[kept]]
 
     # ---- what must be so before they are used
@@ -231,13 +232,13 @@ class CachedTeacher:
         self.files.refuse_cut_short(found["rounds"])
 
     def _open(self, rounds: int) -> None:
-        """Maps the files to replay them; rounds: that they hold."""
+        """Opens the files to replay them; rounds: that they hold."""
         if rounds < self.rounds:
             raise UserError(
                 f"{self.folder}: holds {rounds} rounds and teacher.cache_rounds asks for "
                 f"{self.rounds}; lower it, or record the rest by {COMMAND}"
             )
-        self.files.map(rounds)
+        self.files.open()
         self._refuse_missing()
         say(
             f"{self.folder}: its embeddings are replayed instead of the teacher, {self.rounds} "
@@ -246,13 +247,14 @@ class CachedTeacher:
 
     def _refuse_missing(self) -> None:
         """Raises UserError where the rounds lack images of the listing."""
-        kept = self.loader.listing.kept
-        lacks = sum(int((self.files.sums[r].take(kept) == 0).sum()) for r in range(self.rounds))
-        if lacks:
+        listing, kept = self.loader.listing, self.loader.remaining.kept
+        lacks = [kept[self.files.sums(r)[kept] == 0] for r in range(self.rounds)]
+        if missing := sum(map(len, lacks)):
+            names = [printable(listing.files[i]) for i in np.unique(np.concatenate(lacks)).tolist()]
             raise UserError(
-                f"{self.folder}: lacks {lacks} of the {self.rounds * len(kept)} embeddings "
-                f"({self.rounds} rounds of {len(kept)} images); record them by {COMMAND}, or set "
-                "teacher.cache=record"
+                f"{self.folder}: lacks {missing} of the {self.rounds * len(kept)} embeddings "
+                f"({self.rounds} rounds of {len(kept)} images), those of {shorten(names)}; record "
+                f"them by {COMMAND}, or set teacher.cache=record"
             )
 
 

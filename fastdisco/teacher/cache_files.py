@@ -1,13 +1,14 @@
-"""The files of recorded embeddings, mapped into memory.
+"""The files of recorded embeddings.  They are read and written, not mapped: a mapped file that is
+cut short meanwhile ends the process by a signal.
 
 FOLDER/cache.json  what the embeddings are of; written when the other two have their size
 FOLDER/z.f16       [rounds,slots,V,d] float16: unit rows, since the losses normalise and a half ends
                    at 65504; slots: images, in whole blocks
 FOLDER/sums.u32    [rounds,slots] uint32: checksum of an image's rows in z.f16; 0: not recorded"""
 
+import contextlib
 import fcntl
 import json
-import mmap
 import os
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,9 +16,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import naming, write_whole
+from fastdisco.common.files import naming, open_regular, write_whole
 
 VERSION = 1
+MOST = 1 << 31  # rounds, and images of a block
 COMMAND = "`fastdisco teacher record --config ...`"
 
 
@@ -25,11 +27,12 @@ def header(folder: Path) -> dict[str, Any] | None:
     """What cache.json says; None where there is none.  Raises UserError where it is damaged."""
     path = folder / "cache.json"
     try:
-        found = json.loads(path.read_text())
+        with open_regular(path) as f:
+            found = json.loads(f.read())
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}, not an object")
         counts = found.get("rounds"), found.get("block", 1)
-        if not all(type(n) is int and 0 < n < 2**31 for n in counts):
+        if not all(type(n) is int and 0 < n < MOST for n in counts):
             raise ValueError("rounds or block is no count")
         if not isinstance(found.get("teacher"), str):
             raise ValueError("teacher is no fingerprint")
@@ -53,40 +56,99 @@ def checksums(rows: np.ndarray) -> np.ndarray:
 
 
 class Files:
-    """z.f16 and sums.u32 as arrays, once `map` has opened them."""
+    """z.f16 and sums.u32, once `open` has opened them.
 
-    z: np.ndarray
-    sums: np.ndarray
+    Shapes: n images, V views of width d.  `indices` [n] are images, int64.
+    What reads raises UserError for a file that is cut short."""
 
     def __init__(self, folder: Path, slots: int, row: tuple[int, int]) -> None:
         """row: views and width of an image's embeddings."""
         self.folder, self.slots, self.row = folder, slots, row
+        self._z: int | None = None
+        self._sums: int | None = None
 
-    def map(self, rounds: int, write: bool = False) -> None:
+    def open(self, write: bool = False) -> None:
         """Opens both files; of a network disk this shows what other machines have written."""
-        shape = rounds, self.slots
-        self._z_map, self.z = _mapped(self.folder / "z.f16", np.float16, (*shape, *self.row), write)
-        self._sums_map, self.sums = _mapped(self.folder / "sums.u32", np.uint32, shape, write)
+        self._close()
+        how = os.O_RDWR if write else os.O_RDONLY
+        self._z, self._sums = (os.open(self.folder / name, how) for name in ("z.f16", "sums.u32"))
+
+    def _close(self) -> None:
+        for fd in (self._z, self._sums):
+            if fd is not None:
+                os.close(fd)
+        self._z = self._sums = None
+
+    def __del__(self) -> None:
+        self._close()
+
+    def rows(self, r: int, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """[n,V,d] float16 of the round, in `out` if it is given."""
+        if out is None:
+            out = np.empty((len(indices), *self.row), np.float16)
+        size, view = self._row_bytes(), out.reshape(-1).view(np.uint8).data
+        for k, i in enumerate(indices.tolist()):
+            self._read("z.f16", view[k * size : (k + 1) * size], (r * self.slots + i) * size)
+        return out
+
+    def sums(self, r: int) -> np.ndarray:
+        """[slots] uint32 of the round."""
+        found = np.empty(self.slots, np.uint32)
+        self._read("sums.u32", found.view(np.uint8).data, r * found.nbytes)
+        return found
+
+    def write(self, r: int, indices: np.ndarray, rows: np.ndarray) -> None:
+        """Records the rows [n,V,d] of the round and their checksums; `flush` has to follow."""
+        assert self._z is not None and self._sums is not None
+        size, sums = self._row_bytes(), checksums(rows)
+        for i, row, found in zip(indices.tolist(), rows, sums):
+            at = r * self.slots + i
+            os.pwrite(self._z, row.tobytes(), at * size)
+            os.pwrite(self._sums, found.tobytes(), at * 4)
 
     def flush(self) -> None:
         """Writes to disk what has changed; z first, for a checksum says that its rows are there."""
+        assert self._z is not None and self._sums is not None
         with naming(self.folder):
-            self._z_map.flush()
-            self._sums_map.flush()
+            os.fsync(self._z)
+            os.fsync(self._sums)
 
     def read_ahead(self, r: int) -> None:
         """Has the system read the whole round: random rows would come one by one."""
-        size, page = self.z[0].nbytes, mmap.PAGESIZE
-        self._z_map.madvise(mmap.MADV_WILLNEED, r * size // page * page, size)
+        assert self._z is not None
+        size = self.slots * self._row_bytes()
+        # Not every file system takes the advice.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._z, r * size, size, os.POSIX_FADV_WILLNEED)
+
+    def _row_bytes(self) -> int:
+        return 2 * self.row[0] * self.row[1]
+
+    def _read(self, name: str, into: memoryview, at: int) -> None:
+        """Fills `into` from the byte `at` of a file on."""
+        fd = self._z if name == "z.f16" else self._sums
+        assert fd is not None
+        got = os.preadv(fd, [into], at)
+        # A read of more than 2 GB comes in parts.
+        while got < len(into):
+            more = os.preadv(fd, [into[got:]], at + got)
+            if not more:
+                raise UserError(
+                    f"{self.folder / name}: cut short while it was read, at byte {at + got}; "
+                    f"remove {self.folder} and record anew by {COMMAND}",
+                    anywhere=True,
+                )
+            got += more
 
     def good(self, r: int, block: int) -> np.ndarray:
         """[slots] bool: whose rows are recorded in the round and agree with their checksums."""
-        good = np.zeros(self.slots, bool)
+        good, sums = np.zeros(self.slots, bool), self.sums(r)
         for first in range(0, self.slots, block):
             part = slice(first, first + block)
             # Of a block without checksums nothing is read.
-            if self.sums[r, part].any():
-                good[part] = self.sums[r, part] == checksums(self.z[r, part])
+            if sums[part].any():
+                rows = self.rows(r, np.arange(first, min(first + block, self.slots)))
+                good[part] = sums[part] == checksums(rows)
         return good
 
     def refuse_cut_short(self, rounds: int) -> None:
@@ -106,7 +168,7 @@ class Files:
         for name, size in self._sizes(rounds).items():
             with (self.folder / name).open("ab") as f:
                 try:
-                    # The space is taken now: writing into a mapped file on a full disk kills.
+                    # The space is taken now, so that no recording ends at a full disk.
                     os.posix_fallocate(f.fileno(), 0, size)
                 except OSError as e:
                     raise UserError(
@@ -115,6 +177,10 @@ class Files:
                         "teacher.cache_rounds"
                     ) from None
         write_whole(self.folder / "cache.json", json.dumps(about, indent=1) + "\n")
+
+    def bytes(self, rounds: int) -> int:
+        """Bytes of the embeddings of so many rounds."""
+        return self._sizes(rounds)["z.f16"]
 
     def lock(self) -> TextIO:
         """An open file that keeps other commands from recording there until it is closed."""
@@ -133,11 +199,3 @@ class Files:
         """Bytes of the files."""
         images, (views, dim) = rounds * self.slots, self.row
         return {"z.f16": images * views * dim * 2, "sums.u32": images * 4}
-
-
-def _mapped(
-    path: Path, dtype: type, shape: tuple[int, ...], write: bool
-) -> tuple[mmap.mmap, np.ndarray]:
-    with path.open("r+b" if write else "rb") as f:
-        m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_WRITE if write else mmap.ACCESS_READ)
-    return m, np.frombuffer(m, dtype, int(np.prod(shape))).reshape(shape)

@@ -1,6 +1,7 @@
 """What a teacher can be read from: checkpoint files, whose layouts are in layouts.py, and the folders
 of our own runs."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastdisco import models
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.teacher import strangers
 from fastdisco.teacher.architectures import ARCHS, FULL_CHECKPOINTS, recognise
 from fastdisco.teacher.head_kinds import nearest, widths
@@ -61,6 +63,38 @@ def read(
             f"student.dim={found.dim} or another teacher"
         )
     return found
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of the file that `read` would read: of a run's folder, its newest state.pt.
+
+    Raises UserError where there is none."""
+    file = path
+    if path.is_dir():
+        step = path if (path / "state.pt").is_file() else models.last(path)
+        if step is None:
+            raise UserError(f"{path}: holds no checkpoint; give the folder of a run that has one")
+        file = step / "state.pt"
+    h = hashlib.sha256()
+    try:
+        with open_regular(file) as f:
+            while block := f.read(1 << 20):
+                h.update(block)
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror}); give an existing file") from None
+    return h.hexdigest()
+
+
+def refuse_other(path: Path, expected: str | None) -> None:
+    """Raises UserError where the file's SHA-256 is not the one expected; None: any may be.
+
+    Legacy torch files and safetensors have no checksum of their own, so a flipped bit is a weight
+    like any other."""
+    if expected and (found := sha256(path)) != expected:
+        raise UserError(
+            f"{path}: its SHA-256 is {found}, and teacher.sha256 says {expected}; copy or download "
+            "it again, or correct teacher.sha256"
+        )
 
 
 def _from_file(file: Path, arch: str | None, kwargs: dict[str, Any]) -> Source:

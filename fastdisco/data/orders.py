@@ -1,0 +1,26 @@
+"""The order of the images in an epoch, by (seed, epoch).  N is the number of images."""
+
+import numpy as np
+
+from fastdisco.data import shards
+from fastdisco.data.folder import Listing
+
+
+def order(seed: int, epoch: int, listing: Listing) -> np.ndarray:
+    """[N] int64, a permutation of all images by (seed, epoch)."""
+    n = len(listing.files)
+    if listing.places is None:
+        return permutation(seed, epoch, n)
+    return shards.order(_keys(seed, epoch, n + len(listing.places.tars) + 1), listing.places)
+
+
+def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    """[images] int64: the stable sort of random words."""
+    return np.argsort(_keys(seed, epoch, images), kind="stable")
+
+
+def _keys(seed: int, epoch: int, n: int) -> np.ndarray:
+    """[n] uint64: the raw words of Philox4x64 with key (seed, epoch) and counter 0.
+
+    Not Generator.permutation, whose stream NumPy may change."""
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)

@@ -1,0 +1,119 @@
+"""Configurations that can be read but cannot be meant: numbers that are none, losses without weight,
+schedules that rise.  What only a run could find is refused by --dry-run, too."""
+
+import pytest
+from conftest import ranks, tiny
+from test_config import BASE, error, load
+from test_plan import dry
+from training import _fails
+
+from fastdisco import config
+
+NUMBERS = (
+    *("optim.lr", "optim.momentum", "optim.weight_decay", "optim.weight_decay_end", "optim.clip"),
+    *("optim.warmup_epochs", "optim.lr_min", "engine.bucket_mb", "data.hw_decoder_load"),
+    *("method.temp", "method.momentum", "method.contrast", "method.distill", "method.rkd.angle"),
+    *("eval.temp", "view.flip_p"),
+)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_is_finite_and_no_bool(tmp_path, key):
+    for value in (".inf", "-.inf", ".nan", "inf", "1e39", "5e-324", "true", "false"):
+        assert key in error(tmp_path, BASE, f"{key}={value}"), value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("view.mean=[.inf, 0, 0]", "view.std=[1, .nan, 1]", "view.scale=[0.1, true]"),
+        *("view.jitter=[0.4, 0.4, 1e300, 0.1]", "views=[{count: 2, ratio: [.inf, .inf]}]"),
+        *("views=[{count: true}, {}]", "students=[{lr: .inf}, {arch: resnet18}]"),
+        *("students=[{lr: true}, {arch: resnet18}]", "engine.stage=true", "engine.stage=false"),
+        *("run.epochs=true", "run.seed=false", "run.max_steps=true", "eval.bank=true"),
+        *("optim.milestones=[true]", "data.batch=9223372036854775807", "log.every=1e300"),
+        *("method.queue=99999999999999999999", "optim.milestones=[-99999999999999999999]"),
+    ],
+)
+def test_so_are_numbers_in_lists_and_blocks(tmp_path, override):
+    assert override.split("=")[0] in error(tmp_path, BASE, override)
+
+
+def test_zero_and_whole_numbers_stay_what_they_are(tmp_path):
+    cfg = load(tmp_path, BASE, "optim.clip=0", "optim.lr=1", "run.epochs=1e2", "perf.compile=false")
+    assert cfg.optim.lr == 1 and cfg.run.epochs == 100 and cfg.perf.compile is False
+    assert load(tmp_path, BASE, "teacher={file: x, cache: off}").teacher.cache == "off"
+
+
+SEED = ("method.name=seed", "teacher.file=/t")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method.contrast=0",),
+        ("method.contrast=0", "teacher.file=/t", "method.distill=0"),
+        ("method.contrast=0", "method.rkd={distance: 1, angle: 1}"),
+        (*SEED, "method.distill=0"),
+    ],
+)
+def test_a_training_without_a_loss_is_refused(tmp_path, overrides):
+    says = error(tmp_path, BASE, *overrides)
+    assert "every loss" in says and "method." in says, says
+
+
+def test_one_loss_is_enough(tmp_path):
+    relational = ("teacher.file=/t", "method.distill=0", "method.rkd.angle=1")
+    for overrides in (("teacher.file=/t",), relational):
+        load(tmp_path, BASE, "method.contrast=0", *overrides)
+    load(tmp_path, BASE, *SEED)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim.lr_min=0.1",),
+        ("optim.lr_min=0.02", "optim.lr_scale=linear", "data.batch=128"),
+        ("optim.lr_min=0.01", "students=[{lr: 0.005}, {arch: resnet18}]"),
+    ],
+)
+def test_a_cosine_does_not_rise(tmp_path, overrides):
+    says = error(tmp_path, BASE, *overrides)
+    assert "optim.lr_min" in says and "above" in says, says
+    load(tmp_path, BASE, "optim.lr_min=0.05", "optim.lr_scale=linear", "data.batch=512")
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("engine.deepspeed={x: 1}", "engine.deepspeed.x"),
+        ("engine.deepspeed={zero_optimization: {stage: 2}}", "disagrees with engine.stage"),
+        ("engine.deepspeed={zero_optimization: 3}", "engine.deepspeed.zero_optimization"),
+        ("perf.backend=nosuch perf.compile=student", "perf.backend"),
+        ("method.queue=90000000000", "method.queue"),
+        ("student.hidden=1000000000000", "student.hidden"),
+        ("method={name: dino, prototypes: 4000000000000}", "prototypes"),
+        ("view.size=100000000", "size"),
+        ("data.prefetch=100000", "data.prefetch"),
+        ("data.eval_size=100000000 data.eval_resize=100000000", "data.eval_size"),
+        ("student.dim=9000000000000000", "student.dim"),
+    ],
+)
+def test_the_dry_run_refuses_what_the_run_would(folder, tmp_path, capsys, override, says):
+    arguments = [override] if "{" in override else override.split()
+    if "dino" in override:
+        # tests/tiny.yaml gives the views a size.
+        arguments = [override, "views=[{count: 2}]", "bn.sync=false", "optim.warmup_epochs=0"]
+    text = dry(capsys, *tiny(folder, tmp_path, *arguments), code=2)
+    assert says in text and text.count("\n") == 1, text
+
+
+def test_the_run_refuses_a_size_beyond_memory_in_one_sentence(folder, tmp_path):
+    (code, says), *_ = ranks(1, _fails, tiny(folder, tmp_path, "method.queue=90000000000000"))
+    assert code == 2 and "method.queue: needs" in says and says.count("\n") == 1, says
+
+
+def test_shipped_numbers_pass(tmp_path):
+    for name in config.RECIPES:
+        more = ("teacher.file=/t", f"method.name={name}")
+        load(tmp_path, BASE, *more)
