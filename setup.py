@@ -37,6 +37,7 @@ setup(
         "deepspeed>=0.19.6",
         "timm>=1.0.20",
         "numpy",
+        "packaging",
         "pillow",
         "pydantic>=2.7",
         "pyyaml",

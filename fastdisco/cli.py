@@ -4,13 +4,20 @@ import argparse
 import sys
 
 from fastdisco import __version__
-from fastdisco.commands import arguments, data, evaluate, export, teacher, train
+from fastdisco.commands import arguments, data, doctor, evaluate, export, teacher, train
 from fastdisco.common import files, launch
 from fastdisco.common.console import escape_what_cannot_be_shown, refuse
 from fastdisco.common.errors import UserError
 
 # In the order of a user's work.
-GROUPS = {"data": data, "train": train, "teacher": teacher, "eval": evaluate, "export": export}
+GROUPS = {
+    "data": data,
+    "doctor": doctor,
+    "train": train,
+    "teacher": teacher,
+    "eval": evaluate,
+    "export": export,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 def _alone(args: argparse.Namespace) -> None:
     """Commands that are one process take no notice of a launcher's variables, which may be left over
     in the shell: torch would look for the other ranks."""
-    if args.run in (train.run, teacher.record, evaluate.measure):
+    if args.run in (doctor.run, train.run, teacher.record, evaluate.measure):
         return
     if told := launch.alone():
         names = " and ".join(told)

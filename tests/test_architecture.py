@@ -11,7 +11,7 @@ LEVELS = [
     {"kernels", "common", "config"},
     {"data", "models", "engine"},
     {"teacher", "methods", "evals"},
-    {"run", "export"},
+    {"run", "export", "doctor"},
     {"cli", "train", "commands"},
 ]
 OWNERS = {

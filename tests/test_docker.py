@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
+from fastdisco.data import operators
 from fastdisco.run import environment
 
 sys.path.insert(0, str(ROOT / "docker"))
@@ -347,7 +348,7 @@ def test_the_bill_names_each_package_with_its_licences():
 
 
 def test_the_check_looks_at_everything_and_counts_what_failed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(check, "OPERATORS", {"GPU": {"Resize", "NoSuchOperator"}})
+    monkeypatch.setattr(operators, "OPERATORS", {"GPU": {"Resize", "NoSuchOperator"}})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/triton")

@@ -10,11 +10,13 @@ pack.py, check.py and demo.py, and the plan of a run shards.py.
   loader.py      which image comes when; pipelines.py runs DALI, graph.py defines its graphs,
                  draws.py draws the views, placement.py says on which device each step runs
   pack.py        writes tars, also from CIFAR's archives (cifar.py)
+  operators.py   what the graphs use of DALI
   check.py       finds bad images, with the decoder of the training (decoder.py)
   demo.py        writes the demo's images"""
 
 from fastdisco.data.folder import Listing
 from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
+from fastdisco.data.operators import missing_operators
 from fastdisco.data.placement import place
 from fastdisco.data.shards import reading_order
 from fastdisco.data.source import apart, listing, same_classes
@@ -26,6 +28,7 @@ __all__ = [
     "TrainLoader",
     "apart",
     "listing",
+    "missing_operators",
     "place",
     "reading_order",
     "same_classes",

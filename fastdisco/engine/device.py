@@ -63,22 +63,29 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def launch_needs() -> list[str]:
+def launch_needs(driver: bool = True) -> list[str]:
     """What is missing of that which Triton uses to build a kernel's launcher, each with its
-    remedy."""
-    compilers = (os.environ.get("CC", ""), "gcc", "clang")
+    remedy.
+
+    driver: whether the driver's library counts, which a machine without a GPU does not have"""
     header = Path(sysconfig.get_path("include"), "Python.h")
     missing = []
-    if not any(map(shutil.which, compilers)):
+    if not compiler():
         missing.append("there is no C compiler: install gcc, or set CC")
     if not header.exists():
         missing.append(f"there is no {header}: install Python's headers (python3-dev)")
-    if not _lists_libcuda():
+    if driver and not _lists_libcuda():
         missing.append(
             "ldconfig lists no libcuda.so.1: run ldconfig as root, or name its folder in "
             "TRITON_LIBCUDA_PATH"
         )
     return missing
+
+
+def compiler() -> str | None:
+    """The C compiler that Triton takes; None where there is none."""
+    names = (os.environ.get("CC", ""), "gcc", "clang")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def _lists_libcuda() -> bool:

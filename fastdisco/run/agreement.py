@@ -47,10 +47,15 @@ _LOOK, _SAME, _WAIT = 0.5, 2.0, 10.0
 
 def same_settings(cfg: Config, overwrite: bool = False) -> None:
     """Raises the same UserError on every rank unless command and versions are equal."""
-    keys = config.flatten(cfg.model_dump(mode="json"))
+    same(settings(cfg) | {"--overwrite": str(overwrite)})
+
+
+def settings(cfg: Config | None) -> dict[str, str]:
+    """What all ranks must have in common before any data are read: versions, and the keys of the
+    configuration but those that may differ between machines."""
+    keys = config.flatten(cfg.model_dump(mode="json")) if cfg else {}
     facts = {k: str(v) for k, v in keys.items() if k not in _LOCAL}
-    facts["--overwrite"] = str(overwrite)
-    same(facts | {f"version of {k}": v for k, v in versions().items()})
+    return facts | {f"version of {k}": v for k, v in versions().items()}
 
 
 def same(facts: dict[str, str]) -> None:

@@ -165,9 +165,9 @@ def memory(
     Exact for weights, gradients and the optimizer's state at the ZeRO stage.  What the student's
     forward saves for its backward is given at its most, found by a forward on the meta device.
     Queue, data pipeline and the libraries' workspaces are not in it."""
-    method = _method(cfg)
-    own = sum(_bytes(p) for p in net.parameters())
-    state = _optimizer_bytes(cfg, net, lr, micro)
+    method = method_of(cfg)
+    own = sum(bytes_of(p) for p in net.parameters())
+    state = optimizer_bytes(cfg, net, lr, micro)
     ema = 0 if method.momentum(Progress(0, 0.0)) is None else own
     # ZeRO parts the optimizer's state, then gradients, then weights.
     weights, gradients, states = (
@@ -186,7 +186,8 @@ def memory(
     )
 
 
-def _method(cfg: Config) -> methods.Method:
+def method_of(cfg: Config) -> methods.Method:
+    """The method on the meta device, for the size of its state."""
     with torch.device("meta"):
         return methods.create(
             cfg.method.name, cfg=cfg.method, dim=cfg.student.dim, seed=cfg.run.seed, shuffle="off"
@@ -199,11 +200,12 @@ def _most_memory() -> int:
     return here if torch.cuda.is_available() else max(here, LARGEST_GPU)
 
 
-def _bytes(x: Tensor) -> int:
+def bytes_of(x: Tensor) -> int:
+    """Bytes of a tensor, also on the meta device."""
     return x.numel() * x.element_size()
 
 
-def _optimizer_bytes(cfg: Config, net: nn.Module, lr: float, micro: int) -> int:
+def optimizer_bytes(cfg: Config, net: nn.Module, lr: float, micro: int) -> int:
     """The tensors that the optimizer keeps for all weights, after a step on the meta device."""
     size, clip = models.size(net), cfg.optim.clip
     # For what it refuses.
@@ -215,7 +217,7 @@ def _optimizer_bytes(cfg: Config, net: nn.Module, lr: float, micro: int) -> int:
         p.grad = torch.empty_like(p)
     optimizer.step()
     kept = (x for state in optimizer.state.values() for x in state.values())
-    return sum(_bytes(x) for x in kept if isinstance(x, Tensor) and x.ndim)
+    return sum(bytes_of(x) for x in kept if isinstance(x, Tensor) and x.ndim)
 
 
 def _saved_bytes(net: nn.Module, views: list[Tensor]) -> int:

@@ -153,7 +153,7 @@ class Files:
 
     def refuse_cut_short(self, rounds: int) -> None:
         """Raises UserError for a file that is shorter than its header says."""
-        for name, size in self._sizes(rounds).items():
+        for name, size in self.sizes(rounds).items():
             path = self.folder / name
             has = path.stat().st_size if path.exists() else 0
             if has < size:
@@ -165,7 +165,7 @@ class Files:
     def allocate(self, rounds: int, about: dict[str, Any]) -> None:
         """Makes room for that many rounds, and writes the header.  What the files hold stays, the
         rest is zeros."""
-        for name, size in self._sizes(rounds).items():
+        for name, size in self.sizes(rounds).items():
             with (self.folder / name).open("ab") as f:
                 try:
                     # The space is taken now, so that no recording ends at a full disk.
@@ -195,7 +195,7 @@ class Files:
             ) from None
         return f
 
-    def _sizes(self, rounds: int) -> dict[str, int]:
+    def sizes(self, rounds: int) -> dict[str, int]:
         """Bytes of the files."""
         images, (views, dim) = rounds * self.slots, self.row
         return {"z.f16": images * views * dim * 2, "sums.u32": images * 4}
