@@ -44,6 +44,9 @@ USER 10001
 ENV HOME=/home/fastdisco USER=fastdisco
 RUN python3 docker/check.py
 
+# What the libraries of the image and this machine's devices can do together; nothing is trained.
+HEALTHCHECK --interval=10m --timeout=2m --start-period=2m --retries=2 CMD ["fastdisco", "doctor", "--quick"]
+
 # Signals reach every rank, and the container lives until the last one has saved.  NVIDIA's own entry point, which makes
 # the CUDA libraries fit an older driver, comes behind it.
 ENTRYPOINT ["python3", "/workspace/fastdisco/docker/init.py"]

@@ -180,7 +180,7 @@ class Files:
 
     def bytes(self, rounds: int) -> int:
         """Bytes of the embeddings of so many rounds."""
-        return self._sizes(rounds)["z.f16"]
+        return self.sizes(rounds)["z.f16"]
 
     def lock(self) -> TextIO:
         """An open file that keeps other commands from recording there until it is closed."""
