@@ -218,10 +218,11 @@ def test_parts_of_the_labels_have_columns_of_their_own():
     whole, part = result()._replace(what="linear"), result(acc=0.5)._replace(what="semi-1pct")
     t = results.table({"a": [whole, part]})
     assert t.columns[1:] == ["knn_top1_k20", "other", "semi-1pct/knn_top1_k20", "semi-1pct/other"]
-    assert list(results.versus([whole, part], [whole, part])) == [
-        "knn_top1_k20",
-        "semi-1pct/knn_top1_k20",
-    ]
+    names = ["knn_top1_k20", "semi-1pct/knn_top1_k20"]
+    assert list(results.versus([whole, part], [whole, part])) == names
+    assert list(results.versus([whole, part], [whole, part], names[1:])) == names[1:]
+    with pytest.raises(UserError, match="no value named nothing with stored predictions"):
+        results.versus([whole], [part], ["nothing"])
 
 
 def test_versus_pairs_the_same_images():

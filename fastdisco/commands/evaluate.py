@@ -205,7 +205,7 @@ def table(args: argparse.Namespace) -> None:
 
     if args.versus:
         for run in args.runs:
-            pairs = results.versus(_results(run), _results(args.versus))
+            pairs = results.versus(_results(run), _results(args.versus), args.only)
             print(f"{run} versus {args.versus}")
             print("\n".join(f"  {line}" for line in measures.pairs(pairs)))
         return

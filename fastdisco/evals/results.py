@@ -180,14 +180,18 @@ def comparable(protocol: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in protocol.items() if k not in OWN}
 
 
-def versus(first: Sequence[Result], second: Sequence[Result]) -> dict[str, intervals.Paired]:
-    """The paired difference of every value that both have predictions of.  Raises UserError where
-    the protocols differ, or there is nothing to pair."""
+def versus(
+    first: Sequence[Result], second: Sequence[Result], only: Sequence[str] = ()
+) -> dict[str, intervals.Paired]:
+    """The paired difference of every value that both have predictions of.
+
+    only  names of values; (): all
+    Raises UserError where the protocols differ, or there is nothing to pair."""
     out = {}
     for a in first:
         for b in second:
             for key in a.predictions.keys() & b.predictions.keys():
-                if a.what != b.what:
+                if a.what != b.what or (only and a.named(key) not in only):
                     continue
                 if comparable(a.protocol) != comparable(b.protocol):
                     _refuse(key, ("the first", a), ("the second", b))
@@ -197,7 +201,10 @@ def versus(first: Sequence[Result], second: Sequence[Result]) -> dict[str, inter
                 right = (r.predictions[key] == r.labels for r in (a, b))
                 out[a.named(key)] = intervals.paired(*right)
     if not out:
-        raise UserError("versus: the two runs have no value with stored predictions in common")
+        wanted = f" named {', '.join(only)}" if only else ""
+        raise UserError(
+            f"versus: the two runs have no value{wanted} with stored predictions in common"
+        )
     return dict(sorted(out.items()))
 
 
