@@ -15,6 +15,8 @@ PARQUET = ["pyarrow"]
 MAPS = ["openTSNE", "umap-learn"]
 # `fastdisco export --to onnx int8`: the exporter needs onnxscript.
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+# Data sets and checkpoints in object storage.
+S3 = ["boto3>=1.36"]
 
 setup(
     name="fastdisco",
@@ -54,10 +56,13 @@ setup(
         "parquet": PARQUET,
         "tsne": MAPS,
         "onnx": ONNX,
+        "s3": S3,
         "dev": [
             *PARQUET,
             *MAPS,
             *ONNX,
+            *S3,
+            "moto[server]>=5",
             # Loads what an export writes; it needs Python 3.11.
             "timmx; python_version >= '3.11'",
             "pytest>=8",

@@ -184,10 +184,10 @@ def _run(
 
 def _listings(cfg: Config) -> tuple[data.Listing, data.Listing | None]:
     """The images of training and validation: the same classes, other images."""
-    listing = data.listing(cfg.data.train, cfg.data.quarantine)
+    listing = data.listing(cfg.data.train, cfg.data.quarantine, images=cfg.data)
     if cfg.data.val is None:
         return listing, None
-    val = data.listing(cfg.data.val, cfg.data.quarantine)
+    val = data.listing(cfg.data.val, cfg.data.quarantine, images=cfg.data)
     data.same_classes(listing, val)
     data.apart(listing, val)
     return listing, val

@@ -26,6 +26,8 @@ OWNERS = {
     "pyarrow": {"evals"},
     "onnx": {"export"},
     "onnxruntime": {"export"},
+    "boto3": {"data"},
+    "botocore": {"data"},
 }
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -18,7 +18,7 @@ def run(work: Work) -> Result:
     embed.refuse_absent(s.format)
     listing = work.val
     if s.data:
-        listing = data.listing(s.data, work.cfg.data.quarantine, bare=True)
+        listing = data.listing(s.data, work.cfg.data.quarantine, True, work.cfg.data)
     if listing.passed_over:
         say(f"{listing.source}: passed over: {printable(told(listing.passed_over))}")
     protocol = {

@@ -88,8 +88,10 @@ def transfer(work: Work) -> results.Result:
     )
     if val_path is None:
         raise UserError("transfer.val: give the validation images of that data set")
-    quarantine = work.cfg.data.quarantine
-    train, val = data.listing(train_path, quarantine), data.listing(val_path, quarantine)
+    images = work.cfg.data
+    train, val = (
+        data.listing(path, images.quarantine, images=images) for path in (train_path, val_path)
+    )
     data.same_classes(train, val)
     data.apart(train, val, "give transfer.val other images")
     return _trained(work, f"transfer-{_short(s.train)}", Sets(train, train.kept, val), s)

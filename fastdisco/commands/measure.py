@@ -63,7 +63,7 @@ class Work:
                 "data.val=FOLDER"
             )
         # Also images without classes, for what needs none.
-        return data.listing(self.cfg.data.val, self.cfg.data.quarantine, bare=True)
+        return data.listing(self.cfg.data.val, self.cfg.data.quarantine, True, self.cfg.data)
 
     @cached_property
     def train(self) -> data.Listing:
@@ -71,7 +71,7 @@ class Work:
             raise UserError(
                 "data.train: this evaluation needs training images; give data.train=PATH"
             )
-        found = data.listing(self.cfg.data.train, self.cfg.data.quarantine)
+        found = data.listing(self.cfg.data.train, self.cfg.data.quarantine, images=self.cfg.data)
         data.same_classes(found, self.val)
         data.apart(found, self.val)
         return found
@@ -288,7 +288,7 @@ def healthy(work: Work) -> list[results.Result]:
 
 def _on_training_images(work: Work) -> Work:
     """For runs without validation images: some of the training images, as training looks at them."""
-    train = data.listing(work.cfg.data.train, work.cfg.data.quarantine)
+    train = data.listing(work.cfg.data.train, work.cfg.data.quarantine, images=work.cfg.data)
     some = health.sample(train.kept)
     say(f"data.val: none, so health looks at {len(some)} training images")
     found = Work(work.network, work.settings, work.device, work.stop)

@@ -228,7 +228,7 @@ def _record(cfg: "Config", device: "torch.device") -> None:
     from fastdisco.common import dist
     from fastdisco.run import students
 
-    listing = data.listing(cfg.data.train, cfg.data.quarantine)
+    listing = data.listing(cfg.data.train, cfg.data.quarantine, images=cfg.data)
     loader = students.loader(cfg, listing, config.micro_batch(cfg, dist.world()), device)
     views = methods.kind(cfg.method.name).teacher_views
     assert cfg.teacher, "teacher.cache has made the block"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastdisco.common import temporary
 from fastdisco.common.errors import UserError
+from fastdisco.common.urls import addressed
 
 _SPACE, _RIGHTS = (
     "make space there, or take another place",
@@ -125,6 +126,7 @@ def expanded(path: Path) -> Path:
     """The path with ~ and environment variables replaced: a shell leaves them as they are in
     key=value and --option=value, and nobody else would look at a YAML file.
 
+    An address in object storage becomes a Url.
     Raises ValueError for a user or a variable that is not there."""
     text = os.path.expanduser(path)
     if text.startswith("~"):
@@ -134,7 +136,7 @@ def expanded(path: Path) -> Path:
         name = left[1].strip("{}")
         raise ValueError(f"${name} is not set in the environment; set it, or write the path out")
     _refuse_unopenable(text)
-    return Path(text)
+    return addressed(text)
 
 
 def _refuse_unopenable(text: str) -> None:

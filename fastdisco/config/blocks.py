@@ -50,6 +50,12 @@ class Data(Block):
     # Of the training images, the share that may break while the run goes on (docs/data.md, Images
     # that break).  Others take their places.  0: the first one stops the run.
     bad_limit: Float = Field(0.001, ge=0, lt=1)
+    # Where tars of object storage (s3://, gs://) are kept while they are read: a folder on a local
+    # disk that all processes of a machine share (docs/storage.md).  null: FASTDISCO_CACHE, or
+    # ~/.cache/fastdisco.
+    cache: Path | None = None
+    # What these tars may take there, in units of 10^9 bytes.
+    cache_gb: Float = Field(100.0, gt=0)
     # Images per optimizer step, over all ranks and accumulated micro batches.
     batch: Int = Field(256, ge=1)
     # Micro batches per optimizer step: a rank's forward pass has

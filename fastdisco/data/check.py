@@ -99,6 +99,11 @@ def check(
     Raises UserError for tars that do not fit their index, and for a source whose classes are not
     those of the first."""
     found = [listing(s) for s in sources]
+    for one in found:
+        if one.remote and out is None:
+            raise UserError(
+                f"{one.source}: the report of data in object storage needs a folder; give --out FOLDER"
+            )
     for other in found[1:]:
         same_classes(found[0], other)
     threads = threads or len(os.sched_getaffinity(0))
@@ -110,7 +115,8 @@ def check(
         path = _write(one, bad, len(indices), fast, whole, out)
         _report(one, bad, len(indices), path, out)
         if wrong:
-            raise UserError("; ".join(wrong))
+            error = UserError("; ".join(wrong))
+            raise one.remote.named(error) if one.remote else error
         faults += bad
     return faults
 
@@ -282,25 +288,32 @@ def _pillow() -> Iterator[None]:
 
 def _wrong_tars(one: Listing, tars: list[str]) -> list[str]:
     """A sentence for each tar that is not what its index says."""
-    wrong, packed = [], shards.manifest_of(one.root, None) is not None
+    packed = shards.manifest_of(one.root, None) is not None
+    wrong = []
     for name in track(tars, f"comparing the tars of {one.source}", transient=True):
-        tar = one.root / name
-        index = tar_index.path_of(tar)
-        # In a folder that cannot be written there is none.
-        about = tar_index.about(tar) if index.exists() else {}
-        try:
-            if about and tar_index.scan(tar, packed) != tar_index.rows_of(tar):
-                wrong.append(
-                    f"{tar}: its index does not fit; copy both again, or remove {index} if the tar "
-                    "is right"
-                )
-            elif about.get("sha256") and about["sha256"] != _sha256(tar):
-                wrong.append(
-                    f"{tar}: its bytes are not those that were packed (SHA-256); copy it again"
-                )
-        except UserError as e:
-            wrong.append(str(e))
+        with one.remote.hold([name]) if one.remote else contextlib.nullcontext():
+            why = _wrong_tar(one.root / name, packed)
+        if why:
+            wrong.append(why)
     return wrong
+
+
+def _wrong_tar(tar: Path, packed: bool) -> str:
+    """What is wrong with a tar, empty where nothing is."""
+    index = tar_index.path_of(tar)
+    # In a folder that cannot be written there is none.
+    about = tar_index.about(tar) if index.exists() else {}
+    try:
+        if about and tar_index.scan(tar, packed) != tar_index.rows_of(tar):
+            return (
+                f"{tar}: its index does not fit; copy both again, or remove {index} if the tar is "
+                "right"
+            )
+        if about.get("sha256") and about["sha256"] != _sha256(tar):
+            return f"{tar}: its bytes are not those that were packed (SHA-256); copy it again"
+    except UserError as e:
+        return str(e)
+    return ""
 
 
 def _sha256(path: Path) -> str:
@@ -322,7 +335,7 @@ def _write(
     if out is None:
         folder, prefix, name = one.root, "", "check.json"
     else:
-        folder, prefix = Path(out), f"{one.root.resolve()}/"
+        folder, prefix = Path(out), f"{one.home}/"
         name = "check-" + re.sub(r"[^\w.-]+", "_", one.source.name) + ".json"
     path = folder / QUARANTINE
     names = read_quarantine(path) if path.exists() else {}

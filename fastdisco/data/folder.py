@@ -3,6 +3,7 @@ list files.  Tars are in shards.py.
 
 N is the number of images."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -52,6 +53,31 @@ class Places(NamedTuple):
     size: np.ndarray  # [N] int64, bytes
 
 
+class Remote(Protocol):
+    """Tars in object storage, in a folder while they are held; remote.py has the one there is."""
+
+    @property
+    def url(self) -> Path:
+        """The folder's address."""
+        ...
+
+    def hold(self, tars: list[str]) -> Any:
+        """Has the tars in the listing's root until release() of the result, a context manager."""
+        ...
+
+    def span(self, tars: list[str]) -> int:
+        """How many of the tars, in this order, one pipeline takes."""
+        ...
+
+    def ahead(self, tars: list[str]) -> None:
+        """Tells which tars are needed next, in this order."""
+        ...
+
+    def named(self, error: UserError) -> UserError:
+        """The error with the address in place of the root."""
+        ...
+
+
 # A base of its own, since a NamedTuple has no place for the cached properties of Listing.
 class _Listing(NamedTuple):
     source: Path  # what was asked for: the root, or a list file or tars in it
@@ -64,6 +90,7 @@ class _Listing(NamedTuple):
     left_out: np.ndarray = np.zeros(0, np.int64)  # indices that the quarantine names
     # How many files are not taken, by their extension (`.gif`) or their folder (`@eaDir/`).
     passed_over: tuple[tuple[str, int], ...] = ()
+    remote: Remote | None = None  # for tars in object storage
 
 
 class Listing(_Listing):
@@ -91,13 +118,22 @@ class Listing(_Listing):
         """The index of an image by its name."""
         return {name: i for i, name in enumerate(self.files)}
 
+    @property
+    def home(self) -> str:
+        """What absolute names of its images begin with: the root as an absolute path, or the address
+        in object storage."""
+        return str(self.remote.url) if self.remote else str(self.root.resolve())
+
     def open(self, index: int) -> BinaryIO:
-        """An image's bytes as a file.  Raises OSError."""
+        """An image's bytes as a file.  Raises OSError, and UserError where object storage refuses
+        them."""
         if self.places is None:
             return open_regular(self.root / self.files[index])
         p = self.places
-        tar = self.root / p.tars[p.tar[index]]
-        return io.BufferedReader(_Slice(tar, int(p.offset[index]), int(p.size[index])))
+        name, where = p.tars[p.tar[index]], (int(p.offset[index]), int(p.size[index]))
+        # An open file stays whole when its tar leaves the cache.
+        with self.remote.hold([name]) if self.remote else contextlib.nullcontext():
+            return io.BufferedReader(_Slice(self.root / name, *where))
 
     def read(self, index: int) -> bytes:
         """An image's bytes.  Raises OSError."""

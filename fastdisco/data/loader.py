@@ -274,6 +274,15 @@ class TrainLoader:
         for part, of_part, some in zip(self._parts, orders, self._chunk_images):
             words = [draws.words(images, self._round(e)) for images, e in zip(of_part, epochs)]
             self._pipes.append(self._built(part, some, np.concatenate(words)[begin : begin + n]))
+        if self.listing.remote:
+            self._fetch_ahead(images[0][n:], epochs.stop)
+
+    def _fetch_ahead(self, rest: np.ndarray, epoch: int) -> None:
+        """Has the tars fetched of the images that follow those of the pipelines: the rest of this
+        chunk, then of the epoch after it."""
+        if epoch < self._end // self._per_epoch:
+            rest = np.concatenate([rest, self._parts[0].order(epoch)])
+        shards.ahead(self.listing, rest)
 
     def _built(self, part: _Part, images: np.ndarray, words: np.ndarray) -> Any:
         """The pipeline of a part over these images; words [n], what their views are hashed from."""
@@ -381,6 +390,7 @@ def _each(
         make = lambda reader, now=now: pipeline(reader, now, batch)
         try:
             pipe = pipelines.build(listing, now, make)
+            shards.ahead(listing, padded[some:])
             for i in range(len(now) // batch):
                 views, index = pipelines.run(pipe, listing, now, i, batch, device, placement)
                 here = min(batch, len(left))

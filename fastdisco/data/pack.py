@@ -23,7 +23,8 @@ from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import naming, write_whole
 from fastdisco.common.limits import SHARD_MB
-from fastdisco.data import cifar, lines, tar_index
+from fastdisco.common.urls import Url, addressed
+from fastdisco.data import cifar, lines, pack_remote, tar_index
 from fastdisco.data.folder import Listing, told
 from fastdisco.data.loader import permutation
 from fastdisco.data.manifest import BEGUN, MANIFEST, VERSION, fault, text_of
@@ -53,14 +54,14 @@ def pack(
     src: Path, dst: Path, seed: int = 0, shard_mb: float = SHARD_MB, jpeg: int | None = None
 ) -> dict[Path, dict[str, Any]]:
     """Packs class folders, a list file or tars into dst, or CIFAR's python archive into dst/train
-    and dst/val.  Returns {folder: manifest}.
+    and dst/val; both may be addresses in object storage.  Returns {folder: manifest}.
 
     shard_mb  a tar has at most so many MiB
     jpeg      quality of CIFAR's images; None: PNG, which loses nothing.  Encoded images are packed
               as they are.
     Raises UserError for a source or a folder that does not fit, and for an image file that is a
     link, since links are never followed."""
-    src, dst = Path(src), Path(dst)
+    src, dst = addressed(src), addressed(dst)
     if cifar.is_archive(src):
         parts = {dst / name: _cifar(*part, jpeg) for name, part in cifar.load(src).items()}
     elif jpeg is not None:
@@ -70,7 +71,8 @@ def pack(
         )
     else:
         found = listing(src)
-        if found.source.is_dir() and dst.resolve().is_relative_to(found.root.resolve()):
+        inside = not found.remote and not isinstance(dst, Url)
+        if inside and src.is_dir() and dst.resolve().is_relative_to(found.root.resolve()):
             raise UserError(
                 f"{dst}: lies in {found.root}, whose images its own would join; give a folder "
                 "outside of it"
@@ -79,7 +81,7 @@ def pack(
             say(f"{src}: passed over: {lines.printable(told(found.passed_over))}")
         parts = {dst: _listed(found)}
     limit = int(shard_mb * 2**20)
-    return {folder: _write(folder, images, seed, limit) for folder, images in parts.items()}
+    return {folder: _written(folder, images, seed, limit) for folder, images in parts.items()}
 
 
 # ---- what is packed
@@ -138,9 +140,25 @@ def _cifar(pixels: np.ndarray, labels: np.ndarray, classes: list[str], jpeg: int
 # ---- a folder of tars
 
 
-def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
+def _written(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
+    """As `_write`, also to object storage."""
+    if not isinstance(dst, Url):
+        return _write(dst, images, seed, limit)
+    write = lambda folder, done: _write(folder, images, seed, limit, done)
+    return pack_remote.to(dst, write, QUARANTINE)
+
+
+def _write(
+    dst: Path,
+    images: Images,
+    seed: int,
+    limit: int,
+    done: Callable[[Path], None] = lambda tar: None,
+) -> dict[str, Any]:
     """Writes the tars of one set, at most `limit` bytes each, and returns their manifest.  Goes on
-    where an earlier call with the same arguments was killed."""
+    where an earlier call with the same arguments was killed.
+
+    done: is called with each tar that is whole, also with those of an earlier call"""
     wanted = dict(version=VERSION, seed=seed, shard_bytes=limit, source=images.fingerprint)
     if (dst / MANIFEST).exists():
         return _reuse(dst, MANIFEST, wanted)
@@ -152,7 +170,7 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
         )
     dst.mkdir(parents=True, exist_ok=True)
     write_whole(dst / BEGUN, json.dumps(wanted, indent=1))
-    tars = _tars(dst, images, permutation(seed, FIRST, len(images.labels)), limit)
+    tars = _tars(dst, images, permutation(seed, FIRST, len(images.labels)), limit, done)
     if images.left_out:
         _write_quarantine(dst, list(tars), images.left_out)
     manifest = wanted | dict(
@@ -170,8 +188,11 @@ def _write(dst: Path, images: Images, seed: int, limit: int) -> dict[str, Any]:
     return manifest
 
 
-def _tars(dst: Path, images: Images, order: np.ndarray, limit: int) -> dict[str, dict[str, Any]]:
-    """Writes the tars that are not there yet.  Returns {name: bytes, samples and SHA-256}."""
+def _tars(
+    dst: Path, images: Images, order: np.ndarray, limit: int, whole: Callable[[Path], None]
+) -> dict[str, dict[str, Any]]:
+    """Writes the tars that are not there yet, and calls whole() with each.  Returns {name: bytes,
+    samples and SHA-256}."""
     tars, done = {}, 0
     with Progress(transient=True) as bar, ThreadPoolExecutor() as pool:
         task = bar.add_task(f"packing {dst}", total=len(order))
@@ -185,6 +206,7 @@ def _tars(dst: Path, images: Images, order: np.ndarray, limit: int) -> dict[str,
                     f"{tar}: its index is of other samples than this command packs; remove it and "
                     "give the command again"
                 )
+            whole(tar)
             done += len(rows)
             tars[tar.name] = dict(bytes=about["bytes"], samples=len(rows), sha256=about["sha256"])
             bar.update(task, completed=done)

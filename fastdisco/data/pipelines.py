@@ -5,6 +5,7 @@ Shapes: B images, S side of a view."""
 
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -60,12 +61,16 @@ def reader(listing: Listing, indices: np.ndarray, folder: str) -> dict[str, Any]
 
 
 def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
-    """The pipeline make(reader's arguments) over these images, built.
+    """The pipeline make(reader's arguments) over these images, built.  Their tars stay in the cache
+    while it lives.
 
     Raises Broken where a tar is gone or cut short."""
+    held = shards.hold(listing, indices)
     with tempfile.TemporaryDirectory(prefix=temporary.prefix()) as folder:
         with naming(Path(folder)):
             pipe = make(reader(listing, indices, folder))
+        if held:
+            weakref.finalize(pipe, held.release)
         try:
             pipe.build()
         except RuntimeError as e:

@@ -7,6 +7,7 @@ import itertools
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -18,6 +19,7 @@ from fastdisco.data.folder import UNLABELLED, Listing, Places, classes_of
 
 # BEGUN is for those who know tars by this module.
 from fastdisco.data.manifest import BEGUN, MANIFEST, manifest_of  # noqa: F401
+from fastdisco.data.remote import Store
 from fastdisco.data.tar_index import Index, Row
 
 # Samples that follow each other in a tar and stay together in an epoch: one read of about 1 MB
@@ -29,16 +31,20 @@ OPEN = 512  # tars that one pipeline has open; a process may have 1024 files
 # ---- the listing
 
 
-def load(source: Path, root: Path, tars: list[str]) -> Listing:
+def load(source: Path, root: Path, tars: list[str], store: Store | None = None) -> Listing:
     """The samples of root's tars, given by name: our own in the order of their stable indices,
     foreign ones as they come.
 
+    store: where the tars come from, if from object storage; root is its root.
     Raises UserError for tars that are truncated, foreign, missing, given twice, or not those that
     their index or manifest was written for."""
     if twice := shorten(sorted(name for name, n in Counter(tars).items() if n > 1)):
         raise UserError(f"{source}: means {twice} twice; give a pattern that means each tar once")
-    manifest = manifest_of(root, tars if source == root else None)
-    indices = _indices(root, tars, stored=manifest is not None)
+    whole = source == (store.url if store else root)
+    manifest = manifest_of(root, tars if whole else None)
+    if store and manifest:
+        store.knows({name: str(about["sha256"]) for name, about in manifest["tars"].items()})
+    indices = _indices(root, tars, manifest is not None, store)
     if manifest is None and (root / MANIFEST).exists() and any(i.packed for i in indices):
         raise UserError(
             f"{root / MANIFEST}: is not the manifest of the tars there, or damaged; copy it again, "
@@ -46,7 +52,7 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
         )
     numbers, names = [], []
     for name, its_index in zip(tars, indices):
-        columns, members = _parsed(root / name, its_index, manifest)
+        columns, members = _parsed(root / name, its_index, manifest, store)
         numbers.append(columns)
         names.append(members)
     index, label, offset, size = np.concatenate(numbers, axis=1)
@@ -68,10 +74,10 @@ def load(source: Path, root: Path, tars: list[str]) -> Listing:
         labels, classes = label[order], manifest["classes"]
     files = [f"{tars[tar[i]]}/{members[i]}" for i in order.tolist()]
     places = Places(tars, tar[order], offset[order], size[order])
-    return Listing(source, root, files, labels, classes, places)
+    return Listing(source, root, files, labels, classes, places, remote=store)
 
 
-def _indices(root: Path, tars: list[str], stored: bool) -> list[Index]:
+def _indices(root: Path, tars: list[str], stored: bool, store: Store | None) -> list[Index]:
     """Each tar's index, made where it is missing, of an older version, or of the tar as it was."""
     found = {name: tar_index.read(root / name) for name in tars}
     make, changed = [], []
@@ -79,13 +85,17 @@ def _indices(root: Path, tars: list[str], stored: bool) -> list[Index]:
         if index is None:
             make.append(name)
         # A packed tar is compared with index and manifest by `_fits`: another one is an error.
-        elif not index.packed and not tar_index.fits(root / name, index):
+        # One of object storage lies in a folder of this very content.
+        elif not store and not index.packed and not tar_index.fits(root / name, index):
             make.append(name)
             if not index.old:
                 changed.append(name)
     on_disk = True
     for name in track(make, f"indexing {root}", transient=True, disable=not make):
-        found[name], written = tar_index.make(root / name, stored)
+        if store:
+            found[name], written = store.make_index(name, stored)
+        else:
+            found[name], written = tar_index.make(root / name, stored)
         on_disk &= written
     if changed:
         say(f"{root}: {shorten(changed)} is not as it was indexed, so it was indexed again")
@@ -94,12 +104,18 @@ def _indices(root: Path, tars: list[str], stored: bool) -> list[Index]:
     return [index for name in tars if (index := found[name])]
 
 
-def _parsed(tar: Path, index: Index, manifest: dict | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def _parsed(
+    tar: Path, index: Index, manifest: dict | None, store: Store | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Of a tar's index: index, label, offset and size [4,n] int64, and the members' names."""
     try:
         *columns, members = zip(*map(Row.parse, index.lines))
         numbers = np.array(columns, np.int64)
-        _fits(tar, index, numbers, members[-1], manifest)
+        size = store.size(tar.name) if store else tar.stat().st_size
+        _fits(tar, size, index, numbers, manifest)
+        # Bytes in object storage are compared when they are fetched.
+        if not store:
+            _same_headers(tar, index, numbers, members[-1])
     except OSError as e:
         raise tar_index.unreadable(tar, e) from None
     except (ValueError, KeyError, TypeError, OverflowError):
@@ -107,15 +123,14 @@ def _parsed(tar: Path, index: Index, manifest: dict | None) -> tuple[np.ndarray,
     return numbers, members
 
 
-def _fits(tar: Path, index: Index, numbers: np.ndarray, last: str, manifest: dict | None) -> None:
-    """A quick look whether a tar is the one that its index was written for; `data check` compares
-    everything.
+def _fits(tar: Path, found: int, index: Index, numbers: np.ndarray, manifest: dict | None) -> None:
+    """A quick look whether a tar can be the one that its index was written for; `data check`
+    compares everything.
 
+    found    bytes of the tar
     numbers  index, label, offset and size of the samples [4,n]
-    last     name of the last member
-    Raises UserError for another size, other places, other headers, or another manifest."""
-    wrong = f"copy the tar again, or remove {tar_index.path_of(tar)} if the tar is right"
-    found, wanted = tar.stat().st_size, index.about["bytes"]
+    Raises UserError for another size, other places, or another manifest."""
+    wrong, wanted = _remedy(tar), index.about["bytes"]
     if found != wanted:
         raise UserError(f"{tar}: has {found} bytes, its index was written for {wanted}; {wrong}")
     _, _, offset, size = numbers
@@ -126,6 +141,20 @@ def _fits(tar: Path, index: Index, numbers: np.ndarray, last: str, manifest: dic
         raise UserError(
             f"{tar_index.path_of(tar)}: does not fit its tar; remove it, it is written anew"
         )
+    if manifest is None:
+        return
+    want = manifest["tars"].get(tar.name, {})
+    if (found, len(size)) != (want.get("bytes"), want.get("samples")):
+        raise UserError(
+            f"{tar}: has {found} bytes and {len(size)} samples, not those of {MANIFEST}; {wrong}"
+        )
+
+
+def _same_headers(tar: Path, index: Index, numbers: np.ndarray, last: str) -> None:
+    """Raises UserError where some headers in the tar are not those of its index; `last` is the name
+    of the last member."""
+    wrong = _remedy(tar)
+    _, _, offset, size = numbers
     with tar.open("rb") as f:
         f.seek(offset[-1] - tarfile.BLOCKSIZE)
         head = f.read(tarfile.BLOCKSIZE)
@@ -135,18 +164,10 @@ def _fits(tar: Path, index: Index, numbers: np.ndarray, last: str, manifest: dic
     compare = index.packed and not index.old
     if compare and tar_index.headers(tar, index.lines) != index.about["headers"]:
         raise UserError(f"{tar}: its headers are not those that its index was written for; {wrong}")
-    if manifest is None:
-        return
-    want = manifest["tars"].get(tar.name, {})
-    if (found, len(size)) != (want.get("bytes"), want.get("samples")):
-        raise UserError(
-            f"{tar}: has {found} bytes and {len(size)} samples, not those of {MANIFEST}; {wrong}"
-        )
-    if index.packed and index.about["sha256"] != want.get("sha256"):
-        raise UserError(
-            f"{tar}: its index is of another tar than {MANIFEST} names (SHA-256); copy the whole "
-            "folder again"
-        )
+
+
+def _remedy(tar: Path) -> str:
+    return f"copy the tar again, or remove {tar_index.path_of(tar)} if the tar is right"
 
 
 def _names(head: bytes, member: str) -> bool:
@@ -262,12 +283,34 @@ def _pairs(counts: np.ndarray) -> float:
 
 
 def at_once(listing: Listing, indices: np.ndarray, batch: int) -> int:
-    """How many of the indices, in whole batches, one pipeline reads: as many as OPEN tars hold, but
-    one batch at least."""
+    """How many of the indices, in whole batches, one pipeline reads: as many as OPEN tars hold, of
+    object storage as many as the cache has at hand, but one batch at least."""
     if listing.places is None:
         return len(indices)
     ends = _changes(listing.places.tar[indices])
-    return len(indices) if len(ends) < OPEN else max(batch, int(ends[OPEN - 1]) // batch * batch)
+    most = listing.remote.span(_tars(listing, indices)) if listing.remote else OPEN
+    return len(indices) if len(ends) < most else max(batch, int(ends[most - 1]) // batch * batch)
+
+
+def hold(listing: Listing, indices: np.ndarray) -> Any:
+    """Has the tars of these images there until release() of the result, a context manager; None
+    where they are no tars of object storage."""
+    return listing.remote.hold(_tars(listing, indices)) if listing.remote else None
+
+
+def ahead(listing: Listing, indices: np.ndarray) -> None:
+    """Tells which images are needed after those that are held, in this order."""
+    if listing.remote:
+        listing.remote.ahead(_tars(listing, indices))
+
+
+def _tars(listing: Listing, indices: np.ndarray) -> list[str]:
+    """The names of the tars that the images lie in, each as often as it begins."""
+    places = listing.places
+    if places is None or not len(indices):
+        return []
+    tar = places.tar[indices]
+    return [places.tars[k] for k in tar[np.r_[0, _changes(tar)]].tolist()]
 
 
 def lost(listing: Listing, indices: np.ndarray) -> dict[int, str]:

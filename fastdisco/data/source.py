@@ -1,6 +1,7 @@
 """A data set by its path: class folders, a list file or tars, without the images that its
 quarantine names."""
 
+import fnmatch
 import glob
 import os
 import re
@@ -8,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdisco import config
 from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
+from fastdisco.common.urls import Url, addressed
 from fastdisco.data import folder, lines, shards
 from fastdisco.data.folder import Listing
+from fastdisco.data.remote import Store
 
+WILD = re.compile(r"[*?[]")
 REMEDY = (
     "give a folder with one folder of images per class, a folder of tars, or a text file with a "
     "line `<image> <class>` for each image"
@@ -20,10 +25,13 @@ REMEDY = (
 
 
 def listing(
-    source: Path | str, quarantine: Path | str | None = None, bare: bool = False
+    source: Path | str,
+    quarantine: Path | str | None = None,
+    bare: bool = False,
+    images: config.Data | None = None,
 ) -> Listing:
     """The images of a folder of class folders, a list file, a folder of tars, one tar, or tars by a
-    pattern like x-{000..099}.tar or x-*.tar.
+    pattern like x-{000..099}.tar or x-*.tar; tars may lie in object storage, s3://bucket/folder.
 
     quarantine  a file with the images to leave out, in each line a name, a tab and the reason.
                 Names that are not in this data are passed over and told.
@@ -32,12 +40,15 @@ def listing(
                 this data or of other data.
     bare        whether images without classes are taken, too: a folder with images alone, and a
                 list of names alone; they are of one class
+    images      where the cache of object storage is, and its size; None: the defaults
     Raises UserError naming the path and the remedy."""
-    source = Path(source)
-    if source.is_dir():
+    source = addressed(source)
+    if isinstance(source, Url):
+        found = _remote(source, quarantine, images)
+    elif source.is_dir():
         found = (folder.flat(source) if bare else None) or _folder(source)
     elif source.suffix == ".tar":
-        found = shards.load(source, source.parent, _expand(source))
+        found = shards.load(source, source.parent, _expand(source, _Folder(source.parent)))
     elif source.is_file():
         found = folder.list_file(source, bare)
     else:
@@ -143,6 +154,20 @@ def _folder(source: Path) -> Listing:
     return shards.load(source, source, tars) if packed else folder.class_folders(source)
 
 
+def _remote(source: Url, quarantine: Path | str | None, images: config.Data | None) -> Listing:
+    """The tars of a folder in object storage, or some of them."""
+    alone = source.suffix == ".tar"
+    name = str(quarantine) if quarantine is not None else None
+    store = Store(source.parent if alone else source, images, name)
+    tars = _expand(source, _Names(store.tars)) if alone else store.tars
+    try:
+        found = shards.load(source, store.root, tars, store)
+    except UserError as e:
+        raise store.named(e) from None
+    store.say_cached(tars)
+    return found
+
+
 def _has_manifest(source: Path) -> bool:
     """Whether the folder has a manifest of `fastdisco data pack`; other tools write files of that
     name, too."""
@@ -159,7 +184,7 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
     names = list(read_quarantine(path))
     if absolute:
         # One file may serve several data sets: only names in this one's root count.
-        inside = f"{found.root.resolve()}/"
+        inside = f"{found.home}/"
         names = [n.removeprefix(inside) for n in names if n.startswith(inside)]
     here = [n for n in names if n in found.number]
     if strange := [lines.printable(n) for n in names if n not in found.number]:
@@ -169,9 +194,33 @@ def _left_out(found: Listing, path: Path, absolute: bool) -> np.ndarray:
     return np.sort(np.array([found.number[n] for n in here], np.int64))
 
 
-def _expand(pattern: Path) -> list[str]:
-    """Names of the tars that a pattern means; only its last part is a pattern, its folder is taken
-    literally."""
+class _Folder:
+    """A folder's files by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def matching(self, pattern: str) -> list[str]:
+        if WILD.search(pattern):
+            return sorted(glob.glob(pattern, root_dir=self._folder))
+        return [pattern] if (self._folder / pattern).is_file() else []
+
+
+class _Names:
+    """Names as a folder has them."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def matching(self, pattern: str) -> list[str]:
+        if WILD.search(pattern):
+            return sorted(fnmatch.filter(self._names, pattern))
+        return [pattern] if pattern in self._names else []
+
+
+def _expand(pattern: Path, folder: _Folder | _Names) -> list[str]:
+    """Names of the tars that a pattern means in its folder; only its last part is a pattern, the
+    folder is taken literally."""
     whole = [pattern.name]
     # {000..099} by hand, once for each pair of braces; the shell's wildcards by glob.
     while m := re.search(r"\{(\d+)\.\.(\d+)\}", whole[0]):
@@ -181,10 +230,7 @@ def _expand(pattern: Path) -> list[str]:
             raise UserError(f"{pattern}: {m[0]} counts down; write the smaller number first")
     names = []
     for name in whole:
-        if re.search(r"[*?[]", name):
-            hits = sorted(glob.glob(name, root_dir=pattern.parent))
-        else:
-            hits = [name] if (pattern.parent / name).is_file() else []
+        hits = folder.matching(name)
         if not hits:
             raise UserError(f"{pattern.parent / name}: no such tar; {REMEDY}")
         names += hits

@@ -26,6 +26,8 @@ _FREE = (
     "data.val",
     "data.quarantine",
     "data.bad_limit",
+    "data.cache",
+    "data.cache_gb",
     "data.threads",
     "data.prefetch",
     "data.copy_views",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdisco import config, data, engine, methods, models
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
+from fastdisco.common.urls import Url
 from fastdisco.config import Config
 from fastdisco.data import shards
 from fastdisco.engine import compiled, optim
@@ -111,11 +112,11 @@ def _data(cfg: Config, missing: list[str]) -> Generator[str, None, data.Listing 
             continue
         # A pattern stands for several tars, and no file has its name.
         pattern = any(c in path.name for c in "*?[{")
-        if not path.exists() and not pattern:
+        if not (path.exists() or pattern or isinstance(path, Url)):
             missing.append(f"data.{key} {path}")
             yield f"data.{key:<7}{path}: not found"
             continue
-        listings[key] = x = data.listing(path, cfg.data.quarantine)
+        listings[key] = x = data.listing(path, cfg.data.quarantine, images=cfg.data)
         yield (
             f"data.{key:<7}{path}: {len(x.kept)} images of {len(x.classes)} classes, "
             f"{len(x.left_out)} left out by the quarantine"
