@@ -34,6 +34,7 @@ from fastdisco.run.folder import claim, clear, describe
 from fastdisco.run.lock import Lock
 from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
+from fastdisco.run.mirror import Mirror
 from fastdisco.run.remarks import announce, remarks
 from fastdisco.run.signals import Stop
 
@@ -87,11 +88,14 @@ def _run(
     items = {}
     for s in states:
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
+    mirror = Mirror(cfg, folder)
+    mirror.fetch(overwrite)
     agreement.same_checkpoint(folder)
     start = checkpoint.restore(folder, items, meta)
     describe(cfg, folder)
     if loader.aside:
         say(f"{len(loader.aside)} images that broke before stay set aside (data.bad_limit)")
+    mirror.copy(start)
     if replayed:
         replayed.complete()
     steps = loader.steps_per_epoch * cfg.run.epochs
@@ -169,6 +173,7 @@ def _run(
             if save:
                 with meter.paused():
                     saver.save(done, ends=last or asked)
+                mirror.copy(done)
             if asked and (due or not last):
                 say(f"stopped as asked after step {done}; the same command continues from there")
                 break
@@ -178,6 +183,7 @@ def _run(
         else:
             say(f"done: {steps} steps, outputs in {folder}")
             asked = False
+    mirror.close()
     stop.finish()
     return not asked
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
+from fastdisco.common.urls import Url
 from fastdisco.config.block import Block, Float, Int, no_bool
 
 _WORD = r"[\w.+-]+"
@@ -21,6 +22,9 @@ class Run(Block):
     # The run's outputs go to the folder out/name/.
     name: str
     out: Path = Path("out")
+    # An address in object storage, such as s3://bucket/folder: each checkpoint is copied there, to
+    # name/, and another machine continues from there (docs/storage.md).
+    mirror: Path | None = None
     # What all randomness comes from: initial weights, order of the images, views, shuffles.
     seed: Int = Field(0, ge=0, lt=2**32)
     # Length of the training.  The schedules of learning rate and weight decay end with it.
@@ -35,6 +39,13 @@ class Run(Block):
         if not re.fullmatch(_WORD, name) or name.startswith(".") or len(name.encode()) > 200:
             raise ValueError("one folder name of letters, digits and . _ + -, at most 200 bytes")
         return name
+
+    @field_validator("mirror")
+    @classmethod
+    def _in_a_bucket(cls, mirror: Path | None) -> Path | None:
+        if mirror is not None and not (isinstance(mirror, Url) and mirror.bucket):
+            raise ValueError("an address in object storage, such as s3://bucket/folder")
+        return mirror
 
 
 class Data(Block):

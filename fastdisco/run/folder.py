@@ -22,6 +22,7 @@ from fastdisco.run.lock import Lock
 _FREE = (
     "run.out",
     "run.max_steps",
+    "run.mirror",
     "data.train",
     "data.val",
     "data.quarantine",
@@ -91,7 +92,7 @@ def agree(cfg: Config, overwrite: bool = False) -> Path:
             "there; take another run.name or run.out"
         )
     if not overwrite:
-        _agree(cfg, folder)
+        refuse_other_run(cfg, folder)
     elif (folder / "config.yaml").exists():
         _of_a_run(folder)
     return folder
@@ -109,7 +110,8 @@ def _describe(cfg: Config, folder: Path) -> None:
     write_whole(folder / "env.json", json.dumps(environment(), indent=1) + "\n")
 
 
-def _agree(cfg: Config, folder: Path) -> None:
+def refuse_other_run(cfg: Config, folder: Path) -> None:
+    """Raises UserError where the folder holds a run of another configuration, naming what differs."""
     path = folder / "config.yaml"
     if not path.exists():
         return
