@@ -1,12 +1,15 @@
 """Images/s of the training's loader: two 224 px views with MoCo-v2's augmentation, fp32 and
 normalised, from JPEGs as found on the web.
 
-    python bench/loader.py [--data FOLDER|TAR] [--rounds N] [--batch N]
+    python bench/loader.py [--data FOLDER|TAR] [--rounds N] [--batch N] [--cache]
 
 Without a GPU: our loader against torchvision in a DataLoader, from a folder and from tars, with 1
 to 4 threads, and the cost of each stage.  With a GPU: where to decode and augment, the decoding
 engine's share, threads and prefetch, with images/s and memory of each.  Writes
 bench/results/loader-<device>.json.
+
+With --cache: tars of a bucket on loopback that are in the cache already, against the same tars in a
+folder.  Writes bench/results/loader_cache-<device>.json.
 
 Every arm is a process of its own.  In a round each in turn, in an order drawn anew, reads a number
 of batches after those that it has ready."""
@@ -21,15 +24,18 @@ from pathlib import Path
 import torch
 from harness import finish, parser, row, row_of_rounds
 from loading.arms import CPU, busy_cores, ours, rounds_of
+from loading.bucket import bucket
 from loading.images import photographs
 from loading.stages import profile
 from loading.theirs import torchvision
 
+from fastdisco import data
 from fastdisco.data import pack
 from fastdisco.data.placement import Placement
 
 CORES = len(os.sched_getaffinity(0))
 COPIED = "x of the speed of views handed over by DLPack"
+CACHED = "s3_cached_vs_local", "x of the images/s from tars in a folder", 0.95
 # What a machine without a GPU leaves open: unit, and what is better.
 GPU_ROWS = {
     "loader_ips_gpu": ("images/s, 2 views each", "higher"),
@@ -49,9 +55,11 @@ def main() -> None:
         root, what = photographs(Path(folder, "train"), args.data)
         tars = Path(folder, "tars")
         pack.pack(root, tars, shard_mb=16)
-        summary, samples = (on_gpu if gpu else on_cpu)(args, root, tars)
+        measure = on_cache if args.cache else on_gpu if gpu else on_cpu
+        summary, samples = measure(args, root, tars)
     about = vars(args) | dict(data=what)
-    finish("loader", "gpu" if gpu else "cpu", summary, samples, **about)
+    name = "loader_cache" if args.cache else "loader"
+    finish(name, "gpu" if gpu else "cpu", summary, samples, **about)
 
 
 def arguments(gpu: bool) -> argparse.Namespace:
@@ -63,7 +71,27 @@ def arguments(gpu: bool) -> argparse.Namespace:
     add("--batch", type=int, default=128 if gpu else 32)
     add("--rounds", type=int, default=7)
     add("--seconds", type=float, default=2.0, help="of an arm in a round")
+    add("--cache", action="store_true", help="of object storage, against a folder")
     return options.parse_args()
+
+
+def on_cache(args: argparse.Namespace, root: Path, tars: Path) -> tuple[list[dict], dict]:
+    """Tars of object storage from the second epoch on, against tars in a folder."""
+    with tempfile.TemporaryDirectory() as folder, bucket(Path(folder)) as url:
+        pack.pack(root, url / "set", shard_mb=16)
+        listing = data.listing(url / "set")
+        # The first epoch's work.
+        listing.remote.hold(listing.places.tars).release()
+        arms = {
+            "cached": (ours, url / "set", args.batch, args.threads, CPU),
+            "local": (ours, tars, args.batch, args.threads, CPU),
+        }
+        ips, _ = rounds_of(arms, args.rounds, args.seconds)
+    rows = [
+        ratio(CACHED[0], ips["cached"], ips["local"], *CACHED[1:]),
+        rate("loader_ips_s3_cached", ips["cached"]),
+    ]
+    return rows, dict(ips=ips)
 
 
 def on_cpu(args: argparse.Namespace, root: Path, tars: Path) -> tuple[list[dict], dict]:
@@ -91,6 +119,8 @@ def on_cpu(args: argparse.Namespace, root: Path, tars: Path) -> tuple[list[dict]
     for stage, ms in stages.items():
         name, unit = f"loader_cost_{stage}_ms", "ms of a core an image, both views"
         summary.append(row(name, round(statistics.median(ms), 3), unit, None, "lower"))
+    name, unit, aim = CACHED
+    summary.append(row(name, None, unit, aim, "higher", "measured by --cache alone"))
     for name, (unit, better) in GPU_ROWS.items():
         summary.append(row(name, None, unit, None, better, "no NVIDIA GPU here"))
     return summary, dict(ips=ips, memory_gb=memory, cost_ms=stages)

@@ -92,6 +92,21 @@ def test_views_are_those_of_the_folder_and_the_second_time_nothing_is_asked_for(
     assert again == here and not proxy.asked
 
 
+def test_a_cache_that_is_smaller_than_the_data_gives_the_same_views(proxy, tars, tmp_path):
+    sizes = sorted(p.stat().st_size for p in tars.glob("*.tar"))
+    # The two tars of a pipeline and one that is fetched ahead.
+    limit = sum(sizes[-3:])
+    assert limit < sum(sizes)
+    small = Data(train=URL, cache=tmp_path / "small", cache_gb=limit / 1e9)
+    there, _ = stream(make(listing(URL, images=small), epochs=3))
+    assert there == stream(make(listing(tars), epochs=3))[0]
+    kept = sum(p.stat().st_size for p in (tmp_path / "small/objects").glob("*.tar"))
+    assert 0 < kept <= limit
+    tiny = Data(train=URL, cache=tmp_path / "tiny", cache_gb=sizes[0] / 1e9)
+    with pytest.raises(UserError, match=r"data.cache_gb: .* less than what is read at once"):
+        stream(make(listing(URL, images=tiny), epochs=1))
+
+
 def test_patterns_name_tars(proxy, tars):
     for pattern in ("{000000..000001}.tar", "00000[01].tar"):
         with pytest.raises(UserError, match="are missing or twice"):

@@ -148,7 +148,7 @@ def test_what_is_in_use_stays(tmp_path, monkeypatch):
         assert not cache.fetch_ahead(made("d", 50))
     cache.hold([made("d", 50)]).release()
     assert there(cache) == ["c", "d"]
-    refuse(cache.hold, [made("e", 101)], parts=["more than the cache may hold"])
+    refuse(cache.hold, [made("e", 101)], parts=["data.cache_gb", "less than what is read at once"])
 
 
 def test_what_is_being_fetched_counts(tmp_path):

@@ -68,7 +68,7 @@ class Aside:
         if len(self) > self.allowed:
             raise self._beyond(
                 UserError(
-                    f"{self._listing.root}: images cannot be read, {self._named()}; find all by "
+                    f"{self._listing.shown}: images cannot be read, {self._named()}; find all by "
                     f"`{self._command()}`, then the same command continues from the last checkpoint"
                 )
             )

@@ -87,6 +87,11 @@ class Cache:
         fetches one, it waits for that.
 
         Raises UserError where one cannot be fetched, or where there is no room."""
+        if (whole := sum(each.size for each in wanted)) > self.limit:
+            raise UserError(
+                f"data.cache_gb: {_gb(self.limit)} are less than what is read at once, "
+                f"{wanted[0].name} and {len(wanted) - 1} more of {_gb(whole)}; raise it"
+            )
         hold = Hold()
         try:
             for each in wanted:
@@ -114,11 +119,6 @@ class Cache:
         return self.has(wanted) or self._fetched(wanted, wait)
 
     def _fetched(self, wanted: Wanted, wait: bool) -> bool:
-        if wanted.size > self.limit:
-            raise UserError(
-                f"{wanted.name}: has {_gb(wanted.size)}, more than the cache may hold "
-                f"({_gb(self.limit)}, data.cache_gb); raise that"
-            )
         with locked(self.folder / f"{wanted.id}.fetch", wait) as mine:
             if not mine:
                 return False

@@ -119,6 +119,11 @@ class Listing(_Listing):
         return {name: i for i, name in enumerate(self.files)}
 
     @property
+    def shown(self) -> Path:
+        """The root in messages: of object storage the address."""
+        return self.remote.url if self.remote else self.root
+
+    @property
     def home(self) -> str:
         """What absolute names of its images begin with: the root as an absolute path, or the address
         in object storage."""

@@ -97,7 +97,7 @@ class TrainLoader:
         step, n = batch * dist.world() * accumulate, len(listing.kept)
         if n < step:
             raise UserError(
-                f"{listing.root}: {n} images do not fill one step of {step} (data.batch); add "
+                f"{listing.shown}: {n} images do not fill one step of {step} (data.batch); add "
                 f"images or lower data.batch to {n} or less"
             )
         shards.refuse_sorted(listing)

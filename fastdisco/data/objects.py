@@ -127,11 +127,11 @@ def _verify(wanted: Object, file: Path, sha256: str | None, encrypted: bool) -> 
     for name, digest in (("sha256", sha256), ("md5", md5)):
         if digest is None:
             continue
+        # An ETag is not there for security, where MD5 may be forbidden.
+        found = hashlib.new(name, usedforsecurity=name != "md5")
         with file.open("rb") as f:
-            # Not for security: an ETag is no more than that.
-            found = (
-                hashlib.file_digest(f, name) if hasattr(hashlib, "file_digest") else _of(f, name)
-            )
+            while block := f.read(1 << 20):
+                found.update(block)
         if found.hexdigest() != digest:
             raise UserError(
                 f"{wanted.url}: its bytes are not those that were stored ({name} "
@@ -139,14 +139,6 @@ def _verify(wanted: Object, file: Path, sha256: str | None, encrypted: bool) -> 
                 anywhere=True,
             )
         return
-
-
-def _of(f: Any, name: str) -> Any:
-    """hashlib.file_digest, which Python 3.10 lacks."""
-    h = hashlib.new(name, usedforsecurity=False)
-    while block := f.read(1 << 20):
-        h.update(block)
-    return h
 
 
 def _piece(wanted: Object, start: int, size: int) -> tuple[bytes, bool]:

@@ -83,7 +83,7 @@ def build(listing: Listing, indices: np.ndarray, make: Make) -> Any:
             raise Broken(
                 lost,
                 UserError(
-                    f"{listing.root}: {shorten(tars)} is no longer there, or not whole; put it "
+                    f"{listing.shown}: {shorten(tars)} is no longer there, or not whole; put it "
                     "back, then the same command continues",
                     anywhere=True,
                 ),
@@ -145,7 +145,7 @@ def _unreadable(listing: Listing, names: list[str]) -> UserError:
     few = len(names) <= NAMED
     only = f" --only {' '.join(map(lines.for_shell, names))}" if few else ""
     return UserError(
-        f"{listing.root}: unreadable image{'s' * (len(names) > 1)} {shown}; replace, or leave out "
+        f"{listing.shown}: unreadable image{'s' * (len(names) > 1)} {shown}; replace, or leave out "
         f"by `fastdisco data check {source}{only}`; the same command then continues from the last "
         "checkpoint",
         anywhere=True,

@@ -6,7 +6,6 @@ quarantine, and links to the tars in the cache.  A tar is there while somebody h
 
 import hashlib
 import os
-import shutil
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from pathlib import Path
 from fastdisco import config
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import naming, refused, write_whole
 from fastdisco.common.urls import Url
 from fastdisco.data import objects, tar_index
 from fastdisco.data.cache import Cache, Hold, Wanted, locked
@@ -58,7 +57,8 @@ class Store:
         about = "\n".join(f"{n} {o.size} {o.etag}" for n, o in self.found.items())
         self.root = (where / "sets" / _id(_server(), str(url), about)).resolve()
         self._sha256: dict[str, str] = {}
-        self._prepare([MANIFEST, BEGUN, extra])
+        with naming(where), refused():
+            self._prepare([MANIFEST, BEGUN, extra])
         self._ahead = _Ahead(self.cache)
 
     # ---- the root
@@ -84,24 +84,18 @@ class Store:
             return
         write_whole(self.root / name, text)
 
-    def indexed(self, tar: str) -> Path:
-        """The file in the cache that keeps the index of a tar that has none beside it."""
-        return self.cache.path(self.wanted(tar)).with_suffix(".index")
-
     def make_index(self, tar: str, stored: bool) -> tuple[tar_index.Index, bool]:
-        """As tar_index.make, of a tar that is read for it unless its index is in the cache."""
-        kept, here = self.indexed(tar), tar_index.path_of(self.root / tar)
+        """As tar_index.make; the tar is fetched for it, once for this content of it."""
+        suffix = ".stored.index" if stored else ".index"
+        kept, here = self.cache.path(self.wanted(tar)).with_suffix(suffix), self.root / tar
         if not kept.exists():
             with self.hold([tar]):
-                made = tar_index.make(self.root / tar, stored)
-            if here.exists():
-                shutil.copyfile(here, kept.with_suffix(f".{os.getpid()}"))
-                os.replace(kept.with_suffix(f".{os.getpid()}"), kept)
+                made = tar_index.make(here, stored)
+            write_whole(kept, tar_index.index_text(made[0].about, _rows(made[0])))
             return made
-        write_whole(here, kept.read_text(errors="surrogateescape"))
-        index = tar_index.read(self.root / tar)
-        assert index is not None
-        return index, True
+        text = kept.read_text(errors="surrogateescape")
+        write_whole(tar_index.path_of(here), text)
+        return tar_index.parse(text), True
 
     def knows(self, sha256: dict[str, str]) -> None:
         """Gives the SHA-256 of tars, which is compared when they are fetched."""
@@ -189,6 +183,10 @@ class _Ahead:
             except UserError:
                 # Nobody needs it yet.  Whoever does tries again, and tells.
                 continue
+
+
+def _rows(index: tar_index.Index) -> list[tar_index.Row]:
+    return [tar_index.Row.parse(line) for line in index.lines]
 
 
 def _is_packed(text: str) -> bool:
