@@ -4,6 +4,7 @@ students.py     a student with engine, EMA, method and optimizer; compilation an
 checkpoint.py   everything an exact resume needs;  saving.py  how it is written;  fit.py  what fits
 folder.py       the run's folder, and whether a command may continue the run in it;  lock.py  its lock
 agreement.py    what all ranks must have in common; when one refuses, all end
+mirror.py       copies of checkpoints in object storage
 meter.py        what is measured between two log points;  log.py  where it is written and shown
 appended.py     a file that may fail for a while;  board.py  TensorBoard's
 evaluation.py   the evaluation on the way;  online.py  what it says of the features
