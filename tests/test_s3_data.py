@@ -1,6 +1,7 @@
 """Data sets of tars in object storage: the same images and views as on disk, and what is refused."""
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,22 @@ def test_views_are_those_of_the_folder_and_the_second_time_nothing_is_asked_for(
     assert again == here and not proxy.asked
 
 
+def test_tars_are_fetched_ahead(proxy, tars):
+    loader = make(listing(URL), epochs=1)
+    next(loader)
+    end, cache = time.monotonic() + 60, loader.listing.remote.cache.folder
+    while len(list(cache.glob("*.tar"))) < len(list(tars.glob("*.tar"))):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_cache_may_have_a_relative_path(proxy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = listing(URL, images=Data(train=URL, cache="here"))
+    monkeypatch.chdir("/")
+    assert found.read(0) and list(tmp_path.glob("here/objects/*.tar"))
+
+
 def test_a_cache_that_is_smaller_than_the_data_gives_the_same_views(proxy, tars, tmp_path):
     sizes = sorted(p.stat().st_size for p in tars.glob("*.tar"))
     # The two tars of a pipeline and one that is fetched ahead.
@@ -117,6 +134,14 @@ def test_patterns_name_tars(proxy, tars):
 
 def test_googles_addresses_are_read_by_the_same_interface(proxy, tars):
     assert listing("gs://pictures/set").fingerprint == listing(tars).fingerprint
+
+
+def test_the_server_is_googles_where_no_other_is_named(proxy, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    again(proxy)
+    assert objects.client("gs").meta.endpoint_url == "https://storage.googleapis.com"
+    assert "amazonaws.com" in objects.client("s3").meta.endpoint_url
+    objects.client.cache_clear()
 
 
 def test_evaluation_and_check_read_it(proxy, tars, tmp_path):

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
@@ -52,6 +52,26 @@ class Hold:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class Remote(Protocol):
+    """What a listing needs of tars in object storage; remote.py has it."""
+
+    @property
+    def url(self) -> Path:
+        """The folder's address."""
+
+    def hold(self, tars: list[str]) -> Hold:
+        """Has the tars in the listing's root until the hold is released."""
+
+    def span(self, tars: list[str]) -> int:
+        """How many of the tars, in this order, one pipeline takes."""
+
+    def ahead(self, tars: list[str]) -> None:
+        """Tells which tars are needed next, in this order."""
+
+    def named(self, error: UserError) -> UserError:
+        """The error with the address in place of the root."""
 
 
 class Cache:

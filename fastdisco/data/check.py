@@ -99,11 +99,8 @@ def check(
     Raises UserError for tars that do not fit their index, and for a source whose classes are not
     those of the first."""
     found = [listing(s) for s in sources]
-    for one in found:
-        if one.remote and out is None:
-            raise UserError(
-                f"{one.source}: the report of data in object storage needs a folder; give --out FOLDER"
-            )
+    if out is None and any(one.remote for one in found):
+        raise UserError(f"{found[0].source}: object storage takes no reports; give --out FOLDER")
     for other in found[1:]:
         same_classes(found[0], other)
     threads = threads or len(os.sched_getaffinity(0))

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import open_regular
 from fastdisco.data import lines
+from fastdisco.data.cache import Remote
 
 # What DALI decodes.
 EXTENSIONS = (
@@ -51,31 +52,6 @@ class Places(NamedTuple):
     tar: np.ndarray  # [N] int64, which of them
     offset: np.ndarray  # [N] int64, of the image's first byte
     size: np.ndarray  # [N] int64, bytes
-
-
-class Remote(Protocol):
-    """Tars in object storage, in a folder while they are held; remote.py has the one there is."""
-
-    @property
-    def url(self) -> Path:
-        """The folder's address."""
-        ...
-
-    def hold(self, tars: list[str]) -> Any:
-        """Has the tars in the listing's root until release() of the result, a context manager."""
-        ...
-
-    def span(self, tars: list[str]) -> int:
-        """How many of the tars, in this order, one pipeline takes."""
-        ...
-
-    def ahead(self, tars: list[str]) -> None:
-        """Tells which tars are needed next, in this order."""
-        ...
-
-    def named(self, error: UserError) -> UserError:
-        """The error with the address in place of the root."""
-        ...
 
 
 # A base of its own, since a NamedTuple has no place for the cached properties of Listing.

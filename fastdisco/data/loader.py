@@ -278,8 +278,7 @@ class TrainLoader:
             self._fetch_ahead(images[0][n:], epochs.stop)
 
     def _fetch_ahead(self, rest: np.ndarray, epoch: int) -> None:
-        """Has the tars fetched of the images that follow those of the pipelines: the rest of this
-        chunk, then of the epoch after it."""
+        """Has the tars fetched of the images that come after those of the pipelines."""
         if epoch < self._end // self._per_epoch:
             rest = np.concatenate([rest, self._parts[0].order(epoch)])
         shards.ahead(self.listing, rest)

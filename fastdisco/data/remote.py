@@ -29,11 +29,15 @@ SMALL = 16  # small objects that are read at once
 
 
 def folder_of(images: config.Data | None) -> Path:
-    """Where the cache lies: data.cache, else where FASTDISCO_CACHE says, else in the home."""
-    if images is not None and images.cache is not None:
-        return images.cache
-    home = os.environ.get("FASTDISCO_CACHE")
-    return Path(home) if home else Path.home() / ".cache/fastdisco"
+    """Where the cache lies, as an absolute path: data.cache, else where FASTDISCO_CACHE says, else in
+    the home."""
+    given = images.cache if images is not None else None
+    # Links to the tars must hold wherever they are read from.
+    return (
+        Path(given or os.environ.get("FASTDISCO_CACHE") or "~/.cache/fastdisco")
+        .expanduser()
+        .absolute()
+    )
 
 
 class Store:

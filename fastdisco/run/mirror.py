@@ -55,6 +55,9 @@ class Mirror:
         overwrite: deletes the mirror's instead
         Raises UserError, on every rank alike, where the mirror cannot be read, holds a run of another
         configuration, or no checkpoint there is whole."""
+        if dist.rank() == 0:
+            # Of a training that was killed.
+            shutil.rmtree(self._parts(), ignore_errors=True)
         if self._url is not None:
             dist.alike(self._clear if overwrite else self._fetch)
 
@@ -157,10 +160,12 @@ class Mirror:
             idle = lambda: self._next is None and self._now is None
             if not self._changed.wait_for(idle, _PATIENCE):
                 say(f"{self._url}: the last checkpoint is not copied after {_PATIENCE:.0f} s")
+                return
+        shutil.rmtree(self._parts(), ignore_errors=True)
 
     def _kept(self, step: Path) -> Path:
         """The checkpoint's files under another name: the run deletes old checkpoints meanwhile."""
-        kept = self._folder / ".mirror.part" / step.name
+        kept = self._parts() / step.name
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
         for file in step.iterdir():
@@ -170,6 +175,10 @@ class Mirror:
                 # A file system without hard links.
                 shutil.copyfile(file, kept / file.name)
         return kept
+
+    def _parts(self) -> Path:
+        # `--overwrite` and `claim` take no notice of such a name.
+        return self._folder / ".mirror.part"
 
     def _run(self) -> None:
         while True:
