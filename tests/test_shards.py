@@ -15,6 +15,7 @@ from training import _train, losses, metrics
 
 from fastdisco import data
 from fastdisco.data import loader, pack, shards
+from fastdisco.data.orders import _keys
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def test_an_epoch_reads_tar_after_tar_in_short_runs_and_every_epoch_otherwise():
     sizes = (700, 100, 400, 5, 300)
     p = places(sizes)
     n = sum(sizes)
-    orders = [shards.order(loader._keys(3, e, n + 6), p) for e in range(40)]
+    orders = [shards.order(_keys(3, e, n + 6), p) for e in range(40)]
     first, pairs = [], np.zeros(700)
     for o in orders:
         assert sorted(o.tolist()) == list(range(n))
