@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fastdisco", "fastdisco.*"]), "fastdisco.kernels"],
     package_dir={"fastdisco.kernels": "kernels"},
-    package_data={"fastdisco.kernels": ["launch.json"]},
+    package_data={"fastdisco.kernels": ["launch.json"], "fastdisco.report": ["templates/*"]},
     entry_points={"console_scripts": ["fastdisco=fastdisco.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.16",
@@ -48,6 +48,7 @@ setup(
         "scikit-image",  # ships the photographs of the demo
         "scikit-learn",  # two more photographs, t-SNE
         "matplotlib",
+        "jinja2>=3.1",
         "tensorboard",
     ],
     extras_require={

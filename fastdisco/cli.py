@@ -1,10 +1,10 @@
-"""The command `fastdisco`: data sets, trainings, teachers, evaluations, exports."""
+"""The command `fastdisco`: data sets, trainings, teachers, evaluations, exports, reports."""
 
 import argparse
 import sys
 
 from fastdisco import __version__
-from fastdisco.commands import arguments, data, doctor, evaluate, export, teacher, train
+from fastdisco.commands import arguments, data, doctor, evaluate, export, report, teacher, train
 from fastdisco.common import files, launch
 from fastdisco.common.console import escape_what_cannot_be_shown, refuse
 from fastdisco.common.errors import UserError
@@ -17,6 +17,7 @@ GROUPS = {
     "teacher": teacher,
     "eval": evaluate,
     "export": export,
+    "report": report,
 }
 
 

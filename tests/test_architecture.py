@@ -12,6 +12,7 @@ LEVELS = [
     {"data", "models", "engine"},
     {"teacher", "methods", "evals"},
     {"run", "export", "doctor"},
+    {"run", "export", "report"},
     {"cli", "train", "commands"},
 ]
 OWNERS = {
@@ -28,6 +29,8 @@ OWNERS = {
     "onnxruntime": {"export"},
     "boto3": {"data"},
     "botocore": {"data"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
 }
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
