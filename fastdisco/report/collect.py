@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastdisco import config
 from fastdisco.common.errors import UserError
@@ -18,6 +18,8 @@ from fastdisco.evals.results import Result
 
 # A lock that was not renewed for so many seconds is of a killed training, as in run/lock.py.
 DEAD = 60.0
+# Of a network, as `fastdisco export` names them.
+FORMS = {"torch": "fp32, torch", "onnx": "fp32, ONNX", "int8": "int8, ONNX"}
 _EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
@@ -90,10 +92,15 @@ def measured(results_of: Path, export: Path, remarks: list[str]) -> Measured:
     """What these folders hold of a network; files that cannot be read are remarked on."""
     found = _results(results_of, remarks)
     bench = _object(export / "bench.json", remarks)
-    rows = [r for r in bench.get("rows", []) if isinstance(r, dict)]
-    about = bench.get("machine") or {}
-    machine = f"{about.get('cpu', 'unknown CPU')}, {about.get('cores', '?')} cores" if rows else ""
-    return Measured(found, rows, machine, _object(export / "export.json", remarks))
+    rows = bench.get("rows", [])
+    whole = [r for r in rows if _is_measured(r)] if isinstance(rows, list) else []
+    if len(whole) < len(rows):
+        remarks.append("bench.json: some rows lack a form, bytes, MACs or latency and are left out")
+    about = bench.get("machine")
+    machine = ""
+    if whole and isinstance(about, dict):
+        machine = f"{about.get('cpu', 'unknown CPU')}, {about.get('cores', '?')} cores"
+    return Measured(found, whole, machine, _object(export / "export.json", remarks))
 
 
 def _runs(folder: Path, title: str, overrides: Sequence[str]) -> Iterator[Run]:
@@ -154,9 +161,9 @@ def _entries(path: Path, remarks: list[str]) -> list[dict[str, float]]:
         except (ValueError, KeyError, TypeError):
             damaged += 1
             continue
-        numbers = {k: v for k, v in entry.items() if _is_number(v)}
+        numbers = {k: v for k, v in entry.items() if is_number(v)}
         strange += len(entry) - len(numbers)
-        if _is_number(step):
+        if is_number(step):
             found.append(numbers)
         else:
             damaged += 1
@@ -167,7 +174,16 @@ def _entries(path: Path, remarks: list[str]) -> list[dict[str, float]]:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_measured(row: Any) -> bool:
+    """Whether a row of bench.json has what the figures need, all above 0."""
+    if not isinstance(row, dict) or row.get("form") not in FORMS:
+        return False
+    found = [row.get(key) for key in ("bytes", "macs", "p50_ms_1_thread")]
+    return all(is_number(v) and v > 0 for v in found)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number; JSON has others, and true."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

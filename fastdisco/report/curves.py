@@ -45,7 +45,7 @@ class Chart:
     # One for each run that has the metric: {"run": number in the page, "x": [...], "y": [...]}.
     lines: list[dict[str, Any]]
     lacking: str = ""  # a sentence where there are no lines
-    # Hours at which a run was started again: {"run": number, "x": [...]}.
+    # Times at which a run was started again: {"run": number, "x": [...]}.
     marks: list[dict[str, Any]] = field(default_factory=list)
     averaged: int = 1  # points of the log that one point stands for, at most
 
@@ -66,17 +66,24 @@ def over_steps(runs: Sequence[Run]) -> list[Chart]:
 
 
 def over_time(runs: Sequence[Run]) -> list[Chart]:
-    """Speed, waiting and memory over hours since the first start."""
+    """Speed, waiting and memory over the time since the first start, in `unit`s."""
+    name, seconds = unit(runs)
     marks = [
-        {"run": i, "x": [_short((s - _begin(run)) / 3600) for s in run.starts[1:]]}
+        {"run": i, "x": [_short((s - _begin(run)) / seconds) for s in run.starts[1:]]}
         for i, run in enumerate(runs)
         if len(run.starts) > 1
     ]
     aside = sorted({k for run in runs for e in run.entries for k in e if k.endswith("set_aside")})
     titles = SPEED | dict.fromkeys(aside, "Images set aside, since they broke")
-    hours = lambda run, entry: (entry["time"] - _begin(run)) / 3600
-    charts = [_chart(runs, key, title, "hours", hours) for key, title in titles.items()]
+    at = lambda run, entry: (entry["time"] - _begin(run)) / seconds
+    charts = [_chart(runs, key, title, name, at) for key, title in titles.items()]
     return [Chart(c.key, c.title, c.axis, c.lines, c.lacking, marks, c.averaged) for c in charts]
+
+
+def unit(runs: Sequence[Run]) -> tuple[str, float]:
+    """(minutes or hours, in seconds), as the longest run asks for."""
+    spans = (run.entries[-1].get("time", 0.0) - _begin(run) for run in runs if run.entries)
+    return ("minutes", 60.0) if max(spans, default=0.0) < 3 * 3600 else ("hours", 3600.0)
 
 
 def best(run: Run) -> tuple[float, float] | None:

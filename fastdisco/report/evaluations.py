@@ -9,6 +9,10 @@ from fastdisco.evals.results import Result, comparable, is_share, number, short_
 from fastdisco.report.networks import Network
 
 
+# What readers ask for first; `semi-1pct-try0` is a kind of semi.
+_ORDER = ("knn", "linear", "semi", "finetune", "ridge", "logistic", "sgd", "transfer", "retrieve")
+
+
 @dataclass(frozen=True)
 class Cell:
     text: str
@@ -34,14 +38,19 @@ def table(networks: Sequence[Network]) -> list[Row]:
                 found.setdefault((result.what, key, protocol), {})[i] = _cell(key, result)
     return [
         Row(*key, [cells.get(i) for i in range(len(networks))])
-        for key, cells in sorted(found.items(), key=lambda item: item[0][0])
+        for key, cells in sorted(found.items(), key=lambda item: _place(item[0][0]))
     ]
 
 
 def times(networks: Sequence[Network]) -> list[tuple[str, list[str]]]:
     """(evaluation, seconds that it took for each network)"""
-    whats = sorted({r.what for n in networks for r in n.measured.results})
+    whats = sorted({r.what for n in networks for r in n.measured.results}, key=_place)
     return [(what, [_seconds(n, what) for n in networks]) for what in whats]
+
+
+def _place(what: str) -> tuple[int, str]:
+    kind = what.partition("-")[0]
+    return _ORDER.index(kind) if kind in _ORDER else len(_ORDER), what
 
 
 def json(networks: Sequence[Network]) -> dict[str, list[dict[str, Any]]]:

@@ -123,8 +123,7 @@ def _strips(
         # DisCo against its teacher; without a teacher the second run against the first.
         other = next((i for i, n in enumerate(shown) if i and n.role == DISTILLED), 1)
         shared = (near[0][:, :, None] == near[other][:, None, :]).sum((1, 2))
-        worst = shared.argsort(stable=True)[:QUERIES].tolist()
-        apart = [ask(row) for row in worst]
+        apart = [ask(row) for row in _worst(shared, label)]
         said = (
             f" {shown[other].name} and {shown[0].name} share "
             f"{float(shared.double().mean()):.1f} of an image's {near[0].shape[1]} nearest on average."
@@ -153,6 +152,20 @@ def _spread(label: Tensor) -> list[int]:
         return list(range(0, len(label), max(1, len(label) // QUERIES)))[:QUERIES]
     some = classes[:: max(1, len(classes) // QUERIES)][:QUERIES]
     return [int((label == c).nonzero()[0]) for c in some]
+
+
+def _worst(shared: Tensor, label: Tensor) -> list[int]:
+    """The rows that share least; of equal ones those of classes that are not there yet."""
+    found: list[int] = []
+    for least in shared.unique().tolist():
+        rows = (shared == least).nonzero().flatten().tolist()
+        seen = {int(label[r]) for r in found}
+        first = {int(label[r]): r for r in reversed(rows) if int(label[r]) not in seen}
+        firsts = sorted(first.values())
+        found += [*firsts, *(r for r in rows if r not in firsts)][: QUERIES - len(found)]
+        if len(found) == QUERIES:
+            break
+    return found
 
 
 def _query(

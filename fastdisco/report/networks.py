@@ -41,6 +41,7 @@ def read(runs: Sequence[Run], weights: bool = True) -> list[Network]:
         if of_teacher and run.folder.resolve() == of_teacher[1]:
             role = TEACHER
         found.append(_of_run(i, run, role, weights))
+        found += _mean_student(i, run, role)
     return sorted(found, key=lambda n: n.role != TEACHER)
 
 
@@ -74,6 +75,16 @@ def _of_run(i: int, run: Run, role: str, weights: bool) -> Network:
     return Network(run.name, role, i, run.measured, mark, net, remarks)
 
 
+def _mean_student(i: int, run: Run, role: str) -> list[Network]:
+    """The mean student (EMA), where `--net ema` has evaluated or exported it."""
+    remarks: list[str] = []
+    part = f"{run.student}-ema".lstrip("-")
+    known = measured(run.folder / "eval" / part, run.folder / "export" / part, remarks)
+    if not (known.results or known.bench or remarks):
+        return []
+    return [Network(f"{run.name}, EMA", role, i, known, remarks=remarks)]
+
+
 def _teacher(run: Run, file: Path, weights: bool) -> Network:
     """Where evaluations of a file and its export lie, `fastdisco eval` and `export` say."""
     remarks: list[str] = []
@@ -90,4 +101,5 @@ def _teacher(run: Run, file: Path, weights: bool) -> Network:
             mark = f"{file} {file.stat().st_mtime_ns}"
         except (UserError, OSError) as e:
             remarks.append(f"the teacher cannot be read ({e})")
-    return Network(f"teacher {file.name}", TEACHER, None, known, mark, net, remarks)
+    name = TEACHER if file.name == TEACHER else f"{TEACHER} {file.name}"
+    return Network(name, TEACHER, None, known, mark, net, remarks)

@@ -16,7 +16,7 @@ from fastdisco.data.source import read_quarantine
 from fastdisco.report import curves, differences, evaluations, maps, neighbours, networks, pareto
 from fastdisco.report import tiles as sheets
 from fastdisco.report import views as augmented
-from fastdisco.report.collect import Run
+from fastdisco.report.collect import FORMS, Run
 
 # In the first bytes of each page of ours.
 MARK = '<meta name="generator" content="fastdisco report">'
@@ -83,10 +83,11 @@ def html(runs: Sequence[Run], wanted: Wanted, kept: neighbours.Kept) -> str:
         best=[curves.best(run) for run in runs],
         networks=nets,
         groups=pareto.groups(runs, nets),
-        forms=pareto.FORMS,
+        forms=FORMS,
         place=pareto,
         steps=curves.over_steps(runs),
         times=curves.over_time(runs),
+        unit=curves.unit(runs)[0],
         configurations=differences.configurations(runs),
         environments=differences.environments(runs),
         quarantines=[_quarantined(run) for run in runs],

@@ -1,11 +1,12 @@
 """Accuracy against what a network costs: latency, size and MACs, of every run and format."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastdisco.report import scale
-from fastdisco.report.collect import Measured, Run
+from fastdisco.report.collect import FORMS, Measured, Run, is_number
 from fastdisco.report.networks import TEACHER, Network, cost
 
 # Places in a panel's drawing, pixels.
@@ -19,7 +20,6 @@ COSTS = {
     "mb": "size of the weights, MB",
     "mmacs": "MACs of one image, millions",
 }
-FORMS = {"torch": "fp32, torch", "onnx": "fp32, ONNX", "int8": "int8, ONNX"}
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def _points(n: Network, image: int) -> list[Point]:
         r.named(k): 100 * v
         for r in measured.results
         for k, v in r.values.items()
-        if k == "knn_top1" or "_top1_" in k
+        if (k == "knn_top1" or "_top1_" in k) and math.isfinite(v)
     }
-    rows = {row["form"]: row for row in measured.bench if {"form", "bytes", "macs"} <= row.keys()}
+    rows = {row["form"]: row for row in measured.bench}
     known = _costs(rows.get("torch"))
     if not known and n.net is not None:
         size, macs = cost(n.net, image)
@@ -121,14 +121,14 @@ def _points(n: Network, image: int) -> list[Point]:
     make = lambda form, accuracy, costs, rejected=False: Point(
         n.name, n.run, form, n.role == TEACHER, accuracy, costs, rejected
     )
-    if own and known:
+    if own:
         out.append(make("torch", own, known))
     files = _files(measured)
     for form in ("onnx", "int8"):
         costs = _costs(rows.get(form))
         # ONNX in float32 computes the same features: its accuracies are the network's.
         accuracy = (own if form == "onnx" else {}) | files.get(form, {})
-        if accuracy and costs:
+        if accuracy and (form in rows or form in files):
             rejected = form == "int8" and not measured.export["int8"].get("passed", True)
             out.append(make(form, accuracy, costs, rejected))
     return out
@@ -137,10 +137,11 @@ def _points(n: Network, image: int) -> list[Point]:
 def _costs(row: dict[str, Any] | None) -> dict[str, float]:
     if row is None:
         return {}
-    found = {"mb": row["bytes"] / 1e6, "mmacs": row["macs"] / 1e6}
-    if "p50_ms_1_thread" in row:
-        found["ms"] = row["p50_ms_1_thread"]
-    return found
+    return {
+        "mb": row["bytes"] / 1e6,
+        "mmacs": row["macs"] / 1e6,
+        "ms": row["p50_ms_1_thread"],
+    }
 
 
 def _files(measured: Measured) -> dict[str, dict[str, float]]:
@@ -148,10 +149,11 @@ def _files(measured: Measured) -> dict[str, dict[str, float]]:
     found = measured.export.get("int8")
     if not isinstance(found, dict):
         return {}
-    both = {"onnx": found.get("fp32", {}), "int8": found.get("values", {})}
+    both = {"onnx": found.get("fp32") or {}, "int8": found.get("values") or {}}
     return {
-        form: {k: 100 * v for k, v in values.items() if v is not None}
+        form: {k: 100 * v for k, v in values.items() if is_number(v)}
         for form, values in both.items()
+        if values
     }
 
 

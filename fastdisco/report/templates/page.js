@@ -33,20 +33,23 @@
     };
   }
 
+  // A single point stands at its place between 0 and a little beyond.
+  const range = (u, low, high) => (low === high ? [0, 1.1 * high || 1] : [low, high]);
+
   function draw(box) {
     const figure = read(box.dataset.chart);
-    const axis = { stroke: colour("soft"), grid: { stroke: colour("rule") }, ticks: { stroke: colour("rule") } };
+    const axis = { stroke: colour("soft"), grid: { stroke: colour("rule"), width: 1 }, ticks: { stroke: colour("rule"), width: 1 } };
     const series = figure.lines.map((line) => ({
       label: names[line.run],
       stroke: colour("c" + (line.run % 6)),
       width: 1.5,
       spanGaps: true,
-      points: { show: line.x.length < 40, size: 4 },
+      points: { show: line.x.length < 40, size: line.x.length > 1 ? 4 : 8, fill: colour("c" + (line.run % 6)) },
     }));
     const options = {
       width: box.clientWidth,
       height: 180,
-      scales: { x: { time: false } },
+      scales: { x: { time: false, range } },
       axes: [axis, { ...axis, size: 62 }],
       series: [{ label: figure.axis }, ...series],
       cursor: { sync: { key: figure.axis }, drag: { x: true, y: false } },
