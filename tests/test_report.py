@@ -249,7 +249,7 @@ def test_what_is_refused_leaves_the_file_alone(tmp_path, capsys):
     refused = {
         (tmp_path / "nowhere",): "is no run",
         (tmp_path,): "is no run",
-        (tmp_path / "bad",): "cannot be read",
+        (tmp_path / "bad",): "is no text in UTF-8",
         (folder, folder): "is named twice",
         (folder, "--watch", "0"): "--watch: is 0 seconds",
         (folder, "--watch", "nan"): "--watch: is nan seconds",

@@ -107,11 +107,7 @@ def _runs(folder: Path, title: str, overrides: Sequence[str]) -> Iterator[Run]:
     described = folder / "config.yaml"
     if not described.is_file():
         raise UserError(f"{folder}: is no run (no config.yaml); give the folder of a run")
-    try:
-        cfg = config.load(described, overrides)
-    except ValueError as e:
-        # It is not even text.
-        raise UserError(f"{described}: cannot be read ({e}); give the folder of a run") from None
+    cfg = config.load(described, overrides)
     shared: list[str] = []
     env = _object(folder / "env.json", shared)
     entries = _entries(folder / "metrics.jsonl", shared)

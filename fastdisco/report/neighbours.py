@@ -104,7 +104,8 @@ def strips(
         return Strips("No run has saved a checkpoint yet, so there is no network to ask.")
     try:
         listing = data.listing(lead.at(val), lead.cfg.data.quarantine, bare=True)
-        chosen = tsne.choose(listing, Tsne(images=per_class)).indices
+        # k is that of a map, which would ask for more images.
+        chosen = tsne.choose(listing, Tsne(images=per_class, k=1)).indices
         found = [kept.of(n, lead, listing, chosen) for n in shown]
     except (UserError, OSError, RuntimeError) as e:
         return Strips(f"The nearest images cannot be found: {e}")

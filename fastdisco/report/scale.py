@@ -37,7 +37,7 @@ def around(values: Sequence[float], start: float, end: float, log: bool = False)
     return Scale(low - room, high + room, start, end)
 
 
-def _even(low: float, high: float, about: int = 5) -> list[float]:
+def _even(low: float, high: float, about: int = 6) -> list[float]:
     raw = (high - low) / about
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
