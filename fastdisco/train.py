@@ -169,6 +169,8 @@ def _run(
                 values = meter.read(done, steps)
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
+                if loader.aside:
+                    values["data/set_aside"] = len(loader.aside)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
             if save:
                 with meter.paused():

@@ -108,7 +108,9 @@ def test_curves_of_all_runs_in_one_plot(whole):
     assert speed["lines"][0]["x"][:2] == [0.166667, 0.333333] and speed["lines"][0]["y"][0] == 80
     said = text_of(whole, "training")
     assert "disco was started 2 times; a dashed line marks each restart." in said
-    assert "alone was never restarted." in said and "nothing is quarantined" in said
+    assert (
+        "alone was never restarted." in said and "No image is quarantined, and none broke." in said
+    )
 
 
 def test_what_differs_stands_in_a_table(whole):

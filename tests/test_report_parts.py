@@ -11,7 +11,17 @@ import torch
 
 from fastdisco import config, data, models, report
 from fastdisco.evals.features import Features
-from fastdisco.report import collect, curves, differences, maps, neighbours, networks, pareto, scale
+from fastdisco.report import (
+    collect,
+    curves,
+    differences,
+    maps,
+    neighbours,
+    networks,
+    page,
+    pareto,
+    scale,
+)
 from fastdisco.report import tiles as sheets
 from fastdisco.report import views as augmented
 from fastdisco.report.networks import ALONE, DISTILLED, TEACHER, Network
@@ -55,7 +65,7 @@ def test_what_is_not_known_gets_a_chart_too(root):
 
 def test_images_that_broke_stand_on_the_time_axis(root):
     folder = reports.run(root, "broken", weights=False)
-    line = {"step": 1, "time": 60.0, "perf/set_aside": 2}
+    line = {"step": 1, "time": 60.0, "data/set_aside": 2}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     charts = {c.title: c for c in curves.over_time(read(folder))}
     assert charts["Images set aside, since they broke"].lines[0]["y"] == [2]
@@ -226,6 +236,21 @@ def test_views_are_those_that_the_step_saw(root, step, accumulate):
     assert torch.equal(found.index, want.index[:3])
     for a, b in zip(found.views, want.views):
         assert torch.equal(a, b[:3])
+
+
+def test_images_that_broke_are_replaced_as_in_the_training(root):
+    folder = reports.run(root, "replaced", run__seed=3)
+    cfg, listing = config.load(folder / "config.yaml"), data.listing(root / "train")
+    whole = augmented.of_step(cfg, listing, 1, 3).batch.index.tolist()
+    state = folder / "checkpoints/step_00000020/state.pt"
+    saved = torch.load(state) | {"data": {"position": 20, "aside": {whole[1]: "cut short"}}}
+    torch.save(saved, state)
+    (run,) = read(folder)
+    assert networks.aside(run) == {whole[1]: "cut short"}
+    found = augmented.of_step(cfg, listing, 1, 3, networks.aside(run)).batch.index.tolist()
+    assert found[0] == whole[0] and found[2] == whole[2] and found[1] != whole[1]
+    text = page.html([run], page.Wanted(images=0), neighbours.Kept())
+    assert "No image is quarantined; 1 more broke during the training." in text
 
 
 def test_a_picture_for_each_run_or_why_there_is_none(root):

@@ -198,6 +198,12 @@ class TrainLoader:
         self._failed = self.position
         self.position = self.position
 
+    def images_of(self, step: int) -> np.ndarray:
+        """Indices of the images of an optimizer step, from 0, over all ranks and micro batches, as
+        what is set aside now leaves them."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._whole(epoch).reshape(self.steps_per_epoch, -1)[within]
+
     def recipe(self, views: int | None = None) -> dict[str, Any]:
         """What decides, besides epoch and index, every pixel of the first `views` views, or of
         all."""

@@ -16,11 +16,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastdisco.common.files import write_whole
 from fastdisco.export.onnx import Session
-from fastdisco.models import size
+from fastdisco.models import macs, size
 
 COUNTER = "torch.utils.flop_counter, two operations a MAC: convolutions and matrix products"
 # Packages whose versions stand under the table.
@@ -70,13 +69,6 @@ def measure(
         _row(form, threads, {load: calls[i, load] for load in loads})
         for i, form in enumerate(forms)
     ]
-
-
-def macs(backbone: nn.Module, image: int) -> int:
-    """Multiplications with an addition in one forward of one image; see COUNTER."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbone(torch.zeros(1, 3, image, image))
-    return counter.get_total_flops() // 2
 
 
 def machine(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastdisco.models.backbones import WIDE, backbone, shapes
 from fastdisco.models.batchnorm import mean_buffers, split_bn, sync_bn
 from fastdisco.models.build import create, of
 from fastdisco.models.ema import ema_copy, ema_update
-from fastdisco.models.net import Net, Out, size
+from fastdisco.models.net import Net, Out, macs, size
 from fastdisco.models.runs import checkpoints, from_run, last, newest_first
 from fastdisco.models.weights import load_weights, read
 
@@ -34,6 +34,7 @@ __all__ = [
     "from_run",
     "last",
     "load_weights",
+    "macs",
     "mean_buffers",
     "newest_first",
     "of",

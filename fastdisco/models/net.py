@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdisco.common import precision
 
@@ -86,3 +87,11 @@ class Net(nn.Module):
 def size(net: nn.Module) -> int:
     """The number of the network's weights.  Buffers do not count."""
     return sum(p.numel() for p in net.parameters())
+
+
+def macs(backbone: nn.Module, image: int) -> int:
+    """Multiplications with an addition in one forward of one image of `image` pixels: half of what
+    torch.utils.flop_counter finds for convolutions and matrix products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone(torch.zeros(1, 3, image, image))
+    return counter.get_total_flops() // 2

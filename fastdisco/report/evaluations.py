@@ -8,7 +8,6 @@ from typing import Any
 from fastdisco.evals.results import Result, comparable, is_share, number, short_hash
 from fastdisco.report.networks import Network
 
-
 # What readers ask for first; `semi-1pct-try0` is a kind of semi.
 _ORDER = ("knn", "linear", "semi", "finetune", "ridge", "logistic", "sgd", "transfer", "retrieve")
 

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from fastdisco import models
 from fastdisco.common.errors import UserError
 from fastdisco.report.collect import Measured, Run, measured
@@ -54,12 +51,21 @@ def teacher(runs: Sequence[Run]) -> tuple[Run, Path] | None:
 
 
 def cost(net: models.Net, image: int) -> tuple[int, int]:
-    """(bytes of the backbone's weights and statistics, MACs of one image of `image` pixels): MACs
-    are half of what torch's counter finds for convolutions and matrix products."""
+    """(bytes of the backbone's weights and statistics, MACs of one image of `image` pixels)"""
     size = sum(x.numel() * x.element_size() for x in net.backbone.state_dict().values())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net.backbone(torch.zeros(1, 3, image, image))
-    return size, counter.get_total_flops() // 2
+    return size, models.macs(net.backbone, image)
+
+
+def aside(run: Run) -> dict[int, str]:
+    """Which training images had broken by the run's last checkpoint, and why."""
+    try:
+        step = models.last(run.folder)
+        state = models.read(step / "state.pt").get("data") if step else None
+    except (UserError, OSError):
+        # What is wrong with it, the network's remark says.
+        return {}
+    found = state.get("aside") if isinstance(state, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _of_run(i: int, run: Run, role: str, weights: bool) -> Network:

@@ -90,7 +90,7 @@ def html(runs: Sequence[Run], wanted: Wanted, kept: neighbours.Kept) -> str:
         unit=curves.unit(runs)[0],
         configurations=differences.configurations(runs),
         environments=differences.environments(runs),
-        quarantines=[_quarantined(run) for run in runs],
+        left_out=[_left_out(run) for run in runs],
         maps=shown,
         side=maps.SIDE,
         strips=strips,
@@ -115,17 +115,19 @@ def _json(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
-def _quarantined(run: Run) -> str:
-    """A clause on the files that the run's quarantine names."""
+def _left_out(run: Run) -> str:
+    """A sentence on the images that the run does without: its quarantine, and what broke."""
+    broken = len(networks.aside(run))
+    said = f"; {broken} more broke during the training" if broken else ", and none broke"
     path = run.cfg.data.quarantine
     if path is None:
-        return "has no quarantine (data.quarantine: null)"
+        return f"It has no quarantine (data.quarantine: null){said}."
     train = run.at(run.cfg.data.train)
     whole = path if path.is_absolute() else (train if train.is_dir() else train.parent) / path
     if not whole.exists():
-        return "leaves out no file: nothing is quarantined"
+        return f"No image is quarantined{said}."
     try:
-        found = read_quarantine(whole)
+        found = len(read_quarantine(whole))
     except UserError as e:
-        return f"names a quarantine that cannot be read: {e}"
-    return f"leaves out the {len(found)} files that {whole.name} names"
+        return f"Its quarantine cannot be read ({e}){said}."
+    return f"{found} images are quarantined{said}."

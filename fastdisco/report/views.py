@@ -1,7 +1,7 @@
 """The augmented views as step n of a run saw them.  They are hashed from (seed, epoch, image, view), so
 the run's own loader draws them again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ from fastdisco import config, data, teacher
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config, Crop
 from fastdisco.data import Batch, Listing, TrainLoader
-from fastdisco.data.loader import order
-from fastdisco.report import tiles
+from fastdisco.report import networks, tiles
 from fastdisco.report.collect import Run
 
 # Images of a step that are shown, and the side of a picture in the sheet.
@@ -66,9 +65,13 @@ def draw(runs: Sequence[Run], step: int | None = None) -> list[Views]:
     return found
 
 
-def of_step(cfg: Config, listing: Listing, step: int, images: int) -> Seen:
+def of_step(
+    cfg: Config, listing: Listing, step: int, images: int, aside: Mapping[int, str] | None = None
+) -> Seen:
     """The first images of step `step` (from 1), over all ranks and micro batches, with the views that
-    they had."""
+    they had.
+
+    aside: what had broken by then, in whose places others came"""
     crops = config.crops(cfg)
     # A loader in one process takes the whole step as one batch; the views do not depend on it.
     on_cpu = cfg.data.model_copy(update={"decode": "auto", "augment": "auto"})
@@ -84,11 +87,9 @@ def of_step(cfg: Config, listing: Listing, step: int, images: int) -> Seen:
         placement=data.place(on_cpu, CPU),
         rounds=teacher.rounds(cfg.teacher),
     )
-    epoch, within = divmod(step - 1, loader.steps_per_epoch)
-    whole = order(cfg.run.seed, epoch, listing)
-    whole = whole[~np.isin(whole, listing.left_out)]
-    first = within * cfg.data.batch
-    indices = whole[first : first + min(images, cfg.data.batch)]
+    loader.state = {"position": 0, "aside": dict(aside or {})}
+    epoch = (step - 1) // loader.steps_per_epoch
+    indices = loader.images_of(step - 1)[:images]
     (batch,) = loader.views_of(indices, epoch)
     # The epoch of its order; with recorded embeddings its views are those of an earlier one.
     return Seen(epoch, batch, crops)
@@ -98,7 +99,7 @@ def _of_run(run: Run, step: int) -> tuple[Views, str]:
     """The views, and what decides them: two runs of one recipe have the same."""
     cfg = run.cfg
     listing = data.listing(run.at(cfg.data.train), cfg.data.quarantine)
-    epoch, batch, crops = of_step(cfg, listing, step, IMAGES)
+    epoch, batch, crops = of_step(cfg, listing, step, IMAGES, networks.aside(run))
     sheet = _sheet(listing, batch, crops)
     text = (
         f"step {step}, in epoch {epoch + 1}: {len(batch.index)} of its {cfg.data.batch} images, with "
