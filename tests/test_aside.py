@@ -13,7 +13,7 @@ import torch
 import torch.distributed as td
 from conftest import TAR_MB, ranks, tiny
 from image_sets import SMALL, one_sentence
-from training import _differences, _fails, _train, losses, train_a_teacher
+from training import _differences, _fails, _train, losses, metrics, train_a_teacher
 
 from fastdisco import data, models
 from fastdisco.common import dist
@@ -278,6 +278,7 @@ def test_two_ranks_train_on_while_data_break_and_resume_exactly(kind, request, t
     ranks(2, _train_on_breaking, args("whole", broken / "train"), broken, 1)
     saved = models.read(checkpoint.last(tmp_path / "whole/tiny") / "state.pt")["data"]
     assert saved["position"] == 14 and len(saved["aside"]) == 3, saved
+    assert metrics(tmp_path / "whole/tiny")[-2]["data/set_aside"] == 3
     for name, root in (("parts", broken / "train"), ("mended", listing.root)):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         run = tmp_path / name / "tiny/checkpoints"

@@ -12,7 +12,8 @@ import reports
 from conftest import HANGS
 from test_report import page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="browser: no Chromium here")
 
 # Put into a copy of the page, in a frame of the width that is asked for: a window has a least width.

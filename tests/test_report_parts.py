@@ -385,6 +385,17 @@ def test_the_file_with_most_networks_is_shown(root):
     assert len({*found.colours}) == 3
 
 
+def test_of_many_images_some_are_shown(root, monkeypatch):
+    folder = reports.run(root, "many", weights=False)
+    reports.mapped(folder, ["x", "y"])
+    monkeypatch.setattr(maps, "MOST", 10)
+    found = maps.read(read(folder), sheets.Sheet())
+    assert found.text == "9 of 36 validation images, one in 4."
+    assert (
+        len(found.images) == len(found.maps[1].points) == len(found.maps[1].raw["coordinates"]) == 9
+    )
+
+
 def test_without_the_images_a_map_has_no_thumbnails(root, tmp_path):
     folder = reports.run(root, "bare", weights=False)
     reports.mapped(folder, ["x", "y"])

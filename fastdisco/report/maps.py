@@ -18,6 +18,8 @@ from fastdisco.report.scale import Scale
 from fastdisco.report.tiles import Sheet
 
 SIDE = 300
+# Images that are shown at most: the file stays small.
+MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,17 @@ def read(runs: Sequence[Run], sheet: Sheet) -> Maps:
     if len(networks) == 1:
         networks += _alike(run, first, files)
     listing, lacking = _listing(run)
+    whole = len(first["images"])
+    every = -(-whole // MOST)
     images = [
         {"name": i["name"], "label": i["label"], "tile": _tile(i["name"], listing, sheet)}
-        for i in first["images"]
+        for i in first["images"][::every]
     ]
-    text = f"{damaged}{len(images)} validation images. {lacking}"
+    networks = [n | {"coordinates": n["coordinates"][::every]} for n in networks]
+    shown = f"{whole} validation images"
+    if every > 1:
+        shown = f"{len(images)} of {shown}, one in {every}"
+    text = f"{damaged}{shown}. {lacking}"
     if len(networks) == 1:
         text += f" One map alone: {command} draws all side by side."
     return Maps(text.strip(), _drawn(networks), first["classes"], images)

@@ -108,7 +108,7 @@ def _side(runs: Sequence[Run], network: Network) -> int:
 def _points(n: Network, image: int) -> list[Point]:
     measured, out = n.measured, []
     own = {
-        r.named(k): 100 * v
+        r.named(k): round(100 * v, 6)
         for r in measured.results
         for k, v in r.values.items()
         if (k == "knn_top1" or "_top1_" in k) and math.isfinite(v)
@@ -151,7 +151,7 @@ def _files(measured: Measured) -> dict[str, dict[str, float]]:
         return {}
     both = {"onnx": found.get("fp32") or {}, "int8": found.get("values") or {}}
     return {
-        form: {k: 100 * v for k, v in values.items() if is_number(v)}
+        form: {k: round(100 * v, 6) for k, v in values.items() if is_number(v)}
         for form, values in both.items()
         if values
     }
