@@ -60,6 +60,7 @@ def test_help_has_one_line_for_each_command_in_the_order_of_a_users_work():
         lines
     )
     assert list(cli.GROUPS) == ["data", "doctor", "train", "teacher", "eval", "export"]
+    assert list(cli.GROUPS) == ["data", "train", "teacher", "eval", "export", "report"]
     assert len(lines) == len(COMMANDS)
 
 
