@@ -11,8 +11,7 @@ LEVELS = [
     {"kernels", "common", "config"},
     {"data", "models", "engine"},
     {"teacher", "methods", "evals"},
-    {"run", "export", "doctor"},
-    {"run", "export", "report"},
+    {"run", "export", "doctor", "report"},
     {"cli", "train", "commands"},
 ]
 OWNERS = {
