@@ -10,6 +10,7 @@ import reports
 import torch
 
 from fastdisco import config, data, models, report
+from fastdisco.common.urls import Url
 from fastdisco.evals.features import Features
 from fastdisco.report import (
     collect,
@@ -198,6 +199,7 @@ def test_relative_paths_are_of_where_the_training_ran(root, monkeypatch):
     monkeypatch.chdir("/")
     assert run.at(run.cfg.data.val) == root / "val"
     assert run.at(root / "x") == root / "x"
+    assert str(run.at(Url("s3://bucket/x"))) == "s3://bucket/x"
 
 
 def test_only_the_last_weights_count(root):

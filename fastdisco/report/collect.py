@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from fastdisco import config
 from fastdisco.common.errors import UserError
+from fastdisco.common.urls import Url
 from fastdisco.config import Config
 from fastdisco.evals import results
 from fastdisco.evals.results import Result
@@ -51,7 +52,7 @@ class Run:
 
     def at(self, path: Path) -> Path:
         """A path of the configuration: relative ones are of the folder in which the training ran."""
-        if path.is_absolute() or path.exists():
+        if isinstance(path, Url) or path.is_absolute() or path.exists():
             return path
         own = self.folder.resolve().parts
         tail = (*self.cfg.run.out.parts, self.cfg.run.name)

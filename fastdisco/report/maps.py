@@ -142,7 +142,9 @@ def _listing(run: Run) -> tuple[Listing | None, str]:
     if run.cfg.data.val is None:
         return None, "Without data.val there are no thumbnails."
     try:
-        return data.listing(run.at(run.cfg.data.val), run.cfg.data.quarantine, bare=True), ""
+        return data.listing(
+            run.at(run.cfg.data.val), run.cfg.data.quarantine, True, run.cfg.data
+        ), ""
     except UserError as e:
         return None, f"There are no thumbnails: {e}."
 

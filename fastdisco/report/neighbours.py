@@ -103,7 +103,7 @@ def strips(
     if not shown:
         return Strips("No run has saved a checkpoint yet, so there is no network to ask.")
     try:
-        listing = data.listing(lead.at(val), lead.cfg.data.quarantine, bare=True)
+        listing = data.listing(lead.at(val), lead.cfg.data.quarantine, True, lead.cfg.data)
         # k is that of a map, which would ask for more images.
         chosen = tsne.choose(listing, Tsne(images=per_class, k=1)).indices
         found = [kept.of(n, lead, listing, chosen) for n in shown]

@@ -98,7 +98,7 @@ def of_step(
 def _of_run(run: Run, step: int) -> tuple[Views, str]:
     """The views, and what decides them: two runs of one recipe have the same."""
     cfg = run.cfg
-    listing = data.listing(run.at(cfg.data.train), cfg.data.quarantine)
+    listing = data.listing(run.at(cfg.data.train), cfg.data.quarantine, images=cfg.data)
     epoch, batch, crops = of_step(cfg, listing, step, IMAGES, networks.aside(run))
     sheet = _sheet(listing, batch, crops)
     text = (
