@@ -255,6 +255,15 @@ def test_images_that_broke_are_replaced_as_in_the_training(root):
     assert "No image is quarantined; 1 more broke during the training." in text
 
 
+def test_a_quarantine_that_is_not_looked_at_is_not_called_empty(root):
+    gone = reports.run(root, "elsewhere", weights=False, data__train="/nowhere/train")
+    far = reports.run(root, "bucket", weights=False, data__train="s3://bucket/train")
+    text = page.html(read(gone, far), page.Wanted(images=0), neighbours.Kept())
+    assert "with them its quarantine, are not here" in text
+    assert "object storage, whose quarantine is not looked at" in text
+    assert "No image is quarantined" not in text
+
+
 def test_a_picture_for_each_run_or_why_there_is_none(root):
     a, b = (reports.run(root, n, weights=False) for n in ("seen", "seen_too"))
     other = reports.run(root, "unseen", weights=False, run__seed=1)

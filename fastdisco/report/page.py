@@ -12,6 +12,7 @@ from markupsafe import Markup
 from fastdisco import __version__
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
+from fastdisco.common.urls import Url
 from fastdisco.data.source import read_quarantine
 from fastdisco.report import curves, differences, evaluations, maps, neighbours, networks, pareto
 from fastdisco.report import tiles as sheets
@@ -122,8 +123,12 @@ def _left_out(run: Run) -> str:
     path = run.cfg.data.quarantine
     if path is None:
         return f"It has no quarantine (data.quarantine: null){said}."
+    if isinstance(run.cfg.data.train, Url):
+        return f"Its images are in object storage, whose quarantine is not looked at here{said}."
     train = run.at(run.cfg.data.train)
     whole = path if path.is_absolute() else (train if train.is_dir() else train.parent) / path
+    if not whole.parent.exists():
+        return f"Its images, and with them its quarantine, are not here{said}."
     if not whole.exists():
         return f"No image is quarantined{said}."
     try:
