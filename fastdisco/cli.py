@@ -4,7 +4,18 @@ import argparse
 import sys
 
 from fastdisco import __version__
-from fastdisco.commands import arguments, data, doctor, evaluate, export, report, teacher, train
+from fastdisco.commands import (
+    arguments,
+    data,
+    doctor,
+    evaluate,
+    export,
+    report,
+    runs,
+    teacher,
+    train,
+    watch,
+)
 from fastdisco.common import files, launch
 from fastdisco.common.console import escape_what_cannot_be_shown, refuse
 from fastdisco.common.errors import UserError
@@ -14,6 +25,8 @@ GROUPS = {
     "data": data,
     "doctor": doctor,
     "train": train,
+    "runs": runs,
+    "watch": watch,
     "teacher": teacher,
     "eval": evaluate,
     "export": export,

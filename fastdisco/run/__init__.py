@@ -6,6 +6,7 @@ folder.py       the run's folder, and whether a command may continue the run in 
 agreement.py    what all ranks must have in common; when one refuses, all end
 mirror.py       copies of checkpoints in object storage
 meter.py        what is measured between two log points;  log.py  where it is written and shown
+progress.py     how it is shown;  seen.py  what a run's folder tells from outside, without torch
 appended.py     a file that may fail for a while;  board.py  TensorBoard's
 evaluation.py   the evaluation on the way;  online.py  what it says of the features
 remarks.py      what is said before the first step

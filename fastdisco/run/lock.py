@@ -123,6 +123,16 @@ def read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def lives(owner: dict[str, Any]) -> bool | None:
+    """Whether a lock's process lives, where this machine can tell; None of another's."""
+    machine = temporary.machine()
+    pid = owner.get("pid")
+    if not machine or owner.get("machine") != machine or type(pid) is not int:
+        return None
+    seen = process(pid)
+    return bool(seen) and seen[0] == owner.get("ticks")
+
+
 def _me() -> dict[str, Any]:
     seen = process(os.getpid())
     return {
@@ -189,10 +199,9 @@ def _remove_stale(path: Path) -> None:
 
 
 def _alive(path: Path, owner: dict[str, Any], before: float) -> bool:
-    machine = temporary.machine()
-    if machine and owner.get("machine") == machine:
-        seen = process(owner["pid"])
-        return bool(seen) and seen[0] == owner["ticks"]
+    here = lives(owner)
+    if here is not None:
+        return here
     said = False
     while (age := _now(path.parent) - before) < DEAD:
         if not said:

@@ -4,6 +4,7 @@ A terminal's first line has the step, loss, kNN accuracy, images a second and th
 bar where there is room; the second has details, as many as fit.  `fastdisco watch` shows the same."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -154,6 +155,21 @@ def evaluated(step: int, steps: int, values: dict[str, float], scores: Scores) -
             parts.append(f"neighbours shared with the teacher {own['teacher_neighbours']:.1%}")
         name = student(f"{group}/")
         yield f"step {step}/{steps}  {name}{' ' if name else ''}{'  '.join(parts)}"
+
+
+def sparkline(values: list[float], width: int, ascii_only: bool = False) -> str:
+    """The values as heights between their smallest and largest; of more than `width` values the
+    mean of each stretch, but the last one as it is."""
+    levels = "_.-=+*#@" if ascii_only else "▁▂▃▄▅▆▇█"
+    if len(values) > width:
+        edges = [round(i * (len(values) - 1) / (width - 1)) for i in range(width)]
+        means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+        values = [*means, values[-1]]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(levels) - 1) / (high - low) if high > low else 0.0
+    return "".join(levels[round((x - low) * scale)] for x in values)
 
 
 def several(values: dict[str, float]) -> bool:
