@@ -17,6 +17,9 @@ MAPS = ["openTSNE", "umap-learn"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 # Data sets and checkpoints in object storage.
 S3 = ["boto3>=1.36"]
+# `log.to: [wandb, mlflow]`.  MLflow's small package, with what its local SQLite store needs.
+WANDB = ["wandb>=0.18"]
+MLFLOW = ["mlflow-skinny>=2.16", "sqlalchemy", "alembic"]
 
 setup(
     name="fastdisco",
@@ -58,12 +61,16 @@ setup(
         "tsne": MAPS,
         "onnx": ONNX,
         "s3": S3,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "dev": [
             *PARQUET,
             *MAPS,
             *ONNX,
             *S3,
             "moto[server]>=5",
+            *WANDB,
+            *MLFLOW,
             # Loads what an export writes; it needs Python 3.11.
             "timmx; python_version >= '3.11'",
             "pytest>=8",

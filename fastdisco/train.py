@@ -28,7 +28,7 @@ from fastdisco.common.console import say
 from fastdisco.config import Config
 from fastdisco.engine import optim
 from fastdisco.methods import Progress
-from fastdisco.run import agreement, checkpoint, students
+from fastdisco.run import agreement, checkpoint, loggers, students
 from fastdisco.run.evaluation import Evaluation
 from fastdisco.run.folder import claim, clear, describe
 from fastdisco.run.lock import Lock
@@ -48,6 +48,7 @@ def train(cfg: Config, overwrite: bool = False) -> bool:
     with agreement.together() as closing, Lock() as lock:
         closing.append(lock.release)
         agreement.same_settings(cfg, overwrite)
+        dist.alike(lambda: None if dist.rank() else loggers.check(cfg.log.to))
         # Before data and teacher are read, and before memory on a GPU is taken.
         folder = claim(cfg, overwrite, lock)
         finished = _run(cfg, device, folder, lock, closing, overwrite)
@@ -110,7 +111,7 @@ def _run(
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
     saver = checkpoint.Saver(folder, items, meta, cfg.checkpoint.keep)
     evaluation = Evaluation(cfg, states, listing, val, device, steps)
-    with Log(folder, start, steps) as log:
+    with Log(folder, start, steps, loggers.create(cfg, folder, start)) as log:
         closing.append(log.close)
         # It was killed, or failed, when the checkpoint was saved.
         if start and evaluation.due(start) and dist.any_rank(log.lacks(start)):

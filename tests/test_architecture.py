@@ -30,6 +30,8 @@ OWNERS = {
     "botocore": {"data"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
+    "wandb": {"run"},
+    "mlflow": {"run"},
 }
 FILES = sorted([*(ROOT / "fastdisco").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -15,6 +15,7 @@ from fastdisco import config, methods
 from fastdisco.common.errors import UserError
 from fastdisco.run import checkpoint, log
 from fastdisco.run import folder as folders
+from fastdisco.run.board import Board
 from fastdisco.teacher import cache_files
 
 SEEDS = 60
@@ -222,6 +223,6 @@ def test_a_line_of_the_log_that_is_no_entry_is_dropped(line, tmp_path):
     good = [json.dumps(row) for row in rows]
     # The last one lacks its end.
     (tmp_path / "metrics.jsonl").write_text("\n".join([good[0], line, good[1]]))
-    with log.Log(tmp_path, 2, 4) as writes:
-        writes.board.write(3, {"x": 1.0})
+    with log.Log(tmp_path, 2, 4, [Board(tmp_path / "tb", 2)]) as writes:
+        writes.loggers[0].write(3, {"x": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(f"{x}\n" for x in good)

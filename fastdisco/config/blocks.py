@@ -348,6 +348,8 @@ class Log(Block):
 
     # Steps between lines of metrics.  Only for these does the loop wait for the device.
     every: Int = Field(20, ge=1)
+    # Where they go beside metrics.jsonl.  The last two are extras of the same names.
+    to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"])
 
 
 class Checkpoint(Block):

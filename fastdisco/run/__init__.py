@@ -7,7 +7,8 @@ agreement.py    what all ranks must have in common; when one refuses, all end
 mirror.py       copies of checkpoints in object storage
 meter.py        what is measured between two log points;  log.py  where it is written and shown
 progress.py     how it is shown;  seen.py  what a run's folder tells from outside, without torch
-appended.py     a file that may fail for a while;  board.py  TensorBoard's
+appended.py     a file that may fail for a while
+loggers.py      where metrics go beside metrics.jsonl;  board.py  TensorBoard's file
 evaluation.py   the evaluation on the way;  online.py  what it says of the features
 remarks.py      what is said before the first step
 plan.py         what a run would be and lack: `train.py --dry-run`

@@ -52,7 +52,17 @@ _FREE = (
 # What a training and its evaluations write into its folder.
 # config.yaml goes last: a folder without it is no run, and one that lost it midway
 # would be refused from then on.
-_OURS = ("env.json", "metrics.jsonl", "tb", "checkpoints", "eval", "export", "config.yaml")
+_OURS = (
+    "env.json",
+    "metrics.jsonl",
+    "tb",
+    "wandb",
+    "loggers.json",
+    "checkpoints",
+    "eval",
+    "export",
+    "config.yaml",
+)
 # What `clear` calls checkpoints/ while it deletes it.
 ASIDE = ".checkpoints.part"
 

@@ -3,6 +3,7 @@ elsewhere; rank 0 only."""
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ from fastdisco.common import dist
 from fastdisco.common.console import console, say
 from fastdisco.common.files import naming, write_whole
 from fastdisco.run.appended import Appended
-from fastdisco.run.board import Board
+from fastdisco.run.loggers import Logger
 from fastdisco.run.progress import Bar, Scores, evaluated, plain
 
 
 class Log:
     """Writes metrics; a context manager that owns the bar."""
 
-    def __init__(self, folder: Path, start: int, steps: int) -> None:
+    def __init__(
+        self, folder: Path, start: int, steps: int, loggers: Sequence[Logger] = ()
+    ) -> None:
         """folder: the run's.  start: the step a resumed run continues at; entries that an earlier
-        attempt wrote after it are dropped."""
-        self.steps = steps
+        attempt wrote after it are dropped.  loggers: who gets every metric, too, and is closed with
+        this."""
+        self.steps, self.loggers = steps, loggers
         self.scores = Scores()
         # Steps at which earlier attempts evaluated.
         self.scored: set[int] = set()
@@ -30,7 +34,6 @@ class Log:
         self.live: Live | None = None
         if dist.rank():
             return
-        self.board = Board(folder / "tb", start)
         path = folder / "metrics.jsonl"
         kept = _entries(path, start)
         for line in kept:
@@ -60,7 +63,8 @@ class Log:
             self.live.stop()
         if self.file:
             self.file.close()
-            self.board.close()
+        for logger in self.loggers:
+            logger.close()
 
     def lacks(self, step: int) -> bool:
         """Whether a resumed run has no evaluation of that step; False on ranks other than 0."""
@@ -72,7 +76,8 @@ class Log:
             return
         entry = {"step": step, "time": round(time.time(), 3), **values}
         self.file.add((json.dumps(entry) + "\n").encode())
-        self.board.write(step, values)
+        for logger in self.loggers:
+            logger.write(step, values)
         self.scores.add(values)
         if any(name.startswith("eval/") for name in values):
             for line in evaluated(step, self.steps, values, self.scores):

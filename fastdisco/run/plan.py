@@ -16,6 +16,7 @@ from fastdisco.config import Config
 from fastdisco.data import shards
 from fastdisco.engine import compiled, optim
 from fastdisco.methods import Progress
+from fastdisco.run import loggers
 from fastdisco.run.remarks import remarks
 from fastdisco.teacher import formats, runtime
 
@@ -32,6 +33,7 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     them, the teacher with every weight.
     Raises UserError for what the run would refuse: a batch that does not divide, an optimizer or a
     network that cannot be made, a teacher that does not fit."""
+    loggers.check(cfg.log.to)
     missing: list[str] = []
     micro = config.micro_batch(cfg, world)
     config.refuse_beyond(cfg, world, _most_memory())
