@@ -19,7 +19,7 @@ from fastdisco import config
 sys.path.insert(0, str(ROOT / "bench"))
 import report
 import testbeds
-from harness import command, pictures, results, rounds, runs, synthetic, tables
+from harness import command, pictures, readers, results, rounds, runs, synthetic, tables
 from pictures import accuracy, throughput
 
 
@@ -153,8 +153,37 @@ def test_a_short_table_has_what_is_measured_and_names_the_page_with_all(tmp_path
         and text.count("Rows not measured yet: 1, see [docs/x.md](docs/x.md).") == 1
     )
     assert tables.fill(text, tmp_path) == text
-    for _, bench, page, _ in tables.MARKED.findall((ROOT / "README.md").read_text()):
+    for _, bench, _, page, _ in tables.MARKED.findall((ROOT / "README.md").read_text()):
         assert not page or f"<!-- bench:{bench} -->" in (ROOT / page).read_text()
+
+
+def test_a_table_for_readers_has_words_in_its_rows(tmp_path, monkeypatch):
+    read = [("how fast", "{:.1f} s", "a"), ("on a GPU", "{:.1f} s", "b"), ("gone", "{}", "c")]
+    monkeypatch.setattr(readers, "READ", {"speed": read})
+    rows = [
+        results.row("a", 1.55, "s", 1, "lower"),
+        results.row("b", None, "s", None, "lower", "no GPU here"),
+    ]
+    result(tmp_path, "speed", "cpu", rows)
+    text = tables.fill("<!-- bench:speed readers:docs/x.md -->\n<!-- /bench:speed -->\n", tmp_path)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[2:] == ["| how fast | 1.6 s |", "| on a GPU | not measured yet |"]
+    assert "a chip, 2 cores" in text and "every figure: [docs/x.md](docs/x.md)." in text
+    assert tables.fill(text, tmp_path) == text
+
+
+def test_the_readmes_tables_are_for_readers():
+    """At most ten rows in words: no names of rows, no aims."""
+    text = (ROOT / "README.md").read_text()
+    assert all(m[2] == "readers" for m in tables.MARKED.findall(text)) and "| aim |" not in text
+    for bench, rows in readers.READ.items():
+        names = {r["name"] for r in json.loads(_kept(bench).read_text())["summary"]}
+        assert len(rows) <= 10 and {name for _, _, name in rows} <= names
+        assert not names & {what for what, _, _ in rows}
+
+
+def _kept(bench):
+    return ROOT / f"bench/results/{bench}-cpu.json"
 
 
 def test_check_tells_a_stale_file(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 results    rows with aims, and the JSON file with what is needed to repeat and to doubt it
 rounds     interleaved rounds, and the clocks
-tables     tables for the terminal, for README.md and for docs/
+tables     tables for the terminal, for README.md and for docs/;  readers  what README.md tells
 pictures   the picture of a result, drawn from its JSON file by the bench's module in bench/pictures/
 command    what the commands have in common: the parser of options, and how a bench ends
 runs       the real training command, and what a finished run scores

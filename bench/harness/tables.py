@@ -6,7 +6,11 @@ import re
 import statistics
 from pathlib import Path
 
-MARKED = re.compile(r"(<!-- bench:(\w+)(?: full:(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+from harness import readers
+
+MARKED = re.compile(
+    r"(<!-- bench:(\w+)(?: (full|readers):(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL
+)
 
 
 def fill(text: str, results: Path) -> str:
@@ -14,14 +18,36 @@ def fill(text: str, results: Path) -> str:
 
     A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->; NAME is the bench.  With
     <!-- bench:NAME full:PAGE --> it has the measured rows alone, and a link to PAGE, which has
-    all."""
-    return MARKED.sub(lambda m: m[1] + markdown(m[2], results, m[3]) + m[4], text)
+    all.  With <!-- bench:NAME readers:PAGE --> it is the one of readers.py."""
+
+    def filled(m: re.Match[str]) -> str:
+        made = for_readers if m[3] == "readers" else markdown
+        return m[1] + made(m[2], results, m[4]) + m[5]
+
+    return MARKED.sub(filled, text)
 
 
 def markdown(bench: str, results: Path, full: str | None = None) -> str:
     """The summaries of a bench's results, one device after another."""
     found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
     return "\n".join(_one(result, full) for result in found) or "Not measured yet.\n"
+
+
+def for_readers(bench: str, results: Path, full: str) -> str:
+    """The rows that readers.py tells, one device after another, and a link to the page with all."""
+    found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
+    return "\n".join(_told(result, full) for result in found) or "Not measured yet.\n"
+
+
+def _told(result: dict, full: str) -> str:
+    rows = [f"| {what} | {value} |" for what, value in readers.told(result)]
+    where = f"Measured on {_hardware(result)}, {result['date']}; every figure: [{full}]({full})."
+    return "\n".join(["| what | measured |", "|---|---|", *rows, "", where]) + "\n"
+
+
+def _hardware(result: dict) -> str:
+    cores = f"{result['cores']} core{'s' * (result['cores'] != 1)}"
+    return ", ".join(result["gpus"]) or f"{result['cpu']}, {cores}"
 
 
 def _one(result: dict, full: str | None) -> str:
