@@ -290,7 +290,7 @@ def test_a_run_is_followed_line_by_line_until_it_ends(tmp_path, monkeypatch, cap
     assert out[0].startswith("step 20/1000  epoch 0.20  loss 24  lr 0.03  472 images/s")
     assert out[1].startswith("step 40/1000  epoch 0.40") and "kNN 25.0%" in out[1]
     assert out[2] == "step 40/1000  kNN top-1 50.00%"
-    assert out[3].startswith(f"{folder}: ended at step 40 of 1000 without saving; ")
+    assert out[3].startswith(f"{folder}: failed or was killed, last seen at step 40 of 1000; ")
     assert len(out) == 4
 
 

@@ -51,8 +51,8 @@ def ending(found: "Seen") -> str:
     ways = {
         seen.FINISHED: "finished",
         seen.STOPPED: f"stopped at {at}; the same command continues it",
-        seen.CRASHED: f"ended at {at} without saving; the same command continues from the last "
-        "checkpoint",
+        seen.CRASHED: f"failed or was killed, last seen at {at}; the same command continues from the "
+        "last checkpoint",
         seen.MALFORMED: "malformed",
         seen.RUNNING: f"running, at {at}",
     }
