@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -184,6 +185,8 @@ def test_mlflow_keeps_one_run_in_a_local_database(tmp_path):
 def test_wandb_keeps_one_run_offline(tmp_path):
     folder, cfg = tmp_path / "x", configured("wandb")
     attempt(cfg, folder, 0, range(1, 4))
+    # It names the folder of an attempt after the second.
+    time.sleep(1.1)
     attempt(cfg, folder, 3, range(4, 6))
     name = loggers._known(folder)["wandb"]
     files = sorted(folder.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
