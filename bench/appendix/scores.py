@@ -1,0 +1,61 @@
+"""What a finished arm scores on the test split, by `fastdisco eval`."""
+
+import json
+import sys
+from pathlib import Path
+
+from appendix.arms import Arm, digest
+from appendix.processes import written
+from appendix.settings import Size
+from appendix.training import Lab
+
+# Of `fastdisco eval`'s values, what the tables show.
+KNN, LINEAR = "eval/knn_top1", "eval/logistic_top1_selected"
+SELECTED = "linear_top1_selected"
+
+
+def tabled(lab: Lab, arm: Arm, size: Size) -> dict[str, float]:
+    """knn and linear accuracy, 0 to 1."""
+    found = evaluated(lab, arm, "all", size.scored, "--only", "knn,probe")
+    return dict(knn=found[KNN], linear=found[LINEAR])
+
+
+def semi(lab: Lab, arm: Arm, size: Size) -> dict[str, float]:
+    """Share of labels in per cent -> linear accuracy, 0 to 1, the mean over draws."""
+    return {
+        share: _selected(evaluated(lab, arm, "semi", settings))
+        for share, settings in size.semi.items()
+    }
+
+
+def transfer(lab: Lab, arm: Arm, size: Size, images: list[str]) -> dict[str, float]:
+    """Linear accuracy, 0 to 1, on another data set.  images: overrides that name it."""
+    found = evaluated(lab, arm, "transfer", [*size.transferred, *images])
+    return dict(linear=_selected(found))
+
+
+def evaluated(lab: Lab, arm: Arm, what: str, settings: list[str], *options: str) -> dict:
+    """All values of one call of `fastdisco eval`; what is there is not evaluated again."""
+    name = f"{arm.name}-{what}-{digest([settings, options])}"
+    kept = lab.state / f"scores/{name}.json"
+    kept.parent.mkdir(exist_ok=True)
+    if not kept.exists():
+        print(f"evaluating {name}", flush=True)
+        # DINO's authors publish the mean student (EMA), and it is what a DINO teacher teaches.
+        net = "ema" if arm.cfg["method"]["name"] == "dino" else "student"
+        line = [sys.executable, "-m", "fastdisco.cli", "eval", what, str(run(lab, arm))]
+        printed = lab.processes.run(name, [*line, "--net", net, *options, *settings])
+        written(kept, json.loads(printed.splitlines()[-1]))
+    return json.loads(kept.read_text())
+
+
+def run(lab: Lab, arm: Arm) -> Path:
+    return lab.state / "runs" / arm.name
+
+
+def _selected(found: dict[str, float]) -> float:
+    """The accuracy of the setting that was chosen on training images; of several draws, their mean."""
+    names = [k for k in found if k.endswith(f"{SELECTED}_mean")]
+    names = names or [k for k in found if k.endswith(SELECTED)]
+    assert len(names) == 1, sorted(found)
+    return found[names[0]]
