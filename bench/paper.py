@@ -19,12 +19,15 @@ import time
 from pathlib import Path
 
 from appendix import collect
+from appendix.pages import tables
 from appendix.plan import ALL
 from appendix.processes import Processes
+from appendix.rows import summary
 from appendix.settings import SIZES
 from appendix.training import Lab
 from comparison.plan import images, paths
-from harness import parser
+from harness import finish, parser
+from harness.results import device_kind
 
 from fastdisco import config
 from fastdisco.data import demo
@@ -37,8 +40,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     lab = Lab(state, paths(images(args.data, state)), Processes(state, end))
     size, only = SIZES[args.size], [name for name in ALL if name in args.only]
     found = collect.carried_out(lab, size, args.seeds, only, other(args, state))
-    print(found)
-    return []
+    samples = found._asdict()
+    lacking = samples.pop("missing")
+    for name, why in lacking.items():
+        print(f"missing: {name}: {why}")
+    rows = summary(samples)
+    about = dict(size=args.size, seeds=args.seeds, data=args.data.name, tables=tables(samples))
+    folder = None if args.keep else state / "results"
+    finish("paper", device_kind(), rows, samples, folder, **about)
+    return rows
 
 
 def other(args: argparse.Namespace, state: Path) -> list[str]:

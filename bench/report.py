@@ -36,9 +36,9 @@ def filled(page: Path) -> str:
 
 
 def drawings() -> list[tuple[Path, bytes]]:
-    """(path, PNG) of every result that has a picture."""
-    found = ((p.with_suffix(".png"), pictures.drawn(p)) for p in sorted(RESULTS.glob("*.json")))
-    return [(path, image) for path, image in found if image is not None]
+    """(path, PNG) of every picture of a result."""
+    found = (pictures.drawn(p) for p in sorted(RESULTS.glob("*.json")))
+    return [pair for images in found for pair in images.items()]
 
 
 def rewrite(path: Path, content: bytes) -> bool:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from appendix import scores, training
 from appendix.arms import Arm, teacher
-from appendix.plan import ALONE, FIGURES, TABLES, cells, equal, of_figures
+from appendix.plan import ALONE, TABLES, cells, equal, of_figures, of_maps
 from appendix.processes import Failed, Stopped
 from appendix.settings import Size
 from appendix.training import Lab
@@ -16,12 +16,12 @@ class Samples(NamedTuple):
 
     tables    table -> student -> column -> scores, one for each seed
     teachers  teacher -> scores
-    figures   figure -> column -> scores, one for each seed
+    figures   figure -> column -> scores, one for each seed; of figure 3 network -> its map
     missing   name of an arm or of a figure -> why"""
 
     tables: dict[str, dict[str, dict[str, list[dict]]]]
     teachers: dict[str, dict]
-    figures: dict[str, dict[str, list[dict]]]
+    figures: dict[str, dict]
     missing: dict[str, str]
 
 
@@ -37,7 +37,9 @@ def carried_out(
         for name in only:
             if name in TABLES:
                 _table(lab, size, name, seed, found)
-            elif name in FIGURES[:2]:
+            elif name == "fig3":
+                _maps(lab, size, seed, found)
+            else:
                 _figure(lab, size, name, seed, other, found)
     return found
 
@@ -80,6 +82,20 @@ def _figure(lab: Lab, size: Size, figure: str, seed: int, other: list[str], foun
             return scores.transfer(lab, arm, size, other) | dict(seed=seed)
 
         _appended(found, f"{figure} of {cell.arm.name}", todo, columns, cell.column)
+
+
+def _maps(lab: Lab, size: Size, seed: int, found: Samples) -> None:
+    """One seed's maps are enough to look at: the first that is finished."""
+    if found.figures.get("fig3"):
+        return
+    arms = of_maps(seed, size)
+
+    def todo() -> dict:
+        for arm in arms.values():
+            training.train(lab, arm)
+        return scores.maps(lab, arms, size)
+
+    _kept(found, f"fig3 of seed {seed}", todo, found.figures, "fig3")
 
 
 def _scored(lab: Lab, arm: Arm, size: Size, seed: int) -> dict:

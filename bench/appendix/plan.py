@@ -23,8 +23,8 @@ class Table(NamedTuple):
 
 CNNS = ("mobile", "resnet")
 TABLES: dict[str, Table] = {
-    "table2": Table("moco", CNNS, {s: ("moco", "swav", "dino") for s in CNNS}, ("mobile",)),
-    "table1": Table("swav", CNNS, {s: ("swav",) for s in CNNS}),
+    "table2": Table("moco", CNNS, dict.fromkeys(CNNS, ("moco", "swav", "dino")), ("mobile",)),
+    "table1": Table("swav", CNNS, dict.fromkeys(CNNS, ("swav",))),
     "table3": Table("dino", ("vit", "xcit"), {"vit": ("dino_vit",), "xcit": ("dino_xcit",)}),
 }
 # Figures look at table 2's networks of one student.
@@ -74,3 +74,11 @@ def equal(table: str, net: str, seed: int, size: Size, alone: dict, disco: dict)
 def of_figures(seed: int, size: Size) -> list[Cell]:
     """The networks that figures 1 and 2 look at: the student alone and with every teacher."""
     return [c for c in cells("table2", seed, size) if c.student == FIGURES_STUDENT]
+
+
+def of_maps(seed: int, size: Size) -> dict[str, Arm]:
+    """Figure 3's networks by title: the student alone, its teacher, and the student with DisCo."""
+    by = {c.column: c.arm for c in of_figures(seed, size)}
+    taught = by[FIGURE3_TEACHER]
+    assert taught.teacher, taught.title
+    return {"student alone": by[ALONE], "teacher": taught.teacher, "student with DisCo": taught}

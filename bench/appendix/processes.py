@@ -43,6 +43,7 @@ class Processes:
         Failed with the log's path."""
         if time.monotonic() > self.end:
             raise Stopped(f"stopped before {name}")
+        print(name, flush=True)
         log, out = self.state / f"logs/{name}.log", self.state / f"logs/{name}.out"
         with log.open("a") as errors, out.open("w") as printed:
             print("$", *line, file=errors, flush=True)
@@ -81,8 +82,10 @@ class Processes:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-        # -15: before its loop began there was nothing to save.
-        return asked and process.returncode in (0, SAVED, -signal.SIGTERM)
+        # Ctrl-C reaches the process by itself.  Those of signals: before its loop began there was
+        # nothing to save.
+        stopped = (0, SAVED, -signal.SIGTERM, -signal.SIGINT)
+        return time.monotonic() > self.end and process.returncode in stopped
 
 
 def cpu_seconds(pid: int) -> float | None:
@@ -97,6 +100,7 @@ def cpu_seconds(pid: int) -> float | None:
 
 def written(path: Path, content: object) -> None:
     """Writes JSON so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=1))
     part.replace(path)

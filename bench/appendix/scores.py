@@ -12,6 +12,7 @@ from appendix.training import Lab
 # Of `fastdisco eval`'s values, what the tables show.
 KNN, LINEAR = "eval/knn_top1", "eval/logistic_top1_selected"
 SELECTED = "linear_top1_selected"
+COORDINATES = "*.coordinates.json"
 
 
 def tabled(lab: Lab, arm: Arm, size: Size) -> dict[str, float]:
@@ -34,13 +35,29 @@ def transfer(lab: Lab, arm: Arm, size: Size, images: list[str]) -> dict[str, flo
     return dict(linear=_selected(found))
 
 
+def maps(lab: Lab, arms: dict[str, Arm], size: Size) -> dict[str, dict]:
+    """Figure 3: title -> points [[x, y]] of the test images, their colours, and how well the map
+    keeps neighbours.  The networks stand side by side on the same images."""
+    runs, out = [str(run(lab, arm)) for arm in arms.values()], lab.state / "maps"
+    place = out / digest([[arm.name for arm in arms.values()], size.mapped])
+    if not any(place.rglob(COORDINATES)):
+        line = [sys.executable, "-m", "fastdisco.cli", "eval", "tsne", *runs]
+        titles = f"tsne.titles={json.dumps(list(arms))}"
+        lab.processes.run("fig3", [*line, "--out", str(place), titles, *size.mapped])
+    found = json.loads(next(iter(sorted(place.rglob(COORDINATES)))).read_text())
+    colours = {c["label"]: c["colour"] for c in found["classes"]}
+    shown = [colours[image["label"]] for image in found["images"]]
+    return {
+        of["name"]: dict(coordinates=of["coordinates"], values=of["values"], colours=shown)
+        for of in found["networks"]
+    }
+
+
 def evaluated(lab: Lab, arm: Arm, what: str, settings: list[str], *options: str) -> dict:
     """All values of one call of `fastdisco eval`; what is there is not evaluated again."""
     name = f"{arm.name}-{what}-{digest([settings, options])}"
     kept = lab.state / f"scores/{name}.json"
-    kept.parent.mkdir(exist_ok=True)
     if not kept.exists():
-        print(f"evaluating {name}", flush=True)
         # DINO's authors publish the mean student (EMA), and it is what a DINO teacher teaches.
         net = "ema" if arm.cfg["method"]["name"] == "dino" else "student"
         line = [sys.executable, "-m", "fastdisco.cli", "eval", what, str(run(lab, arm))]

@@ -117,6 +117,7 @@ class Size(NamedTuple):
     scored: list[str]
     semi: dict[str, list[str]]
     transferred: list[str]
+    mapped: list[str]
 
 
 # Learning rates of the linear evaluations with crops, chosen on training images held out.
@@ -159,8 +160,25 @@ SIZES: dict[str, Size] = {
             "transfer.held=0.05",
             f"transfer.lrs={RATES}",
         ],
+        # The paper's classes, 5 to 14, are not all there.
+        mapped=["tsne.classes=[0,1,2,3,4,5,6,7,8,9]", "tsne.images=50"],
     ),
 }
+# To try the command on a few images.
+SIZES["tiny"] = Size(
+    epochs=dict(moco=1, swav=1, dino=1),
+    teacher_epochs=dict(moco=2, swav=2, dino=2, dino_vit=2, dino_xcit=2),
+    differs=dict(
+        data=dict(batch=8, threads=1, eval_batch=16), checkpoint=dict(every=1), log=dict(every=1)
+    ),
+    scored=["knn.k=[3]", "probe.kinds=[logistic]", "probe.cs=[0.01,0.1]", "probe.held=0.2"],
+    semi={
+        "1": ["semi.shares=[0.4]", "semi.epochs=2"],
+        "10": ["semi.shares=[0.8]", "semi.epochs=2"],
+    },
+    transferred=["transfer.epochs=1"],
+    mapped=["tsne.images=4"],
+)
 
 # ---- the paper's numbers: linear top-1 on ImageNet, alone and with DisCo
 

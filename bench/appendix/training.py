@@ -37,7 +37,6 @@ def train(lab: Lab, arm: Arm) -> dict[str, float]:
         record(lab, arm)
     run = lab.state / "runs" / arm.name
     if not finished(run):
-        print(f"training {arm.name}", flush=True)
         lab.processes.run(arm.name, command(base(lab, arm), *more))
     found = dict(
         epochs=arm.cfg["run"]["epochs"],
@@ -45,7 +44,6 @@ def train(lab: Lab, arm: Arm) -> dict[str, float]:
         cpu_minutes=lab.processes.cpu_minutes(arm.name),
         recording=lab.processes.cpu_minutes(arm.cache) if arm.teacher else 0.0,
     )
-    kept.parent.mkdir(exist_ok=True)
     written(kept, found)
     return found
 
@@ -55,7 +53,6 @@ def record(lab: Lab, arm: Arm) -> None:
     done = lab.state / f"caches/{arm.cache}.json"
     if done.exists() and json.loads(done.read_text())["rounds"] >= arm.cfg["run"]["epochs"]:
         return
-    print(f"recording {arm.cache}", flush=True)
     line = [sys.executable, "-m", "fastdisco.cli", "teacher", "record", "--config"]
     lab.processes.run(arm.cache, [*line, str(base(lab, arm)), *_taught(lab, arm)])
     written(done, dict(rounds=arm.cfg["run"]["epochs"]))

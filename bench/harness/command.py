@@ -16,10 +16,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def finish(
     bench: str, device: str, summary: list[dict], samples, folder: Path | None = None, **more
 ) -> Path:
-    """Writes the result as `results.write` does, draws its picture where the bench has one, prints
+    """Writes the result as `results.write` does, draws its pictures where the bench has some, prints
     the rows, and returns the JSON file's path."""
     path = results.write(bench, device, summary, samples, folder, **more)
     tables.show_rows(summary)
-    picture = pictures.write(path)
-    print(f"kept in {path}" + (f" and {picture.name}" if picture else ""))
+    drawn = [picture.name for picture in pictures.write(path)]
+    print(" and ".join([f"kept in {path}", *drawn]))
     return path

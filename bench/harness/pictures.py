@@ -1,7 +1,8 @@
 """Pictures of results.
 
 A bench has a picture where bench/pictures/ has a module of its name, with draw(result), which makes
-the figure from what the JSON file holds and from nothing else.  The PNG file carries the SHA-256 of
+the figure from what the JSON file holds and from nothing else; or drawings(result), which makes
+several by name.  The PNG file carries the SHA-256 of
 that JSON file, so a picture of an older run is told by its bytes."""
 
 import hashlib
@@ -16,22 +17,25 @@ DRAWN_FROM = "Drawn from the JSON file of SHA-256"
 DPI = 120
 
 
-def write(result: Path) -> Path | None:
-    """Draws the picture beside the result's JSON file; None where the bench has none."""
-    if (image := drawn(result)) is None:
-        return None
-    path = result.with_suffix(".png")
-    path.write_bytes(image)
-    return path
+def write(result: Path) -> list[Path]:
+    """Draws the pictures beside the result's JSON file; none where the bench has none."""
+    found = drawn(result)
+    for path, image in found.items():
+        path.write_bytes(image)
+    return list(found)
 
 
-def drawn(result: Path) -> bytes | None:
-    """The PNG of a result's JSON file, the same bytes each time; None where the bench has none."""
+def drawn(result: Path) -> dict[Path, bytes]:
+    """The PNGs of a result's JSON file by their paths, the same bytes each time."""
     content = json.loads(result.read_text())
     if find_spec(f"pictures.{content['bench']}") is None:
-        return None
-    figure = importlib.import_module(f"pictures.{content['bench']}").draw(content)
-    return png(figure, {DRAWN_FROM: sha256(result)})
+        return {}
+    module = importlib.import_module(f"pictures.{content['bench']}")
+    text = {DRAWN_FROM: sha256(result)}
+    if not hasattr(module, "drawings"):
+        return {result.with_suffix(".png"): png(module.draw(content), text)}
+    beside = lambda name: result.with_name(f"{result.stem}-{name}.png")
+    return {beside(name): png(made, text) for name, made in module.drawings(content).items()}
 
 
 def png(figure, text: dict[str, str]) -> bytes:
@@ -57,15 +61,23 @@ def sha256(path: Path) -> str:
 
 
 def stale(results: Path) -> list[str]:
-    """The pictures in the folder that are missing, or that show another JSON file than the one
-    beside them, or none."""
-    wanted = {p.with_suffix(".png"): p for p in sorted(results.glob("*.json")) if _has_picture(p)}
+    """The pictures in the folder that are missing, or that show another JSON file than theirs, or
+    none."""
+    digests = {p: sha256(p) for p in sorted(results.glob("*.json"))}
+    wanted = {path: digests[p] for p in digests for path in names(p)}
     found = sorted({*wanted, *results.glob("*.png")})
-    return [p.name for p in found if p not in wanted or _source(p) != sha256(wanted[p])]
+    return [p.name for p in found if p not in wanted or _source(p) != wanted[p]]
 
 
-def _has_picture(result: Path) -> bool:
-    return find_spec(f"pictures.{json.loads(result.read_text())['bench']}") is not None
+def names(result: Path) -> list[Path]:
+    """The paths of the pictures that a result's JSON file should have."""
+    content = json.loads(result.read_text())
+    if find_spec(f"pictures.{content['bench']}") is None:
+        return []
+    module = importlib.import_module(f"pictures.{content['bench']}")
+    if not hasattr(module, "drawings"):
+        return [result.with_suffix(".png")]
+    return [result.with_name(f"{result.stem}-{name}.png") for name in module.drawings(content)]
 
 
 def _source(picture: Path) -> str | None:

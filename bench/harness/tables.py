@@ -11,6 +11,8 @@ from harness import readers
 MARKED = re.compile(
     r"(<!-- bench:(\w+)(?: (full|readers):(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL
 )
+# A table that the bench made itself, under its name in the result's `tables`.
+NAMED = re.compile(r"(<!-- table:(\w+):(\w+) -->\n).*?(<!-- /table:\2:\3 -->)", re.DOTALL)
 
 
 def fill(text: str, results: Path) -> str:
@@ -18,13 +20,30 @@ def fill(text: str, results: Path) -> str:
 
     A table stands between <!-- bench:NAME --> and <!-- /bench:NAME -->; NAME is the bench.  With
     <!-- bench:NAME full:PAGE --> it has the measured rows alone, and a link to PAGE, which has
-    all.  With <!-- bench:NAME readers:PAGE --> it is the one of readers.py."""
+    all.  With <!-- bench:NAME readers:PAGE --> it is the one of readers.py.  Between
+    <!-- table:NAME:TABLE --> and <!-- /table:NAME:TABLE --> stands one of the tables that the bench
+    itself put into its results."""
 
     def filled(m: re.Match[str]) -> str:
         made = for_readers if m[3] == "readers" else markdown
         return m[1] + made(m[2], results, m[4]) + m[5]
 
+    text = NAMED.sub(lambda m: m[1] + named(m[2], m[3], results) + m[4], text)
     return MARKED.sub(filled, text)
+
+
+def named(bench: str, table: str, results: Path) -> str:
+    """One table of the bench's results, one device after another."""
+    found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
+    made = [_cells(**r["tables"][table]) for r in found if table in r.get("tables", {})]
+    return "\n".join(made) or "Not measured yet.\n"
+
+
+def _cells(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown of a table; a short row is filled up."""
+    filled = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
+    lines = [columns, ["---"] * len(columns), *filled]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def markdown(bench: str, results: Path, full: str | None = None) -> str:
