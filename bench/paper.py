@@ -34,6 +34,7 @@ from fastdisco.data import demo
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
+    """The rows, also of what is not finished."""
     args = arguments(argv)
     state, end = args.state.resolve(), time.monotonic() + 60 * args.minutes
     state.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name, why in lacking.items():
         print(f"missing: {name}: {why}")
     rows = summary(samples)
-    about = dict(size=args.size, seeds=args.seeds, data=args.data.name, tables=tables(samples))
+    used = args.transfer.name if args.transfer else "patches of photographs"
+    about = dict(size=args.size, seeds=args.seeds, data=args.data.name, transfer=used)
+    about["tables"] = tables(samples)
     folder = None if args.keep else state / "results"
     finish("paper", device_kind(), rows, samples, folder, **about)
     return rows

@@ -88,7 +88,8 @@ def _smallest(name: str, points: Points, aim: float | None) -> dict:
     unit = "points of linear top-1, the smallest of the cells, mean over seeds"
     missing = [cell for cell, x in points.items() if x is None]
     if missing:
-        why = f"{len(missing)} of {len(points)} cells are not measured: {', '.join(missing)}"
+        some = f"{len(missing)} of {len(points)} cells are not trained yet: {', '.join(missing)}"
+        why = some if len(missing) < len(points) else "none of its cells is trained yet"
         return row(name, None, unit, aim, "higher", why)
     value = min(x for x in points.values() if x is not None)
     return row(name, round(value, 2), unit, aim, "higher")
