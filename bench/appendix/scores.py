@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from appendix.arms import Arm, digest
-from appendix.processes import written
+from appendix.processes import Failed, written
 from appendix.settings import Size
 from appendix.training import Lab
 
@@ -17,21 +17,21 @@ COORDINATES = "*.coordinates.json"
 
 def tabled(lab: Lab, arm: Arm, size: Size) -> dict[str, float]:
     """knn and linear accuracy, 0 to 1."""
-    found = evaluated(lab, arm, "all", size.scored, "--only", "knn,probe")
+    found = evaluated(lab, arm, "all", (KNN, LINEAR), size.scored, "--only", "knn,probe")
     return dict(knn=found[KNN], linear=found[LINEAR])
 
 
 def semi(lab: Lab, arm: Arm, size: Size) -> dict[str, float]:
     """Share of labels in per cent -> linear accuracy, 0 to 1, the mean over draws."""
     return {
-        share: _selected(evaluated(lab, arm, "semi", settings))
+        share: _selected(evaluated(lab, arm, "semi", (), settings))
         for share, settings in size.semi.items()
     }
 
 
 def transfer(lab: Lab, arm: Arm, size: Size, images: list[str]) -> dict[str, float]:
     """Linear accuracy, 0 to 1, on another data set.  images: overrides that name it."""
-    found = evaluated(lab, arm, "transfer", [*size.transferred, *images])
+    found = evaluated(lab, arm, "transfer", (), [*size.transferred, *images])
     return dict(linear=_selected(found))
 
 
@@ -53,8 +53,12 @@ def maps(lab: Lab, arms: dict[str, Arm], size: Size) -> dict[str, dict]:
     }
 
 
-def evaluated(lab: Lab, arm: Arm, what: str, settings: list[str], *options: str) -> dict:
-    """All values of one call of `fastdisco eval`; what is there is not evaluated again."""
+def evaluated(
+    lab: Lab, arm: Arm, what: str, needs: tuple[str, ...], settings: list[str], *options: str
+) -> dict:
+    """All values of one call of `fastdisco eval`; what is there is not evaluated again.
+
+    needs  values that `eval all` would leave out where it cannot have them; then raises Failed"""
     name = f"{arm.name}-{what}-{digest([settings, options])}"
     kept = lab.state / f"scores/{name}.json"
     if not kept.exists():
@@ -62,7 +66,11 @@ def evaluated(lab: Lab, arm: Arm, what: str, settings: list[str], *options: str)
         net = "ema" if arm.cfg["method"]["name"] == "dino" else "student"
         line = [sys.executable, "-m", "fastdisco.cli", "eval", what, str(run(lab, arm))]
         printed = lab.processes.run(name, [*line, "--net", net, *options, *settings])
-        written(kept, json.loads(printed.splitlines()[-1]))
+        values = json.loads(printed.splitlines()[-1])
+        if lacking := [k for k in needs if k not in values]:
+            log = lab.state / f"logs/{name}.log"
+            raise Failed(f"{name} has no {' and '.join(lacking)}; {log} says why")
+        written(kept, values)
     return json.loads(kept.read_text())
 
 

@@ -171,7 +171,7 @@ SIZES["tiny"] = Size(
     differs=dict(
         data=dict(batch=8, threads=1, eval_batch=16), checkpoint=dict(every=1), log=dict(every=1)
     ),
-    scored=["knn.k=[3]", "probe.kinds=[logistic]", "probe.cs=[0.01,0.1]", "probe.held=0.2"],
+    scored=["knn.k=[20]", "probe.kinds=[logistic]", "probe.cs=[0.01,0.1]", "probe.held=0.2"],
     semi={
         "1": ["semi.shares=[0.4]", "semi.epochs=2"],
         "10": ["semi.shares=[0.8]", "semi.epochs=2"],
