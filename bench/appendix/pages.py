@@ -71,7 +71,8 @@ def maps(samples: dict) -> dict:
     """How well each map of figure 3 keeps neighbours."""
     found = samples["figures"].get("fig3", {})
     rows = [[title, *(f"{x:.3f}" for x in of["values"].values())] for title, of in found.items()]
-    names = list(next(iter(found.values()))["values"]) if found else []
+    first = next(iter(found.values()))["values"] if found else {}
+    names = [name.removeprefix("tsne_").replace("_", " ") for name in first]
     return dict(columns=["network", *names], rows=rows or [[OPEN]])
 
 
