@@ -55,7 +55,8 @@ def teacher(name: str, size: Size) -> Arm:
     """Teachers have one seed: students of all seeds learn from the same."""
     how = TEACHERS[name]
     cfg = _cfg(how.testbed, how.net, 0, size.teacher_epochs[name], size)
-    return Arm(f"teacher-{name}", overlaid(cfg, how.differs))
+    above = teacher(how.taught_by, size) if how.taught_by else None
+    return Arm(f"teacher-{name}", overlaid(cfg, how.differs), above)
 
 
 def student(

@@ -11,7 +11,7 @@ TITLES = {
     EQUAL: "alone, for DisCo's time",
     "moco": "DisCo, teacher by MoCo-v2",
     "swav": "DisCo, teacher by SwAV",
-    "dino": "DisCo, teacher by DINO",
+    "seed": "DisCo, teacher by SEED",
     "dino_vit": "DisCo, larger ViT by DINO",
     "dino_xcit": "DisCo, larger XCiT by DINO",
 }

@@ -23,7 +23,7 @@ class Table(NamedTuple):
 
 CNNS = ("mobile", "resnet")
 TABLES: dict[str, Table] = {
-    "table2": Table("moco", CNNS, dict.fromkeys(CNNS, ("moco", "swav", "dino")), ("mobile",)),
+    "table2": Table("moco", CNNS, dict.fromkeys(CNNS, ("moco", "swav", "seed")), ("mobile",)),
     "table1": Table("swav", CNNS, dict.fromkeys(CNNS, ("swav",))),
     "table3": Table("dino", ("vit", "xcit"), {"vit": ("dino_vit",), "xcit": ("dino_xcit",)}),
 }

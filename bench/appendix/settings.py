@@ -83,6 +83,13 @@ TESTBEDS: dict[str, Cfg] = {
         bn=dict(sync=False),
         optim=ADAMW | dict(lr=1e-3),
     ),
+    "seed": dict(
+        views=[dict(count=1)],
+        student=dict(hidden=512, dim=128),
+        method=dict(name="seed", queue=4096, temp=0.2, temp_teacher=0.01),
+        bn=dict(groups=1),
+        optim=SGD | dict(lr=0.06),
+    ),
 }
 
 # ---- teachers
@@ -95,12 +102,14 @@ class Taught(NamedTuple):
     net: str
     # Laid over the testbed.
     differs: Cfg
+    # Of SEED, which learns from a teacher itself.
+    taught_by: str | None = None
 
 
 TEACHERS: dict[str, Taught] = {
     "moco": Taught("moco", "resnet_teacher", dict(optim=dict(lr=0.06))),
     "swav": Taught("swav", "resnet_teacher", {}),
-    "dino": Taught("dino", "resnet_teacher", {}),
+    "seed": Taught("seed", "resnet_teacher", {}, "moco"),
     "dino_vit": Taught("dino", "vit_teacher", {}),
     "dino_xcit": Taught("dino", "xcit_teacher", {}),
 }
@@ -125,7 +134,7 @@ RATES = "[0.03,0.1,0.3,1,3]"
 SIZES: dict[str, Size] = {
     "cpu": Size(
         epochs=dict(moco=3, swav=3, dino=3),
-        teacher_epochs=dict(moco=6, swav=6, dino=6, dino_vit=5, dino_xcit=5),
+        teacher_epochs=dict(moco=6, swav=6, seed=6, dino_vit=5, dino_xcit=5),
         differs={},
         scored=[
             "eval.bank=10000",
@@ -167,7 +176,7 @@ SIZES: dict[str, Size] = {
 # To try the command on a few images.
 SIZES["tiny"] = Size(
     epochs=dict(moco=1, swav=1, dino=1),
-    teacher_epochs=dict(moco=2, swav=2, dino=2, dino_vit=2, dino_xcit=2),
+    teacher_epochs=dict(moco=2, swav=2, seed=2, dino_vit=2, dino_xcit=2),
     differs=dict(
         data=dict(batch=8, threads=1, eval_batch=16), checkpoint=dict(every=1), log=dict(every=1)
     ),
