@@ -134,7 +134,7 @@ RATES = "[0.03,0.1,0.3,1,3]"
 SIZES: dict[str, Size] = {
     "cpu": Size(
         epochs=dict(moco=3, swav=3, dino=3),
-        teacher_epochs=dict(moco=6, swav=6, seed=6, dino_vit=5, dino_xcit=5),
+        teacher_epochs=dict(moco=10, swav=10, seed=6, dino_vit=6, dino_xcit=6),
         differs={},
         scored=[
             "eval.bank=10000",
