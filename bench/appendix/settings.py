@@ -84,7 +84,7 @@ TESTBEDS: dict[str, Cfg] = {
             momentum=0.99,
             centre=0.9,
             distill=4.0,
-            # Sharper than DINO's 0.1 and 0.04, by which a ViT learned a third less in 300 steps.
+            # Sharper than DINO's 0.1 and 0.04 (docs/miniature.md).
             temp=0.07,
             temp_mean=0.02,
             temp_mean_start=0.02,
