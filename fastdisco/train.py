@@ -25,6 +25,7 @@ import torch
 from fastdisco import config, data, engine, models, teacher
 from fastdisco.common import dist
 from fastdisco.common.console import say
+from fastdisco.common.heart import enter
 from fastdisco.config import Config
 from fastdisco.engine import optim
 from fastdisco.methods import Progress
@@ -37,6 +38,7 @@ from fastdisco.run.meter import Meter, named
 from fastdisco.run.mirror import Mirror
 from fastdisco.run.remarks import announce, remarks
 from fastdisco.run.signals import Stop
+from fastdisco.run.watchdog import Watchdog
 
 
 def train(cfg: Config, overwrite: bool = False) -> bool:
@@ -44,15 +46,17 @@ def train(cfg: Config, overwrite: bool = False) -> bool:
 
     overwrite: deletes the run that is in the folder, and starts over.
     Returns whether the run has come to its end; it has not where it was asked to stop."""
-    device = engine.start(cfg.engine)
-    with agreement.together() as closing, Lock() as lock:
-        closing.append(lock.release)
-        agreement.same_settings(cfg, overwrite)
-        dist.alike(lambda: None if dist.rank() else loggers.check(cfg.log.to))
-        # Before data and teacher are read, and before memory on a GPU is taken.
-        folder = claim(cfg, overwrite, lock)
-        finished = _run(cfg, device, folder, lock, closing, overwrite)
-    engine.stop()
+    with Watchdog(cfg.run.stall_seconds) as watchdog:
+        device = engine.start(cfg.engine, patience=watchdog.longest)
+        with agreement.together() as closing, Lock() as lock:
+            closing.append(lock.release)
+            agreement.same_settings(cfg, overwrite)
+            dist.alike(lambda: None if dist.rank() else loggers.check(cfg.log.to))
+            # Before data and teacher are read, and before memory on a GPU is taken.
+            folder = claim(cfg, overwrite, lock)
+            with watchdog.following(folder, closing):
+                finished = _run(cfg, device, folder, lock, watchdog, closing, overwrite)
+        engine.stop()
     return finished
 
 
@@ -61,6 +65,7 @@ def _run(
     device: torch.device,
     folder: Path,
     lock: Lock,
+    watchdog: Watchdog,
     closing: list[Callable[[], Any]],
     overwrite: bool,
 ) -> bool:
@@ -115,9 +120,11 @@ def _run(
         closing.append(log.close)
         # It was killed, or failed, when the checkpoint was saved.
         if start and evaluation.due(start) and dist.any_rank(log.lacks(start)):
+            enter("evaluate", start)
             with meter.paused():
                 log.write(start, evaluation.run(start, loader.remaining))
         for step in range(start, steps):
+            watchdog.step(step)
             # ---- learning rate and weight decay
             epoch = step / loader.steps_per_epoch
             rates = {s.name: optim.rate(s.cfg.optim, s.lr, epoch, cfg.run.epochs) for s in states}
@@ -128,8 +135,10 @@ def _run(
             # ---- forward and backward, once for each micro batch
             for _ in range(cfg.data.accumulate):
                 progress = Progress(loader.position, epoch / cfg.run.epochs, epoch, step)
+                enter("data")
                 with meter.waiting():
                     batch = next(loader)
+                enter("forward")
                 if replayed:
                     replayed.at(batch.index, batch.epoch)
                 # One forward of the teacher serves all students.
@@ -158,6 +167,7 @@ def _run(
             # ---- log, save, evaluate
             done = step + 1
             last = done == steps
+            enter("exchange")
             # A rank may be asked alone; all stop together.
             asked = stop.agreed()
             save = last or asked or done % cfg.checkpoint.every == 0
@@ -173,7 +183,9 @@ def _run(
                 if loader.aside:
                     values["data/set_aside"] = len(loader.aside)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
+            watchdog.done()
             if save:
+                enter("save")
                 with meter.paused():
                     saver.save(done, ends=last or asked)
                 mirror.copy(done)
@@ -181,6 +193,7 @@ def _run(
                 say(f"stopped as asked after step {done}; the same command continues from there")
                 break
             if due:
+                enter("evaluate")
                 with meter.paused():
                     log.write(done, evaluation.run(done, loader.remaining))
         else:

@@ -31,6 +31,9 @@ class Run(Block):
     epochs: Int = Field(200, ge=1)
     # Stop after so many steps.  The schedules stay those of all epochs.  null: train to the end.
     max_steps: Int | None = Field(None, ge=1)
+    # Seconds without progress after which the run ends and says which rank waits for what; four times
+    # as many in start-up and evaluations.  null: it waits for ever.
+    stall_seconds: Float | None = Field(300, gt=0)
 
     @field_validator("name")
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
+from fastdisco.common.heart import beat
 from fastdisco.config import Crop
 from fastdisco.data import draws, pipelines, shards
 from fastdisco.data.aside import Aside, Broken
@@ -398,6 +399,8 @@ def _each(
             shards.ahead(listing, padded[some:])
             for i in range(len(now) // batch):
                 views, index = pipelines.run(pipe, listing, now, i, batch, device, placement)
+                # An evaluation is long, and this is its progress.
+                beat()
                 here = min(batch, len(left))
                 index, left = index[:here], left[here:]
                 yield Batch([v[:here] for v in views], labels[index], index, epoch)

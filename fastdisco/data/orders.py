@@ -14,6 +14,16 @@ def order(seed: int, epoch: int, listing: Listing) -> np.ndarray:
     return shards.order(_keys(seed, epoch, n + len(listing.places.tars) + 1), listing.places)
 
 
+def images_of_step(listing: Listing, seed: int, batch: int, step: int) -> np.ndarray:
+    """[batch] int64: the images of an optimizer step, from 0 on, over all ranks; before any that broke
+    during the training have been replaced.
+
+    batch  images of a step"""
+    epoch, i = divmod(step, len(listing.kept) // batch)
+    whole = order(seed, epoch, listing)
+    return whole[~np.isin(whole, listing.left_out)][i * batch :][:batch]
+
+
 def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     """[images] int64: the stable sort of random words."""
     return np.argsort(_keys(seed, epoch, images), kind="stable")

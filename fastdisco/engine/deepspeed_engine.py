@@ -3,11 +3,13 @@ configuration."""
 
 import logging
 import os
+from datetime import timedelta
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as td
 from torch import nn
 
 from fastdisco.common import dist, launch
@@ -21,11 +23,18 @@ from fastdisco.engine.settings import bucket_bytes, deepspeed_config
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+# How long ranks wait for each other to join; and, at least, in an exchange.
+JOIN, _EXCHANGE = timedelta(minutes=5), timedelta(minutes=10)
+# Newer torch has a public name for it.
+_set_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
 
-def start(cfg: Engine) -> torch.device:
+
+def start(cfg: Engine, patience: float | None = None) -> torch.device:
     """Joins the ranks (NCCL on GPUs, gloo otherwise), sets how float32 is computed, and returns
     this rank's device.
 
+    patience  seconds after which the caller itself ends what hangs; an exchange then fails after a
+              minute more only
     Raises UserError where the machine's GPU cannot be used, or the precision cannot run."""
     dist.defaults()
     launch.follow()
@@ -43,7 +52,13 @@ def start(cfg: Engine) -> torch.device:
         # compiler at the first start, and a lock file left behind by a killed start hangs it.  On a
         # GPU nobody asks for it, while this look at the list would print seven warnings.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        _join_again(backend, device)
+    deepspeed.init_distributed(dist_backend=backend, timeout=JOIN)
+    # Longer than in start-up: a rank may save or evaluate while others wait.
+    limit = timedelta(seconds=patience + 60) if patience else _EXCHANGE
+    _set_timeout(max(limit, _EXCHANGE))
     return device
 
 
@@ -107,6 +122,19 @@ def import_deepspeed() -> ModuleType:
     import deepspeed
 
     return deepspeed
+
+
+def _join_again(backend: str, device: torch.device) -> None:
+    """Joins the ranks after `torchrun --max_restarts` has started them anew; DeepSpeed takes the
+    group as it is.
+
+    torchrun's store still has the addresses of the ranks that died.  Under their names a rank would
+    find a dead one before the new one has come."""
+    store, rank, world = next(td.rendezvous("env://", timeout=JOIN))
+    store = td.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # As DeepSpeed does.
+    own: dict[str, Any] = {"device_id": device} if device.type == "cuda" and world > 1 else {}
+    td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=JOIN, **own)
 
 
 def _refuse(net: nn.Module, optimizer: torch.optim.Optimizer, cfg: Engine) -> None:

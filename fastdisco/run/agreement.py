@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as td
 
 from fastdisco import config
-from fastdisco.common import dist, files
+from fastdisco.common import attempt, dist, files
 from fastdisco.common.console import refuse
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
@@ -127,6 +127,8 @@ def together() -> Iterator[list[Callable[[], Any]]]:
             yield closing
     except UserError as e:
         ended.set()
+        # Before the others end: then a launcher may kill this rank.
+        attempt.ended(2)
         _say(store, e)
         _end_together(store)
         sys.exit(2)

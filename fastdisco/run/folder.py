@@ -13,7 +13,7 @@ from fastdisco.common.console import say, shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.config import Config
-from fastdisco.run import agreement
+from fastdisco.run import agreement, watchdog
 from fastdisco.run.environment import environment
 from fastdisco.run.lock import Lock
 
@@ -23,6 +23,7 @@ _FREE = (
     "run.out",
     "run.max_steps",
     "run.mirror",
+    "run.stall_seconds",
     "data.train",
     "data.val",
     "data.quarantine",
@@ -146,7 +147,14 @@ def refuse_other_run(cfg: Config, folder: Path) -> None:
 
 def _locked(folder: Path, lock: Lock) -> str:
     """Rank 0 takes the lock; returns its id, or raises rank 0's error on every rank."""
-    return dist.alike(lambda: "" if dist.rank() else lock.take(folder))
+
+    def take() -> str:
+        mark = lock.take(folder)
+        # No rank of this attempt has a heartbeat yet: they wait for this one.
+        watchdog.forget(folder)
+        return mark
+
+    return dist.alike(lambda: "" if dist.rank() else take())
 
 
 def _clear(folder: Path) -> None:
@@ -180,9 +188,10 @@ def _tidy(folder: Path) -> None:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All but a lock and what a killed start may have left: hidden files of ours."""
+    """All but a lock, heartbeats and what a killed start may have left: hidden files of ours."""
     for path in folder.iterdir():
-        if path.name != ".lock" and not (path.name[0] == "." and path.suffix == ".part"):
+        ours = path.name in (".lock", watchdog.NAME)
+        if not ours and not (path.name[0] == "." and path.suffix == ".part"):
             yield path
 
 
