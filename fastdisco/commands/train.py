@@ -1,9 +1,10 @@
 """Trains a student with DisCo, or resumes the run of the same command."""
 
 import argparse
+from collections.abc import Sequence
 
 from fastdisco.commands import arguments
-from fastdisco.common import files, launch
+from fastdisco.common import attempt, files, launch
 from fastdisco.common.console import escape_what_cannot_be_shown, refuse, say
 from fastdisco.common.errors import UserError
 
@@ -14,14 +15,19 @@ def main(argv: list[str] | None = None) -> int:
     """`python fastdisco/train.py`; returns the exit code: 0 finished, 2 refused by a user's error,
     75 stopped by a signal, to be started again."""
     escape_what_cannot_be_shown()
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    add(parser)
     try:
-        args = arguments.parse(parser, argv)
+        args = parsed(argv)
         with files.refused():
             return run(args)
     except UserError as e:
         return refuse(e)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a training; exits with 2 at wrong ones."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    add(parser)
+    return arguments.parse(parser, argv)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +48,19 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Trains, and tells a supervisor of it."""
+    attempt.at(-1)
+    try:
+        with files.refused():
+            code = _run(args)
+    except UserError:
+        attempt.ended(2)
+        raise
+    attempt.ended(code)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     """Reads the configuration before torch is imported, so that a wrong key is answered at once."""
     from fastdisco import config
 
