@@ -149,7 +149,9 @@ def test_the_steps_that_count(tmp_path):
     assert goodput.seconds(path, 60, 60) == 0
 
 
-@pytest.mark.parametrize("batch, most, ranks", [(8, 3, 2), (8, 4, 4), (12, 5, 4), (14, 6, 2), (7, 2, 1)])
+@pytest.mark.parametrize(
+    "batch, most, ranks", [(8, 3, 2), (8, 4, 4), (12, 5, 4), (14, 6, 2), (7, 2, 1)]
+)
 def test_a_batch_is_divided_by_what_is_left(batch, most, ranks, folder, tmp_path):
     path, *overrides = [str(x) for x in tiny(folder, tmp_path)][1:]
     cfg = config.load(path, [*overrides, f"data.batch={batch}", "bn.groups=1"])

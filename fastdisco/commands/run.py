@@ -11,7 +11,7 @@ COMMANDS = {"": "train on every GPU, and go on after a crash"}
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastdisco run`."""
-    parser.usage = "fastdisco run [options] -- --config FILE [block.key=value ...]"
+    parser.usage = "fastdisco run [-h] [options] -- --config FILE [block.key=value ...]"
     parser.add_argument(
         "--restarts",
         type=_count,

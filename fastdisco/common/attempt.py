@@ -66,7 +66,7 @@ def _write(step: int, code: int) -> None:
 
 @functools.cache
 def _file() -> tuple[int, str] | None:
-    folder = os.environ.get(FOLDER)
+    folder = os.environ.get("FASTDISCO_ATTEMPT")
     if not folder:
         return None
     path = os.path.join(folder, f"rank_{launch.rank()}")

@@ -13,5 +13,7 @@ evaluation.py   the evaluation on the way;  online.py  what it says of the featu
 remarks.py      what is said before the first step
 plan.py         what a run would be and lack: `train.py --dry-run`
 environment.py  versions, commit and hardware;  signals.py  SIGTERM, SIGUSR1, Ctrl-C
+watchdog.py     ends a run that gets no further, and says which rank waits for what
+supervisor.py   starts a training again that crashed;  launching.py  by which command;  goodput.py
 
 Level 3: may import everything of levels 0 to 2.  Only train.py and the commands import it."""
