@@ -54,13 +54,15 @@ def main() -> None:
 def summary(samples: dict[str, list]) -> dict:
     """The row of all signals; without a value where they do not tell it."""
     seconds = [x["seconds"] for x in samples["signals"]]
-    cores, reason = len(os.sched_getaffinity(0)), None
+    cores, load = len(os.sched_getaffinity(0)), max(samples["load"])
+    reasons = []
     if len(seconds) < NEEDED:
-        reason = f"{len(seconds)} signals were sent; a 99th percentile needs {NEEDED}"
-    elif max(samples["load"]) > cores:
-        reason = f"others used the {cores} cores: a load of {max(samples['load']):.0f}"
-    if reason:
-        reason += f"; the longest took {max(seconds):.1f} s"
+        reasons.append(f"{len(seconds)} signals were sent; a 99th percentile needs {NEEDED}")
+    if load > cores:
+        reasons.append(f"others used the {cores} cores: a load of {load:.0f}")
+    if reasons:
+        reasons.append(f"the longest took {max(seconds):.1f} s")
+    reason = "; ".join(reasons) or None
     value = None if reason else round(percentile(seconds), 2)
     return row("sigterm_p99_s", value, "s", AIM, "lower", reason)
 
