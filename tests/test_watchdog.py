@@ -227,7 +227,7 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     TrainLoader.__next__ = lambda self: os.kill(os.getpid(), 9)
 elif os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" and os.environ["RANK"] == "0":
     # Long enough for the other one to look for its address.
-    time.sleep(5)
+    time.sleep(40)
 """
     script = tmp_path / "rank.py"
     script.write_text(RANK)
