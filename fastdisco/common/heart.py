@@ -3,6 +3,8 @@
 Whatever works for long calls `beat`; a training's watchdog (run/watchdog.py) looks whether anybody
 does.  A beat costs nothing."""
 
+import threading
+
 
 class Heart:
     """phase  what the process does: start, data, forward, exchange, save or evaluate
@@ -16,8 +18,12 @@ heart = Heart()
 
 
 def beat() -> None:
-    """Something has been done since the last beat."""
-    heart.beats += 1
+    """Something has been done since the last beat.
+
+    It counts from the main thread alone: that another one fetches ahead is not the training's
+    progress."""
+    if threading.current_thread() is threading.main_thread():
+        heart.beats += 1
 
 
 def enter(phase: str, step: int | None = None) -> None:

@@ -32,7 +32,7 @@ class Run(Block):
     # Stop after so many steps.  The schedules stay those of all epochs.  null: train to the end.
     max_steps: Int | None = Field(None, ge=1)
     # Seconds without progress after which the run ends and says which rank waits for what; four times
-    # as many in start-up and evaluations.  null: it waits for ever.
+    # as many in start-up, saves and evaluations.  null: it waits for ever.
     stall_seconds: Float | None = Field(300, gt=0)
 
     @field_validator("name")

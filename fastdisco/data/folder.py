@@ -19,6 +19,7 @@ import numpy as np
 from fastdisco.common.console import shorten
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import open_regular
+from fastdisco.common.heart import beat
 from fastdisco.data import lines
 from fastdisco.data.cache import Remote
 
@@ -351,6 +352,7 @@ def _scan(folder: Path, passed: Counter[str]) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(folder) as entries:
             for e in entries:
+                beat()
                 if e.name.startswith("."):
                     continue
                 if e.name.lower() in SYSTEM:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from fastdisco.common.errors import UserError
+from fastdisco.common.heart import beat
 from fastdisco.common.urls import Url
 
 GOOGLE = "https://storage.googleapis.com"  # speaks S3, with HMAC keys as credentials
@@ -113,7 +114,9 @@ def download(wanted: Object, to: Path, sha256: str | None = None) -> None:
             return keyed
 
         try:
-            encrypted = any([*pool.map(fetch, starts)])
+            for keyed in pool.map(fetch, starts):
+                encrypted |= keyed
+                beat()
         except BaseException:
             # The pieces that are not begun are not worth waiting for.
             pool.shutdown(cancel_futures=True)

@@ -22,6 +22,7 @@ import numpy as np
 
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
+from fastdisco.common.heart import beat
 from fastdisco.data.tar_samples import Member, Sample, samples
 
 VERSION = "fastdisco index"  # the key in an index's first line
@@ -223,6 +224,7 @@ def scan(tar: Path, stored: bool) -> list[Row]:
     Raises UserError for anything else than a tar of samples."""
     rows: list[Row] = []
     for sample in samples(tar):
+        beat()
         rows.append(_row(tar, sample, stored, len(rows)))
     if not rows:
         raise UserError(f"{tar}: an empty tar, it has no image; remove it")

@@ -26,8 +26,8 @@ from fastdisco.common.console import shorten
 from fastdisco.common.heart import enter, heart
 
 NAME = ".heartbeats"
-# Start-up (with the first step, which compiles) and evaluations may be silent for so many times
-# run.stall_seconds.
+# Start-up (with the first step, which compiles), saves and evaluations may be silent for so many
+# times run.stall_seconds.
 LONG = 4
 # Seconds between two looks; that a file system may take to answer; after which a rank whose heartbeat
 # has stopped counts as halted.
@@ -145,7 +145,7 @@ class Watchdog:
 
     def _limit(self) -> float:
         assert self.stall
-        long = not self._stepped or heart.phase in ("start", "evaluate")
+        long = not self._stepped or heart.phase in ("start", "save", "evaluate")
         return self.stall * (LONG if long else 1)
 
     def _stalled(self, silent: float) -> NoReturn:
