@@ -172,17 +172,18 @@ def _run(
             asked = stop.agreed()
             save = last or asked or done % cfg.checkpoint.every == 0
             due = evaluation.due(done)
-            if save or due or done % cfg.log.every == 0:
-                loader.agree()
             if save or done % cfg.log.every == 0:
                 lock.check()
                 # Only here does the loop wait for the device.
                 values = meter.read(done, steps)
+                loader.agree()
                 for name, rate in rates.items():
                     values |= named({"lr": rate}, student=name)
                 if loader.aside:
                     values["data/set_aside"] = len(loader.aside)
                 log.write(done, values | {"train/epoch": done / loader.steps_per_epoch})
+            elif due:
+                loader.agree()
             watchdog.done()
             if save:
                 enter("save")

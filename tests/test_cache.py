@@ -13,6 +13,7 @@ from conftest import ROOT, ranks, run, tiny
 from training import _differences, _fails, _train, losses, metrics, train_a_teacher
 
 from fastdisco import cli, config, data, teacher
+from fastdisco.common import files
 from fastdisco.config import Crop, UserError
 from fastdisco.teacher import cache
 
@@ -358,6 +359,11 @@ def test_another_teacher_is_refused(folder, copy, tmp_path):
     found = torch.load(state, weights_only=True)
     found["student"]["head.0.bias"] += 1
     torch.save(found, state)
+    # Else the file would be taken for damaged.
+    about = {"size": state.stat().st_size, "sha256": files.sha256(state)}
+    listed = json.loads((state.parent / "manifest.json").read_text())
+    listed["files"]["state.pt"] = about
+    (state.parent / "manifest.json").write_text(json.dumps(listed))
     with pytest.raises(UserError, match="another teacher \\("):
         opened(folder, tmp_path, copy)
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastdisco import config
 from fastdisco.config import UserError
-from fastdisco.run import checkpoint, log
+from fastdisco.run import log, saving
 from fastdisco.run.folder import agree
 
 
@@ -23,10 +23,11 @@ from fastdisco.run.folder import agree
 )
 def test_what_last_names_is_never_removed(tmp_path, there, now, keep, stay):
     names = {n: f"step_{n:08}" for n in there}
+    folder = tmp_path / "checkpoints"
     for name in names.values():
-        (tmp_path / name).mkdir()
-    checkpoint._prune(tmp_path / names[now], keep)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [names[n] for n in stay]
+        (folder / name).mkdir(parents=True)
+    saving._prune(folder / names[now], keep)
+    assert sorted(p.name for p in folder.iterdir()) == [names[n] for n in stay]
 
 
 def test_torn_lines_of_the_log_are_dropped_and_said(tmp_path, capsys):

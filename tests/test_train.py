@@ -204,7 +204,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     }
     checkpoint.save(tmp_path, 1, state, {}, keep=2)
     value["n"] = 2
-    write = saving._write
+    write = saving._to_disk
     for broken in ("state.pt", "rank_0.pt"):
 
         def fails(path, what, broken=broken):
@@ -213,12 +213,12 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
                 raise OSError("disk full")
             return write(path, what)
 
-        monkeypatch.setattr(saving, "_write", fails)
+        monkeypatch.setattr(saving, "_to_disk", fails)
         with pytest.raises(UserError, match="disk full"):
             checkpoint.save(tmp_path, 2, state, {}, keep=2)
         assert checkpoint.restore(tmp_path, state, {}) == 1 and value["n"] == 1
         value["n"] = 2
-    monkeypatch.setattr(saving, "_write", write)
+    monkeypatch.setattr(saving, "_to_disk", write)
     checkpoint.save(tmp_path, 2, state, {}, keep=2)
     value["n"] = 0
     assert checkpoint.restore(tmp_path, state, {}) == 2 and value["n"] == 2

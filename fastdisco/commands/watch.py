@@ -96,7 +96,8 @@ def picture(found: "Seen") -> "RenderableType":
         drawn = sparkline(accuracies, room, console.options.ascii_only)
         line = f"kNN {min(accuracies):.1%} {drawn} {max(accuracies):.1%}  {student}"
         curves.append(Text(line.rstrip(), no_wrap=True, overflow="ellipsis"))
-    title = Text(f"{found.folder}: {found.state}", no_wrap=True, overflow="ellipsis")
+    # The state first: a long path is cut.
+    title = Text(f"{found.state}: {found.folder}", no_wrap=True, overflow="ellipsis")
     return Group(title, bar, *curves)
 
 

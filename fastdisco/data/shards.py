@@ -116,6 +116,7 @@ def _parsed(
         # Bytes in object storage are compared when they are fetched.
         if not store:
             _same_headers(tar, index, numbers, members[-1])
+        _same_pack(tar, index, manifest)
     except OSError as e:
         raise tar_index.unreadable(tar, e) from None
     except (ValueError, KeyError, TypeError, OverflowError):
@@ -164,6 +165,17 @@ def _same_headers(tar: Path, index: Index, numbers: np.ndarray, last: str) -> No
     compare = index.packed and not index.old
     if compare and tar_index.headers(tar, index.lines) != index.about["headers"]:
         raise UserError(f"{tar}: its headers are not those that its index was written for; {wrong}")
+
+
+def _same_pack(tar: Path, index: Index, manifest: dict | None) -> None:
+    """Raises UserError where the index of a packed tar is of another tar than the manifest names."""
+    if manifest is None or not index.packed:
+        return
+    if index.about["sha256"] != manifest["tars"].get(tar.name, {}).get("sha256"):
+        raise UserError(
+            f"{tar}: its index is of another tar than {MANIFEST} names (SHA-256); copy the whole "
+            "folder again"
+        )
 
 
 def _remedy(tar: Path) -> str:
