@@ -110,6 +110,7 @@ def test_a_mistake_starts_nothing(words, says, monkeypatch, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_it_stops_when_it_is_asked_to(launcher, folder, tmp_path):
     more = ("run.epochs=100000", "log.every=1000000", "data.val=null", "checkpoint.every=3")

@@ -94,6 +94,7 @@ def test_a_rank_that_sleeps_in_data(folder, tmp_path):
     assert not (tmp_path / "tiny/.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_halted(folder, tmp_path):
     _, told = started(folder, tmp_path)
     metrics = tmp_path / "tiny/metrics.jsonl"
