@@ -33,6 +33,8 @@ NVIDIA = {
 }
 OLD = {"nvidia-dali-cuda130": "2.2.0"}
 ABSENT = ["fastdisco", "deepspeed", "timm", "scikit-image"]
+# For tests alone, so in no image: when imported, one makes folders in the user's home.
+UNLIKE = ["mlflow-skinny", "wandb"]
 COMMIT = "0123abc"
 USER = "12345:12345"  # in no password file
 # What the user of the image runs.
@@ -123,7 +125,7 @@ def bare(root: Path) -> dict[str, str]:
     for path in (Path(sys.executable).resolve(), venv / "bin"):
         for parent in path.parents:
             (root / str(parent)[1:]).chmod(0o755)
-    run(root, f"python3 -m pip uninstall -q -y {' '.join(ABSENT)}", env)
+    run(root, f"python3 -m pip uninstall -q -y {' '.join(ABSENT + UNLIKE)}", env)
     return env
 
 

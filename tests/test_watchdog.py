@@ -147,7 +147,7 @@ def test_the_sentence(me, others, says):
     assert says in sentence(me, others)
 
 
-def test_start_and_evaluation_may_take_longer(monkeypatch):
+def test_start_evaluations_and_saves_may_take_longer(monkeypatch):
     dog = Watchdog(10)
     monkeypatch.setattr(heart, "heart", heart.heart)
     limits = []
@@ -156,7 +156,7 @@ def test_start_and_evaluation_may_take_longer(monkeypatch):
         if done:
             dog.done()
         limits.append(dog._limit())
-    assert limits == [40, 40, 10, 40, 10]
+    assert limits == [40, 40, 10, 40, 40]
     assert dog.longest == 40 and Watchdog(None).longest is None
 
 
