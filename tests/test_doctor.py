@@ -1,8 +1,6 @@
 """`fastdisco doctor` on one machine: each check finds what it is for, against made-up machines."""
 
-import contextlib
 import importlib.metadata
-import io
 import json
 import math
 import re
@@ -16,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ranks, tiny
+from training import command
 
-from fastdisco import cli, config
+from fastdisco import config
 from fastdisco.commands import trial
 from fastdisco.common.errors import UserError
 from fastdisco.data import operators
@@ -599,13 +598,7 @@ def test_the_bytes_of_recorded_embeddings(folder, tmp_path):
 
 def doctor(args):
     """(exit code, stdout, stderr) of the command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            ended = cli.main(["doctor", *map(str, args)])
-        except SystemExit as e:
-            ended = e.code
-    return ended, out.getvalue(), err.getvalue()
+    return command("doctor", *args)
 
 
 def told(out):

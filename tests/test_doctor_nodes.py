@@ -1,7 +1,5 @@
 """`fastdisco doctor` on several ranks and nodes: it names the one that is not as it should be."""
 
-import contextlib
-import io
 import json
 import os
 import socket
@@ -13,6 +11,7 @@ from pathlib import Path
 import nodes
 import pytest
 from conftest import HANGS, ROOT, ranks, tiny
+from training import command
 
 from fastdisco import cli
 from fastdisco.common.errors import UserError
@@ -164,13 +163,7 @@ def doctor(args, change=None):
     one_node.libraries = lambda *_: []
     if change:
         change()
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            ended = cli.main(["doctor", *map(str, args)])
-        except SystemExit as e:
-            ended = e.code
-    return ended, out.getvalue(), err.getvalue()
+    return command("doctor", *args)
 
 
 def told(out):

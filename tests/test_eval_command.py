@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, ranks
-from PIL import Image
 from test_formats import save, small_swav
 
 from fastdisco import cli, config, data, models
@@ -23,23 +22,6 @@ from fastdisco.data import loader as loading
 from fastdisco.evals import knn, passes, results
 from fastdisco.evals.linear import Heads, Rate
 from fastdisco.evals.protocols import Protocol
-
-
-@pytest.fixture(scope="module")
-def textures(tmp_path_factory):
-    """train/ with 60 images of 3 classes and val/ with 30: colour and grain by class, noisy, so
-    that random features tell some of them."""
-    root, rng = tmp_path_factory.mktemp("textures"), np.random.default_rng(0)
-    for part, n in (("train", 60), ("val", 30)):
-        for i in range(n):
-            label = i % 3
-            grain = rng.integers(0, 256, size=(3 + 3 * label, 3 + 3 * label, 3)).astype(float)
-            grain[..., label] += 25
-            path = root / part / f"class{label}" / f"{part}{i:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            small = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
-            small.resize((36, 40), Image.BICUBIC).save(path)
-    return root
 
 
 def a_run(textures, out, seed=0, **more):

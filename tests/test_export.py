@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,22 +20,6 @@ from fastdisco.common.errors import UserError
 from fastdisco.export import card, formats, onnx, place
 from fastdisco.models import plain_timm
 from fastdisco.run import checkpoint
-
-
-@pytest.fixture(scope="module")
-def textures(tmp_path_factory):
-    """train/ with 60 images of 3 classes and val/ with 30: colour and grain by class, noisy."""
-    root, rng = tmp_path_factory.mktemp("textures"), np.random.default_rng(0)
-    for part, n in (("train", 60), ("val", 30)):
-        for i in range(n):
-            label = i % 3
-            grain = rng.integers(0, 256, size=(3 + 3 * label, 3 + 3 * label, 3)).astype(float)
-            grain[..., label] += 25
-            path = root / part / f"class{label}" / f"{part}{i:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            small = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
-            small.resize((36, 40), Image.BICUBIC).save(path)
-    return root
 
 
 def a_run(textures, out, arch, change=lambda net: None, **more):

@@ -108,6 +108,7 @@ def test_another_process_with_the_same_number_is_not_the_owner(tmp_path):
     path.write_text(json.dumps(lock._me() | {"ticks": 1}))
     with Lock() as mine:
         mine.take(tmp_path)
+        assert lock.read(path)["ticks"] == lock._me()["ticks"] != 1
 
 
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path):
@@ -153,6 +154,7 @@ def test_a_torn_lock_is_taken_over(torn, tmp_path, quick):
     (tmp_path / NAME).write_text(torn)
     with Lock() as mine:
         mine.take(tmp_path)
+        assert lock.read(tmp_path / NAME)["pid"] == os.getpid()
 
 
 def test_who_lost_the_lock_is_told_and_does_not_delete_the_others(tmp_path, monkeypatch):

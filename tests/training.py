@@ -48,6 +48,17 @@ def _fails(args):
     return code, "".join(x for x in err.getvalue().splitlines(True) if x.startswith("fastdisco"))
 
 
+def command(*words):
+    """(exit code, stdout, stderr) of a command of fastdisco's in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            ended = cli.main([str(x) for x in words])
+        except SystemExit as e:
+            ended = e.code
+    return ended, out.getvalue(), err.getvalue()
+
+
 def _knn(folder):
     """What `fastdisco eval knn` finds for a run."""
     with contextlib.redirect_stdout(io.StringIO()) as out:

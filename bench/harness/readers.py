@@ -77,16 +77,8 @@ READ: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("its int8 file", "{:.1f} times smaller", "int8_size_ratio_mobv3"),
         ("what int8 costs it", "{:.1f} points of kNN", "int8_drop_knn_mobv3"),
-        (
-            "what int8 costs ResNet-18, which gains a little",
-            "{:.1f} points of kNN",
-            "int8_drop_knn_r18",
-        ),
-        (
-            "what int8 costs EfficientNet-B0, whose file is rejected",
-            "{:.1f} points of kNN",
-            "int8_drop_knn_effb0",
-        ),
+        ("what int8 costs ResNet-18", "{:.1f} points of kNN", "int8_drop_knn_r18"),
+        ("what int8 costs EfficientNet-B0", "{:.1f} points of kNN", "int8_drop_knn_effb0"),
     ],
 }
 
