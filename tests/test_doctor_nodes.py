@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -291,7 +292,7 @@ def test_the_command_that_starts_a_node(monkeypatch):
     monkeypatch.setenv("HOME", "/home/secret")
     text = hostfile.remote({"node0": 2, "node1": 1}, "node1", ["optim.lr=1"])
     for words in ("--node_rank=1 --master_addr=node0 --master_port=29500", "'GLOO_SOCKET_IFNAME=eth 0'",
-                  "doctor optim.lr=1 --json --as=node1", f"cd {os.getcwd()} &&"):  # fmt: skip
+                  "doctor optim.lr=1 --json --as=node1", f"cd {shlex.quote(os.getcwd())} &&"):  # fmt: skip
         assert words in text, text
     assert "secret" not in text
     monkeypatch.setenv("MASTER_PORT", "1234")

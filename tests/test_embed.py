@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_eval_command import a_run, evaluate, textures
+from test_eval_command import a_run, evaluate
 
 from fastdisco import cli, data
 from fastdisco.common.errors import UserError
 from fastdisco.evals import embed
 from fastdisco.evals.features import Features
 
-__all__ = ["textures"]
 
 needs_pyarrow = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="extra: pyarrow is not installed"

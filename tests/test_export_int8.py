@@ -8,7 +8,7 @@ import onnx as onnx_format
 import onnxruntime
 import pytest
 import torch
-from test_export import a_run, export, textures  # noqa: F401
+from test_export import a_run, export
 from torch import nn
 
 from fastdisco import models
@@ -148,7 +148,7 @@ def collapsing(net):
 
 
 @pytest.fixture(scope="module")
-def collapsed(textures, tmp_path_factory):  # noqa: F811
+def collapsed(textures, tmp_path_factory):
     out = tmp_path_factory.mktemp("collapsed")
     return a_run(textures, out, "test_resnet", collapsing)
 

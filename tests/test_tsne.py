@@ -10,7 +10,7 @@ from conftest import ranks
 from PIL import Image
 from scipy.spatial import procrustes
 from sklearn.manifold import trustworthiness
-from test_eval_command import a_run, evaluate, textures
+from test_eval_command import a_run, evaluate
 
 from fastdisco import cli, data
 from fastdisco.commands import arguments
@@ -19,8 +19,6 @@ from fastdisco.common.errors import UserError
 from fastdisco.evals import results, scatter, tsne
 from fastdisco.evals import settings as all_settings
 from fastdisco.evals.settings import Tsne
-
-__all__ = ["textures"]
 
 
 def listing(counts, left_out=()):
