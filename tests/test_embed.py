@@ -16,7 +16,6 @@ from fastdisco.common.errors import UserError
 from fastdisco.evals import embed
 from fastdisco.evals.features import Features
 
-
 needs_pyarrow = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="extra: pyarrow is not installed"
 )
