@@ -1,6 +1,8 @@
 """Ridge and logistic regression against scikit-learn, and kNN, retrieval and health against what
 they are written out."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_knn import vote
 
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
-from fastdisco.evals import features, health, logistic, neighbours, retrieve, ridge
+from fastdisco.evals import features, health, logistic, neighbours, retrieve, ridge, shares
 
 CLASSES = 6
 
@@ -71,11 +73,11 @@ def test_logistic_is_scikit_learns(c):
     double = [f._replace(x=f.x.double()) for f in (train, val)]
     (x, y), (v, _) = (as_numpy(f) for f in double)
     theirs = LogisticRegression(C=c, tol=1e-10, max_iter=5000).fit(x, y)
-    w, b = logistic.fit(double[0], CLASSES, c, iterations=1000)
+    w, b = logistic.fit(double[0], CLASSES, c, iterations=1000, tolerance=1e-7)
     ours = (v @ w.numpy() + b.numpy(), theirs.decision_function(v))
     ours, want = (z - z.mean(1, keepdims=True) for z in ours)
     np.testing.assert_allclose(ours, want, atol=2e-4)
-    w, b = logistic.fit(train, CLASSES, c, iterations=1000)
+    w, b = logistic.fit(train, CLASSES, c, iterations=1000, tolerance=1e-7)
     z = v @ w.numpy() + b.numpy()
     np.testing.assert_allclose(z - z.mean(1, keepdims=True), want, atol=5e-3)
 
@@ -325,3 +327,29 @@ def test_health_of_two_networks():
     assert "alignment" not in health.run(f, labelled=False)
     with pytest.raises(UserError, match="saw other images"):
         health.run(f, f._replace(index=f.index + 1))
+
+
+def test_shares_are_normal_numbers_and_sum_to_one():
+    logits = torch.linspace(0, -400, 801).repeat(3, 1)
+    p = logits.softmax(1)
+    got = shares.normal_(p)
+    assert got is p
+    want = logits.double().softmax(1)
+    # What a sum of products over a few thousand images divides by stays above it, too.
+    assert got.min() > 1e6 * torch.finfo(torch.float32).tiny
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-25)
+
+
+def test_confident_heads_cost_no_more_than_others():
+    # Of the confident one a sixth of the shares are denormal.
+    torch.manual_seed(0)
+    train = features.Features(torch.randn(512, 256), torch.arange(512) % 200, torch.arange(512))
+    heads = [torch.randn(257, 200) * scale for scale in (0.01, 2)]
+
+    def seconds(head):
+        start = time.process_time()
+        logistic._objective(train, head, 512, 1.0)
+        return time.process_time() - start
+
+    plain, confident = (min(seconds(head) for _ in range(5)) for head in heads)
+    assert confident < 5 * plain

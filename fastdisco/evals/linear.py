@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
-from fastdisco.evals import choice, protocols
+from fastdisco.evals import choice, protocols, shares
 from fastdisco.evals.features import Features
 from fastdisco.evals.protocols import Protocol
 
@@ -76,10 +76,11 @@ class Heads:
         log_p = logits.log_softmax(2)
         loss = -log_p.gather(2, at)[..., 0].sum(0) / step.images
         # d loss / d logits = p - one-hot, written over the logits' memory.
-        slope = log_p.exp_()
+        slope = shares.normal_(log_p.exp_())
         slope.scatter_add_(2, at, slope.new_full((1, 1, 1), -1.0).expand_as(at))
-        slope /= step.images
-        grad = (slope.flatten(1).T @ step.x).view_as(self.weight), slope.sum(0)
+        # Features are fewer than logits, so that it is they that the sum is divided over.
+        x = step.x / step.images
+        grad = (slope.flatten(1).T @ x).view_as(self.weight), slope.sum(0) / step.images
         if epoch != self._lr_epoch:
             lrs = [protocols.rate(self.protocol, epoch, r.lr) for r in self.rates]
             self._lr, self._lr_epoch = self._column(lrs), epoch

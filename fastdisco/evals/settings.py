@@ -23,6 +23,8 @@ RECALLS = (1, 5, 10)
 STRENGTHS = tuple(10 ** (-6 + 7 * i / 19) for i in range(20))
 # Inverse penalties of logistic regression, weak to strong fit: each starts from the one before it.
 CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+# Of L-BFGS for each, as many as scikit-learn's.
+ITERATIONS = 100
 
 
 def _listed(value: Any) -> Any:
@@ -93,7 +95,7 @@ class Probe(Block):
     seed: int = Field(0, ge=0, lt=2**32)
     strengths: Annotated[tuple[From0, ...], _Several, _Listed] = STRENGTHS  # of ridge regression
     cs: Positive = CS
-    iterations: int = Field(200, ge=1)  # of L-BFGS, for each C
+    iterations: int = Field(ITERATIONS, ge=1)  # of L-BFGS, for each C
     kinds: Annotated[tuple[Kind, ...], _Several, _Listed] = ("ridge", "logistic", "sgd")
     # Of SGD on the standardised features.
     lrs: Positive = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
