@@ -29,7 +29,7 @@ from fastdisco.common.heart import enter
 from fastdisco.config import Config
 from fastdisco.engine import optim
 from fastdisco.methods import Progress
-from fastdisco.run import agreement, checkpoint, loggers, students
+from fastdisco.run import agreement, checkpoint, following, loggers, students
 from fastdisco.run.evaluation import Evaluation
 from fastdisco.run.folder import claim, clear, describe
 from fastdisco.run.lock import Lock
@@ -71,6 +71,14 @@ def _run(
 ) -> bool:
     """See `train`; `folder` is the run's, whose lock rank 0 holds, and `closing` that of
     `agreement.together`."""
+    # ---- what is gone on with
+    mirror, given = Mirror(cfg, folder), cfg
+    if not overwrite:
+        mirror.fetch()
+        agreement.same_checkpoint(folder)
+    follows = following.agreed(given, folder, overwrite)
+    cfg = follows.cfg
+
     # ---- data, students, teacher
     torch.backends.cudnn.benchmark = cfg.perf.cudnn_benchmark
     micro = config.micro_batch(cfg, dist.world())
@@ -91,14 +99,13 @@ def _run(
     agreement.same_files(listing, val, meta["teacher"])
     if overwrite:
         clear(folder)
+        mirror.fetch(overwrite)
     items = {}
     for s in states:
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
-    mirror = Mirror(cfg, folder)
-    mirror.fetch(overwrite)
-    agreement.same_checkpoint(folder)
     start = checkpoint.restore(folder, items, meta)
-    describe(cfg, folder)
+    loader.recount(start)
+    describe(given, folder)
     if loader.aside:
         say(f"{len(loader.aside)} images that broke before stay set aside (data.bad_limit)")
     mirror.copy(start)
@@ -107,16 +114,16 @@ def _run(
     steps = loader.steps_per_epoch * cfg.run.epochs
     steps = min(steps, cfg.run.max_steps or steps)
     announce(cfg, listing, states, micro, steps, start, folder, device)
-    for remark in remarks(cfg, listing, val):
+    for remark in (*following.told(follows, [s.net for s in states]), *remarks(cfg, listing, val)):
         say(remark)
     if start < steps:
         states = students.prepare(states, targets, loader)
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
-    saver = checkpoint.Saver(folder, items, meta, cfg.checkpoint.keep)
+    saver = checkpoint.Saver(folder, items, meta | follows.meta, cfg.checkpoint.keep)
     evaluation = Evaluation(cfg, states, listing, val, device, steps)
-    with Log(folder, start, steps, loggers.create(cfg, folder, start)) as log:
+    with Log(folder, start, steps, loggers.create(given, folder, start)) as log:
         closing.append(log.close)
         # It was killed, or failed, when the checkpoint was saved.
         if start and evaluation.due(start) and dist.any_rank(log.lacks(start)):

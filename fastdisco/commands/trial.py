@@ -25,7 +25,7 @@ from fastdisco.doctor.disk import Writing
 from fastdisco.doctor.finding import Finding, Report, failure, skipped
 from fastdisco.doctor.machine import total_memory
 from fastdisco.doctor.node import Needs
-from fastdisco.run import plan
+from fastdisco.run import following, plan
 from fastdisco.run.environment import environment
 from fastdisco.run.folder import agree
 from fastdisco.run.sizes import Sizes, cache_bytes, sizes
@@ -55,7 +55,7 @@ def wanted(cfg: Config | None, nodes: int, look: bool) -> Wanted:
         return Wanted(None, needs, None, None, None)
     listing, found, refused = None, None, None
     try:
-        found = sizes(cfg, world)
+        found = sizes(_followed(cfg), world)
     except UserError as e:
         refused = _refusal(e)
     if look:
@@ -113,7 +113,7 @@ def steps(cfg: Config, folder: Path, port: int | None) -> tuple[int, str]:
     port: where the ranks meet; None: there is one rank"""
     with tempfile.TemporaryDirectory(prefix=temporary.prefix()) as own:
         file = Path(own, "trial.yaml")
-        file.write_text(config.dump(training.trial(cfg, folder)))
+        file.write_text(config.dump(training.trial(_followed(cfg), folder)))
         given = {} if port is None else {"MASTER_PORT": str(port)}
         done = _fastdisco(["train", "--config", str(file)], given, ())
     return done.returncode, done.stdout + done.stderr
@@ -152,6 +152,12 @@ def judged(
     except OSError as e:
         reading = e
     report.add("disk", [disk.feeds(reading, found.compute * ranks / world, ranks)])
+
+
+def _followed(cfg: Config) -> Config:
+    """As the run in the configuration's folder would go on with these ranks."""
+    began = following.began(cfg, cfg.run.out / cfg.run.name)
+    return following.followed(cfg, launch.world(), began).cfg
 
 
 def _fastdisco(

@@ -6,6 +6,7 @@ crops.py     a view and its augmentation
 recipes.py   the defaults of other blocks under a method, as its authors trained
 config.py    the whole, and what its blocks must agree on
 reading.py   files and overrides; the sentences about mistakes
+division.py  how a step's images are divided, also on another number of ranks
 derived.py   each student's configuration, the crops one by one, the micro batch, least memory
 
 Level 0: imports nothing of fastdisco but `common`, and no torch."""
@@ -29,6 +30,7 @@ from fastdisco.config.blocks import (
 from fastdisco.config.config import Config
 from fastdisco.config.crops import Crop, Crops
 from fastdisco.config.derived import crops, micro_batch, refuse_beyond, students
+from fastdisco.config.division import Division, can_follow, division, follow
 from fastdisco.config.merge import flatten
 from fastdisco.config.methods import Dino, Moco, Rkd, Seed, Swav
 from fastdisco.config.reading import dump, load, validate
@@ -44,6 +46,7 @@ __all__ = [
     "Crops",
     "Data",
     "Dino",
+    "Division",
     "Engine",
     "Eval",
     "Log",
@@ -58,9 +61,12 @@ __all__ = [
     "Swav",
     "Teacher",
     "UserError",
+    "can_follow",
     "crops",
+    "division",
     "dump",
     "flatten",
+    "follow",
     "load",
     "micro_batch",
     "refuse_beyond",

@@ -75,6 +75,10 @@ class Data(Block):
     # Micro batches per optimizer step: a rank's forward pass has
     # data.batch / (ranks x data.accumulate) images.
     accumulate: Int = Field(1, ge=1)
+    # When a run goes on with another number of ranks: whether there are as many micro batches as it
+    # takes for a forward of no more images than when it began (docs/runs.md).  false: `accumulate`
+    # stays, and fewer ranks need more memory.
+    accumulate_follows: bool = True
     # DALI's CPU threads on each rank.
     threads: Int = Field(4, ge=1, le=1024)
     # Where JPEGs are decoded; auto: where `augment` is.

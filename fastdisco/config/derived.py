@@ -1,6 +1,7 @@
 """What follows from a configuration: each student's own one, the crops one by one, the images of a
 micro batch, and the least memory that a rank needs for each size."""
 
+import math
 from typing import Any
 
 from fastdisco.common.errors import UserError
@@ -70,11 +71,39 @@ def _divided(cfg: Config, world: int) -> int:
     batch, rest = divmod(cfg.data.batch, parts)
     if rest:
         near = [n for n in (batch * parts, (batch + 1) * parts) if n]
+        others = f"; or start {ranks(others, world)}" if (others := _worlds(cfg)) else ""
         raise UserError(
             f"data.batch: {cfg.data.batch} does not divide by {world} ranks x "
-            f"{cfg.data.accumulate} accumulated; nearest: {' or '.join(map(str, near))}"
+            f"{cfg.data.accumulate} accumulated; nearest: {' or '.join(map(str, near))}{others}"
         )
     return batch
+
+
+def _worlds(cfg: Config) -> list[int]:
+    """The numbers of ranks that the batch can be divided by."""
+    share, rest = divmod(cfg.data.batch, cfg.data.accumulate)
+    return [] if rest else [n for n in divisors(share) if _works(cfg, n)]
+
+
+def _works(cfg: Config, world: int) -> bool:
+    try:
+        micro_batch(cfg, world)
+    except UserError:
+        return False
+    return True
+
+
+def divisors(n: int) -> list[int]:
+    """In ascending order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def ranks(numbers: list[int], near: int) -> str:
+    """Numbers of ranks in words, the eight that are nearest to `near`."""
+    some = sorted(sorted(numbers, key=lambda n: abs(n - near))[:8])
+    *first, last = map(str, some)
+    return f"{', '.join(first)} or {last} ranks" if first else f"{last} rank{'s' * (last != '1')}"
 
 
 def refuse_beyond(cfg: Config, world: int, memory: int) -> None:

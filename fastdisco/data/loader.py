@@ -151,6 +151,12 @@ class TrainLoader:
         self.aside.images = dict(aside)
         self.position = position
 
+    def recount(self, steps: int) -> None:
+        """Goes on after `steps` optimizer steps, of which a command with another `accumulate` has
+        set `state`: its position counts other micro batches."""
+        if self.position:
+            self.position = steps * (self._per_epoch // self.steps_per_epoch)
+
     @property
     def remaining(self) -> Listing:
         """The listing, which leaves out what is set aside."""

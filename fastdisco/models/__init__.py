@@ -14,9 +14,9 @@ Level 1: imports config, common and kernels.  No other package makes timm's mode
 
 from fastdisco.common.precision import DTYPE
 from fastdisco.models.backbones import WIDE, backbone, shapes
-from fastdisco.models.batchnorm import mean_buffers, split_bn, sync_bn
+from fastdisco.models.batchnorm import has_batch_norms, mean_buffers, split_bn, sync_bn
 from fastdisco.models.build import create, of
-from fastdisco.models.ema import ema_copy, ema_update
+from fastdisco.models.ema import ema_copy, ema_update, perturbed
 from fastdisco.models.net import Net, Out, macs, size
 from fastdisco.models.runs import checkpoints, from_run, last, newest_first
 from fastdisco.models.weights import load_weights, read
@@ -32,12 +32,14 @@ __all__ = [
     "ema_copy",
     "ema_update",
     "from_run",
+    "has_batch_norms",
     "last",
     "load_weights",
     "macs",
     "mean_buffers",
     "newest_first",
     "of",
+    "perturbed",
     "read",
     "shapes",
     "size",

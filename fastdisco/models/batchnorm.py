@@ -54,6 +54,11 @@ def sync_bn(net: nn.Module) -> nn.Module:
     return net
 
 
+def has_batch_norms(net: nn.Module) -> bool:
+    """Whether anything in the module has statistics of a batch."""
+    return bool(_norms(net))
+
+
 def mean_buffers(net: nn.Module) -> dict[str, Tensor]:
     """Copies of the floating-point buffers, averaged over ranks.
 

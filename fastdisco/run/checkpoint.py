@@ -37,6 +37,9 @@ class Item(NamedTuple):
     set: Callable[[Any], Any]
     # Each rank keeps its own; else rank 0 writes one for all.
     own: bool = False
+    # Of an item that each rank keeps, in place of `set` where another number of ranks has saved it;
+    # takes the step.
+    fresh: Callable[[int], Any] = lambda step: None
     # Raises ValueError where what a checkpoint holds is not what `set` takes.
     check: Callable[[Any], Any] = lambda found: None
 
@@ -93,7 +96,8 @@ def items(
     data = Item(
         lambda: loader.state, lambda state: setattr(loader, "state", state), check=fit.loader
     )
-    return found | {"data": data, "rng": Item(_rng, _set_rng, own=True, check=fit.random)}
+    rng = Item(_rng, _set_rng, own=True, check=fit.random, fresh=_fresh_rng)
+    return found | {"data": data, "rng": rng}
 
 
 def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], keep: int) -> None:
@@ -165,7 +169,7 @@ def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:
     Where `last` or the checkpoint that it names is damaged on any rank, all ranks continue from the
     newest that is whole, which is said.
     On another number of ranks than wrote it, each rank starts from the mean batch-norm statistics
-    and from its own fresh random state.
+    and from a random state of (seed, rank, step).
     Raises UserError, on every rank alike, where none is whole, or where the checkpoint belongs to
     other data or another teacher."""
     steps, problem = newest_first(run)
@@ -204,7 +208,7 @@ def _read(folder: Path, state: dict[str, Item]) -> _Found:
     shares = {k: v.check for k, v in state.items() if not v.own}
     _refuse_misfit(path, shared, {"step": _of_folder(folder), "meta": _texts, **shares})
     path = folder / f"rank_{dist.rank()}.pt"
-    if _world(folder, shared) != dist.world():
+    if world_of(folder, shared) != dist.world():
         return _Found(shared, None)
     if not path.exists():
         raise UserError(
@@ -217,7 +221,7 @@ def _read(folder: Path, state: dict[str, Item]) -> _Found:
     return _Found(shared, own)
 
 
-def _world(folder: Path, shared: dict[str, Any]) -> int | None:
+def world_of(folder: Path, shared: dict[str, Any]) -> int | None:
     """How many ranks have written the checkpoint; None where nothing says it."""
     if "world" in shared:
         world = shared["world"]
@@ -274,7 +278,9 @@ def _set(found: _Found, state: dict[str, Item], folder: Path) -> None:
     for name, item in state.items():
         content = found.own if item.own else found.shared
         try:
-            if content is not None:
+            if content is None:
+                item.fresh(found.shared["step"])
+            else:
                 item.set(content[name])
         # torch's own are RuntimeErrors of several lines.
         except Exception as e:
@@ -310,6 +316,12 @@ def _buffers(net: nn.Module) -> Item:
 def _rng() -> dict[str, Tensor | None]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _fresh_rng(step: int) -> None:
+    """Not the state of the start, whose draws the first steps had."""
+    # The seed that the training has set, of its seed and this rank.
+    torch.manual_seed(dist.mix(torch.initial_seed(), step))
 
 
 def _set_rng(state: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ _FREE = (
     "data.train",
     "data.val",
     "data.quarantine",
+    "data.accumulate",
     "data.bad_limit",
     "data.cache",
     "data.cache_gb",

@@ -38,11 +38,14 @@ def devices() -> int:
     return int(found[-1]) if found else 0
 
 
-def divisible(cfg: Config, most: int) -> int:
+def divisible(cfg: Config, most: int, goes_on: bool = False) -> int:
     """The largest number of ranks, up to `most`, that the batch can be divided by.
 
+    goes_on  from a checkpoint, so that data.accumulate follows the number of ranks
     Raises UserError, which is that of `most` ranks, where there is none."""
     for ranks in range(most, 0, -1):
+        if goes_on and config.can_follow(cfg, ranks):
+            return ranks
         try:
             config.micro_batch(cfg, ranks)
         except UserError:

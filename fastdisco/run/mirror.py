@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fastdisco import config
 from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
@@ -80,6 +81,8 @@ class Mirror:
             except UserError as e:
                 problems.append(str(e))
                 continue
+            # Without it the folder would be none of a run, if the command ended before it says so.
+            write_whole(self._folder / "config.yaml", config.dump(self._cfg))
             seen = "; ".join([*problems, f"continuing from {step} of the mirror {self._url}"])
             say(f"{self._folder}: {seen}")
             return

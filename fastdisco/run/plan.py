@@ -16,7 +16,7 @@ from fastdisco.config import Config
 from fastdisco.data import shards
 from fastdisco.engine import compiled, optim
 from fastdisco.methods import Progress
-from fastdisco.run import loggers
+from fastdisco.run import following, loggers
 from fastdisco.run.remarks import remarks
 from fastdisco.teacher import formats, runtime
 
@@ -35,6 +35,8 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
     network that cannot be made, a teacher that does not fit."""
     loggers.check(cfg.log.to)
     missing: list[str] = []
+    follows = following.followed(cfg, world, following.began(cfg, folder))
+    cfg = follows.cfg
     micro = config.micro_batch(cfg, world)
     config.refuse_beyond(cfg, world, _most_memory())
     if cfg.perf.compile:
@@ -51,6 +53,8 @@ def lines(cfg: Config, world: int, folder: Path) -> Iterator[str]:
         f"batch       {cfg.data.batch} = {world} ranks x {micro} images x {cfg.data.accumulate} "
         f"accumulated; crops of {crops} px; lr {lr:.4g}"
     )
+    for remark in following.told(follows, nets.values()):
+        yield f"remark      {remark}"
     yield f"cost        {cfg.run.epochs} epochs{_steps(cfg, train)}"
     for name, own in config.students(cfg).items():
         yield memory(name, own, nets[name], lr, teacher, sizes, micro, world)

@@ -127,7 +127,8 @@ class Supervisor:
                 "no GPU is left on this machine; the same command goes on when one is back"
             )
         most = min(self.most or left or 1, left or self.most or 1)
-        ranks = launching.divisible(self.cfg, most)
+        goes_on = not self.overwrite and goodput.saved(self.folder) > 0
+        ranks = launching.divisible(self.cfg, most, goes_on)
         if left < self._gpus:
             say(f"{left} of {self._gpus} GPUs are left: the training goes on with {ranks} ranks")
         return ranks
