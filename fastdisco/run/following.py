@@ -11,6 +11,7 @@ import torch
 from fastdisco import config
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.config import Config, Division, Moco, Seed, Swav
 from fastdisco.models import Net, has_batch_norms, newest_first, perturbed
 from fastdisco.run.checkpoint import world_of
@@ -38,7 +39,7 @@ def agreed(cfg: Config, folder: Path, overwrite: bool) -> Followed:
 
     overwrite: the run that is there is not gone on with.
     Raises UserError, see `followed`."""
-    found = None if overwrite or dist.rank() else began(cfg, folder)
+    found = dist.alike(lambda: None if overwrite or dist.rank() else began(cfg, folder))
     text = dist.all_texts(json.dumps(found))[0]
     return followed(cfg, dist.world(), Division(*json.loads(text)) if text != "null" else None)
 
@@ -66,6 +67,7 @@ def began(cfg: Config, folder: Path) -> Division | None:
     Nothing is compared with the manifest: what is damaged here is refused where it is loaded."""
     for step in newest_first(folder)[0]:
         try:
+            open_regular(step / "state.pt").close()
             # Maps the tensors, so that little is read.
             state = torch.load(step / "state.pt", "cpu", weights_only=True, mmap=True)
             return _of_state(cfg, step, state)
@@ -105,7 +107,8 @@ def told(found: Followed, nets: Iterable[Net]) -> Iterator[str]:
 def _of_state(cfg: Config, step: Path, state: dict[str, Any]) -> Division | None:
     """state: the content of its state.pt"""
     if NAME in state["meta"]:
-        return Division(*(int(n) for n in json.loads(state["meta"][NAME])))
+        found = Division(*map(int, json.loads(state["meta"][NAME])))
+        return found if min(found) > 0 else None
     # An older version's, with which the division changed with the number of ranks alone.
     world = world_of(step, state)
     try:
