@@ -66,7 +66,7 @@ def test_a_training_goes_on_after_crashes_on_the_devices_that_are_left(
     text = capfd.readouterr().out
     assert "the training ended in step 4 and is started again from step 2 in 1 s (1 of 100" in text
     assert "1 of 2 GPUs are left: the training goes on with 1 ranks" in text
-    assert "2 ranks x 4 images" in text and "1 ranks x 8 images" in text
+    assert "2 ranks x 4 images x 1" in text and "1 ranks x 4 images x 2" in text
     assert "since the first start were steps that count (1 restart)" in text
     run = tmp_path / "tiny"
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, ranks, tiny
 from image_sets import CPU
-from training import _told, _train, losses, train_a_teacher
+from training import _told, _train, losses, metrics, train_a_teacher
 
 from fastdisco import config, data, models
 from fastdisco.commands import train
@@ -111,6 +111,9 @@ def test_losses_images_and_state_are_those_of_the_run_that_was_not_interrupted(
     # Rounding alone: the gradients are summed in another order.
     assert losses(tmp_path / "rest/tiny") == pytest.approx(losses(out / "tiny"), rel=2e-5)
     assert [unequal for _, unequal, _, _ in results] == [[]] * world
+    here, there = metrics(tmp_path / "rest/tiny"), metrics(out / "tiny")
+    for name in ("step", "train/lr", "train/epoch"):
+        assert [m.get(name) for m in here] == [m.get(name) for m in there]
     said = results[0][2]
     assert f"batch 12 = {world} ranks x {shape} accumulated" in said
     assert "the same computation, whose losses differ by rounding alone" in said
@@ -215,12 +218,12 @@ METHODS = {
     "seed": ["method={name: seed, queue: 60, contrast: 1.0}", "views=[{count: 2}]"],
     "dino": [
         "method={name: dino, prototypes: 30, temp_warmup_epochs: 3}",
-        "views=[{count: 2, size: 32}, {size: 24}]",
+        "views=[{count: 2, size: 32}, {size: 32, scale: [0.1, 0.3]}]",
     ],
     # Codes are balanced over a micro batch.
     "swav": [
         "method={name: swav, prototypes: 20, freeze_steps: 0, queue: 24, queue_epoch: 0}",
-        "views=[{count: 2, size: 32}, {size: 24}]",
+        "views=[{count: 2, size: 32}, {size: 32, scale: [0.1, 0.3]}]",
         "data.accumulate_follows=false",
     ],
 }
