@@ -105,6 +105,7 @@ def _run(
         items |= checkpoint.items(s.engine, s.ema, s.method, loader, s.name)
     start = checkpoint.restore(folder, items, meta)
     loader.recount(start)
+    meta |= follows.meta
     describe(given, folder)
     if loader.aside:
         say(f"{len(loader.aside)} images that broke before stay set aside (data.bad_limit)")
@@ -121,7 +122,7 @@ def _run(
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
-    saver = checkpoint.Saver(folder, items, meta | follows.meta, cfg.checkpoint.keep)
+    saver = checkpoint.Saver(folder, items, meta, cfg.checkpoint.keep)
     evaluation = Evaluation(cfg, states, listing, val, device, steps)
     with Log(folder, start, steps, loggers.create(given, folder, start)) as log:
         closing.append(log.close)
