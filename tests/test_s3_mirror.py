@@ -86,6 +86,8 @@ def test_another_machine_gets_the_newest_checkpoint_bit_by_bit(proxy, tmp_path):
     name = (there / "checkpoints/last").read_text()
     assert name == "step_00000015" and not list(there.glob("checkpoints/.*"))
     assert contents(there / "checkpoints" / name) == contents(here / "checkpoints" / name)
+    # A run's folder from then on, also if the command is refused for something else.
+    assert config.load(there / "config.yaml") == cfg
     assert not (here / ".mirror.part").exists()
 
 
