@@ -15,6 +15,7 @@ from conftest import HANGS, ROOT, ranks, tiny
 from training import command
 
 from fastdisco import cli
+from fastdisco.common import start
 from fastdisco.common.errors import UserError
 from fastdisco.doctor import Finding, finding, gpu, meeting, network
 from fastdisco.doctor import node as one_node
@@ -291,12 +292,12 @@ def test_the_command_that_starts_a_node(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth 0")
     monkeypatch.setenv("HOME", "/home/secret")
     text = hostfile.remote({"node0": 2, "node1": 1}, "node1", ["optim.lr=1"])
-    for words in ("--node_rank=1 --master_addr=node0 --master_port=29500", "'GLOO_SOCKET_IFNAME=eth 0'",
+    for words in ("--first=2 --ranks=1 --world=3 --master=node0:29500", "'GLOO_SOCKET_IFNAME=eth 0'",
                   "doctor optim.lr=1 --json --as=node1", f"cd {shlex.quote(os.getcwd())} &&"):  # fmt: skip
         assert words in text, text
     assert "secret" not in text
     monkeypatch.setenv("MASTER_PORT", "1234")
-    assert "--master_port=1234" in hostfile.remote({"node0": 2}, "node0", [])
+    assert "--master=node0:1234" in hostfile.remote({"node0": 2}, "node0", [])
 
 
 def test_a_node_that_ends_without_a_word_to_rank_0():
@@ -315,6 +316,67 @@ def test_a_node_that_ends_without_a_word_to_rank_0():
     hung, crashed = hostfile.silent({"a": hangs, "b": mistaken._replace(err="boom")}, False)
     says(hung, "failure", "a: did not end within the limit")
     says(crashed, "failure", "b: ended with code 2 and said: boom")
+
+
+def program(folder, name, text):
+    """Puts a shell script on the PATH that is returned."""
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{text}")
+    file.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_nodes_that_ssh_does_not_reach(tmp_path, monkeypatch):
+    """The one that does not answer costs a moment, not the limit of the ranks."""
+    monkeypatch.setattr(hostfile, "_CONNECT", -1.5)
+    script = 'case $5 in up) ;; down) echo "no route" >&2; exit 255;; *) exec sleep 600;; esac\n'
+    monkeypatch.setenv("PATH", program(tmp_path, "ssh", script))
+    lost = hostfile.unreached({"up": 1, "down": 1, "mute": 1})
+    assert {h: (e.code, e.err) for h, e in lost.items()} == {
+        "down": (255, "no route\n"),
+        "mute": (255, "no answer"),
+    }
+
+
+def test_the_nodes_that_are_reached_check_each_other(tmp_path, monkeypatch, capsys):
+    """Without the configuration, which counts ranks that are missing."""
+    asked = tmp_path / "asked"
+    script = f"""case $5 in down) echo "no route" >&2; exit 255;; esac
+[ "$6" = true ] && exit
+echo "$6" >> {asked}
+case "$6" in *--first=0*) echo '{{"code": 0, "findings": []}}';; esac
+"""
+    monkeypatch.setenv("PATH", program(tmp_path, "ssh", script))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("down slots=4\nleft slots=2\nright slots=2\n")
+    args = ["--nodes", hosts, "--json", "--config", ROOT / "configs/mobv3.yaml", "data.threads=2"]
+    assert cli.main(["doctor", *map(str, args)]) == 2
+    found = told(capsys.readouterr().out)
+    says(found["nodes", "ssh"], "failure", "down: not reached (no route)")
+    says(found["training", "configuration"], "skipped", "a node is missing")
+    first, second = sorted(asked.read_text().splitlines(), key=lambda x: "--first=2" in x)
+    assert "--first=0 --ranks=2 --world=4 --master=left:29500" in first
+    assert "--first=2 --ranks=2 --world=4 --master=left:29500" in second
+    assert "mobv3" not in first + second and "data.threads" not in first + second
+
+
+def test_the_ranks_of_a_node(tmp_path, monkeypatch):
+    """Each gets its variables; the first bad exit code is the node's."""
+    script = f'echo $LOCAL_RANK $LOCAL_WORLD_SIZE $WORLD_SIZE $MASTER_ADDR $MASTER_PORT "$@" > {tmp_path}/$RANK\n'
+    program(tmp_path, "python", f"{script}exit $((RANK * LOCAL_RANK))\n")
+    monkeypatch.setattr(start.sys, "executable", str(tmp_path / "python"))
+    where = ["--first=2", "--ranks=2", "--world=5", "--master=fe80::1:29500"]
+    assert start.main([*where, "doctor", "--json", "a.b=1"]) == 3
+    for rank in (2, 3):
+        said = (tmp_path / str(rank)).read_text()
+        assert said == f"{rank - 2} 2 5 fe80::1 29500 -m fastdisco.cli doctor --json a.b=1\n"
+    assert not (tmp_path / "4").exists()
+
+
+def test_starting_ranks_imports_no_torch():
+    code = "import sys, fastdisco.common.start; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 SSH = """#!/bin/sh
@@ -353,9 +415,10 @@ def test_all_nodes_of_a_hostfile(folder, tmp_path, ssh, monkeypatch, capsys):
     says(found["network", "ranks"], "ok", "2 ranks on 2 nodes")
     assert nodes.ADDRESSES[1] in found["network", "round trip"].found
     assert ("nodes", "ssh") not in found and ("training", "steps") not in found
-    # A third node, which no ssh reaches: rank 0 waits for it in vain.
+    # A third node, which no ssh reaches: the others check each other without it.
     ssh.write_text(ssh.read_text() + "10.77.0.3 slots=1\n")
     args = ["--nodes", ssh, "--json", "--limit=60", "--quick"]
     assert cli.main(["doctor", *map(str, args)]) == 2
     found = told(capsys.readouterr().out)
     says(found["nodes", "ssh"], "failure", "10.77.0.3: not reached (ssh: no route to 10.77.0.3)")
+    says(found["network", "ranks"], "ok", "2 ranks on 2 nodes")

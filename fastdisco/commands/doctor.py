@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -290,19 +291,27 @@ def _complain(node: str, text: str) -> int:
 def _over_nodes(args: argparse.Namespace) -> int:
     """Starts the ranks on all nodes and reports for them."""
     from fastdisco.doctor import nodes
-    from fastdisco.doctor.finding import Finding, Report
+    from fastdisco.doctor.finding import Finding, Report, skipped
 
     hosts = nodes.read(args.nodes)
-    passed = [*(["--config", args.config] if args.config else []), f"--limit={args.limit}"]
-    passed += [*(["--quick"] if args.quick else []), *args.overrides]
+    begin = time.monotonic()
+    lost = nodes.unreached(hosts)
+    reached = {host: slots for host, slots in hosts.items() if host not in lost}
+    # Without a node the others are fewer ranks than the configuration is meant for.
+    whole = [*(["--config", args.config] if args.config else []), *args.overrides]
+    limit = max(1.0, args.limit - (time.monotonic() - begin))
+    passed = [f"--limit={limit:.3g}", *(["--quick"] if args.quick else []), *([] if lost else whole)]
     # From here on this process is no rank, and prints.
     at = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     launch.alone()
     os.environ.update({name: value for name, value in at.items() if value})
-    ended = nodes.run(hosts, passed, args.limit)
+    ended = nodes.run(reached, passed, limit) | lost
     told, report = nodes.report(ended), Report(args.json)
     for row in told["findings"] if told else ():
         section = row.pop("section")
         report.add(section, [Finding(**row)])
+    if lost and args.config:
+        why = "not looked at: a node is missing, and with it ranks that the configuration counts"
+        report.add("training", [skipped("configuration", why)])
     report.add("nodes", nodes.silent(ended, told is not None))
     return report.end()

@@ -23,7 +23,14 @@ _REMEDY = "start it with deepspeed, torchrun, srun or Open MPI's mpirun"
 # Other MPIs' variable with the number of processes.
 _UNKNOWN = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # Programs and modules that start ranks and end when they end.
-_LAUNCHERS = ("deepspeed", "deepspeed.launcher.", "torchrun", "torch.distributed.", "accelerate")
+_LAUNCHERS = (
+    "deepspeed",
+    "deepspeed.launcher.",
+    "torchrun",
+    "torch.distributed.",
+    "accelerate",
+    "fastdisco.common.start",
+)
 # Seconds between two looks at the launcher, and from its death to the end of a rank that hangs.
 _LOOK, _GRACE = 1.0, 600.0
 

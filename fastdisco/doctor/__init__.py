@@ -6,7 +6,7 @@ gpu.py       GPUs and their driver
 machine.py   shared memory, limits of the process, cores, names;  cgroup.py  limits of a container
 disk.py      space, and speed of writing and reading
 network.py   what the ranks find of each other;  meeting.py  how they come together within a time
-nodes.py     the nodes of a hostfile: one launcher on each, by ssh
+nodes.py     the nodes of a hostfile: their ranks, started by ssh
 training.py  what the plan, the teacher's check and some real steps say
 
 Each check is one small function that returns a Finding.  It gets what it judges as arguments, so

@@ -1,9 +1,8 @@
-"""The nodes of a hostfile: one launcher of DeepSpeed's on each, started by ssh.
+"""The nodes of a hostfile: the ranks of each, started by ssh.
 
 A launcher that starts all nodes itself says that something failed, not on which node.  Here each
 node has a connection of its own, whose end and last words are known."""
 
-import base64
 import json
 import os
 import shlex
@@ -17,7 +16,9 @@ from typing import NamedTuple
 from fastdisco.common.errors import UserError
 from fastdisco.doctor.finding import Finding, failure
 
-_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=8")
+# Seconds of ssh's to connect.
+_CONNECT = 8
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}")
 # Variables that the other nodes get, as DeepSpeed's launcher passes them on.
 _PASSED = ("NCCL_", "GLOO_", "UCX_", "PYTHON")
 # ssh's own failure, and seconds beyond the limit in which a node's ranks end by themselves.
@@ -25,7 +26,7 @@ _NO_SSH, _GRACE = 255, 10.0
 
 
 class Ended(NamedTuple):
-    """How a node's launcher ended."""
+    """How the command on a node ended."""
 
     # None: it was still running at the limit.
     code: int | None
@@ -57,21 +58,31 @@ def read(hostfile: Path) -> dict[str, int]:
     return hosts
 
 
+def unreached(hosts: dict[str, int]) -> dict[str, Ended]:
+    """How ssh ended on the nodes that it does not reach; all are tried at once.
+
+    The ranks of other nodes would wait for theirs until the limit."""
+    tried = {host: _ssh(host, "true") for host in hosts}
+    ended = {host: _wait(process, _CONNECT + 2) for host, process in tried.items()}
+    lost = {host: e for host, e in ended.items() if e.code != 0}
+    # One that connects and does not answer is not reached, either.
+    return {h: e._replace(code=_NO_SSH, err=e.err or "no answer") for h, e in lost.items()}
+
+
 def run(hosts: dict[str, int], arguments: list[str], limit_s: float) -> dict[str, Ended]:
     """Runs `fastdisco doctor` with the arguments on all nodes at once; what each has said.
 
     MASTER_ADDR and MASTER_PORT say where the ranks meet: the first node and 29500 by default."""
-    started = {host: _start(hosts, host, arguments) for host in hosts}
+    started = {host: _ssh(host, remote(hosts, host, arguments)) for host in hosts}
     end = time.monotonic() + limit_s + _GRACE
     return {host: _wait(process, end - time.monotonic()) for host, process in started.items()}
 
 
 def report(ended: dict[str, Ended]) -> dict | None:
     """What rank 0 reported, as `fastdisco doctor --json` prints it; None where it did not."""
-    for line in next(iter(ended.values())).out.splitlines():
-        if line.startswith('{"code":'):
-            return json.loads(line)
-    return None
+    lines = (line for e in ended.values() for line in e.out.splitlines())
+    told = next((line for line in lines if line.startswith('{"code":')), None)
+    return json.loads(told) if told else None
 
 
 def silent(ended: dict[str, Ended], reported: bool) -> Iterator[Finding]:
@@ -94,23 +105,23 @@ def silent(ended: dict[str, Ended], reported: bool) -> Iterator[Finding]:
 
 def remote(hosts: dict[str, int], host: str, arguments: list[str]) -> str:
     """The shell command that starts a node's ranks."""
-    first, node = next(iter(hosts)), list(hosts).index(host)
-    world = {name: list(range(slots)) for name, slots in hosts.items()}
-    info = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
-    address = os.environ.get("MASTER_ADDR", first)
+    names = list(hosts)
+    address = os.environ.get("MASTER_ADDR", names[0])
     port = os.environ.get("MASTER_PORT", "29500")
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={info}"]
-    launcher += [f"--node_rank={node}", f"--master_addr={address}", f"--master_port={port}"]
-    command = ["--module", "fastdisco.cli", "doctor", *arguments, "--json", f"--as={host}"]
+    first = sum(hosts[name] for name in names[: names.index(host)])
+    launcher = [sys.executable, "-m", "fastdisco.common.start", f"--first={first}"]
+    launcher += [f"--ranks={hosts[host]}", f"--world={sum(hosts.values())}"]
+    launcher += [f"--master={address}:{port}"]
+    command = ["doctor", *arguments, "--json", f"--as={host}"]
     passed = {k: v for k, v in os.environ.items() if k.startswith(_PASSED)}
     env = ["env", *(f"{k}={v}" for k, v in passed.items())]
     return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*env, *launcher, *command])}"
 
 
-def _start(hosts: dict[str, int], host: str, arguments: list[str]) -> subprocess.Popen[str]:
+def _ssh(host: str, command: str) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
-            [*_SSH, host, remote(hosts, host, arguments)],
+            [*_SSH, host, command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
