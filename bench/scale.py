@@ -173,7 +173,12 @@ def stops(curves: dict[str, dict[str, dict]]) -> dict:
     columns = ["configuration", "batch"]
     for m in MACHINES:
         name = m.upper()
-        columns += [f"{name}: pays up to", "images/s there", "stopped by", "with larger batch, load"]
+        columns += [
+            f"{name}: pays up to",
+            "images/s there",
+            "stopped by",
+            "with larger batch, load",
+        ]
     rows = []
     for name, found in curves.items():
         cells = [f"`{name}`", str(found[MACHINES[0]]["batch"])]

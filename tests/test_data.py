@@ -12,7 +12,7 @@ from torchvision.transforms import functional as F
 
 from fastdisco import data
 from fastdisco.config import Crop
-from fastdisco.data import loader
+from fastdisco.data import loader, pipelines
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_views_depend_on_seed_epoch_image_and_view_alone(few, usual, case, monke
             found |= part
     else:
         if case == "chunks":
-            monkeypatch.setattr(loader, "CHUNK", 1)  # a pipeline per epoch
+            monkeypatch.setattr(pipelines, "CHUNK", 1)  # a pipeline per epoch
         found, _ = stream(
             make(
                 few,

@@ -14,7 +14,7 @@ from image_sets import CPU, PLACEMENTS, SMALL, make, places, refuse, serialised,
 from training import _train, losses, metrics
 
 from fastdisco import data
-from fastdisco.data import loader, pack, shards
+from fastdisco.data import pack, pipelines, shards
 from fastdisco.data.orders import _keys
 
 
@@ -189,7 +189,9 @@ def test_views_are_those_of_the_folder_whatever_the_reading(
             found |= part
     else:
         if case in ("chunks", "open"):
-            monkeypatch.setattr(*(loader, "CHUNK", 1) if case == "chunks" else (shards, "OPEN", 1))
+            monkeypatch.setattr(
+                *(pipelines, "CHUNK", 1) if case == "chunks" else (shards, "OPEN", 1)
+            )
         elif case == "folder":
             listing = few
         elif case == "loose":  # another random order of storing, by another seed and size

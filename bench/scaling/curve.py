@@ -1,5 +1,6 @@
 """The curve from 1 to 1,024 devices: where it stops paying, what stops it, what to change."""
 
+import itertools
 from typing import NamedTuple
 
 from scaling.devices import Device, Machine
@@ -47,7 +48,7 @@ def curve(job: Job, device: Device, machine: Machine) -> dict[int, Step]:
 def limit(steps: dict[int, Step]) -> Limit:
     """Where the curve stops paying."""
     counts = list(steps)
-    for n, double in zip(counts, counts[1:]):
+    for n, double in itertools.pairwise(counts):
         if steps[double].rate < PAYS * steps[n].rate:
             return Limit(n, steps[n], grown(steps[n], steps[double]))
     last = counts[-1]

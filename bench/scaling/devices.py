@@ -118,11 +118,11 @@ class Measured(NamedTuple):
         student = took["student"]
         # Layers share the time as their operations do.
         whole = sum(x.flops for x in job.student)
-        back = [
-            Layer(2 / 3 * student * x.flops / whole, 4 * x.weights) for x in job.student[::-1]
-        ]
+        back = [Layer(2 / 3 * student * x.flops / whole, 4 * x.weights) for x in job.student[::-1]]
         # The teacher is not asked where its embeddings are replayed.
-        teacher, ema = (took[k] if net else 0.0 for k, net in (("teacher", job.teacher), ("ema", job.ema)))
+        teacher, ema = (
+            took[k] if net else 0.0 for k, net in (("teacher", job.teacher), ("ema", job.ema))
+        )
         return Parts(teacher, ema, student / 3, back, took["loss"], took["optimizer"])
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import interleaved
+
 from scaling.devices import Machine, Measured
 from scaling.links import Link, Steps
 from scaling.predict import Step, predict

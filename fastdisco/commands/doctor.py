@@ -300,7 +300,11 @@ def _over_nodes(args: argparse.Namespace) -> int:
     # Without a node the others are fewer ranks than the configuration is meant for.
     whole = [*(["--config", args.config] if args.config else []), *args.overrides]
     limit = max(1.0, args.limit - (time.monotonic() - begin))
-    passed = [f"--limit={limit:.3g}", *(["--quick"] if args.quick else []), *([] if lost else whole)]
+    passed = [
+        f"--limit={limit:.3g}",
+        *(["--quick"] if args.quick else []),
+        *([] if lost else whole),
+    ]
     # From here on this process is no rank, and prints.
     at = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     launch.alone()

@@ -9,15 +9,17 @@ pack.py, check.py and demo.py, and the plan of a run shards.py.
                  the classes in names (name_classes.py); lines.py reads lists and quarantines
   remote.py      tars of object storage: objects.py the S3 interface, cache.py the cache on local
                  disk, pack_remote.py packing to it
-  loader.py      which image comes when; pipelines.py runs DALI, graph.py defines its graphs,
-                 draws.py draws the views, placement.py says on which device each step runs
+  loader.py      which image of a training comes when; each.py passes over a data set, as for
+                 evaluations; pipelines.py runs DALI, graph.py defines its graphs, draws.py draws
+                 the views, placement.py says on which device each step runs
   pack.py        writes tars, also from CIFAR's archives (cifar.py)
   operators.py   what the graphs use of DALI
   check.py       finds bad images, with the decoder of the training (decoder.py)
   demo.py        writes the demo's images"""
 
+from fastdisco.data.each import Batch, EvalLoader
 from fastdisco.data.folder import Listing
-from fastdisco.data.loader import Batch, EvalLoader, TrainLoader
+from fastdisco.data.loader import TrainLoader
 from fastdisco.data.operators import missing_operators
 from fastdisco.data.placement import place
 from fastdisco.data.shards import reading_order

@@ -24,6 +24,9 @@ from fastdisco.data.aside import Broken
 from fastdisco.data.folder import Listing
 from fastdisco.data.placement import Placement
 
+# Samples that one pipeline reads on a rank; of a training at least one epoch, since its list of files
+# costs some 600 bytes a sample.  Fewer in many tars, see shards.at_once.
+CHUNK = 1 << 18
 NAMED = 20  # images that a sentence names
 
 # Arguments of a DALI reader -> a pipeline that is not built yet.
