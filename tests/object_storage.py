@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import http.client
 import http.server
 import socket
@@ -145,9 +146,21 @@ def served():
         server.stop()
 
 
+@functools.cache
+def _loader(paths=None):
+    from botocore.loaders import create_loader
+
+    return create_loader(paths)
+
+
 def prepared(monkeypatch, proxy, cache):
     """The environment of a user of the proxy; the proxy is well again."""
+    import botocore.session
+
     from fastdisco.data import objects
+
+    # Every test has a client of its own, which else reads the megabytes that describe S3 anew.
+    monkeypatch.setattr(botocore.session, "create_loader", _loader)
 
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
@@ -159,3 +172,14 @@ def prepared(monkeypatch, proxy, cache):
     proxy.fail(None)
     proxy.asked.clear()
     objects.client.cache_clear()
+
+
+def empty(bucket):
+    """Makes the bucket, or takes everything out of it: pages of at most 1000 objects at once."""
+    from fastdisco.data import objects
+
+    client = objects.client("s3")
+    client.create_bucket(Bucket=bucket)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        if keys := [{"Key": each["Key"]} for each in page.get("Contents", [])]:
+            client.delete_objects(Bucket=bucket, Delete={"Objects": keys})

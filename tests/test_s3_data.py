@@ -47,11 +47,7 @@ def tars(images, tmp_path_factory):
 def proxy(server, monkeypatch, tmp_path, tars):
     """A server whose bucket `pictures` holds the tars in set/, with what packing wrote."""
     object_storage.prepared(monkeypatch, server, tmp_path / "cache")
-    client = objects.client("s3")
-    client.create_bucket(Bucket="pictures")
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="pictures"):
-        for each in page.get("Contents", []):
-            client.delete_object(Bucket="pictures", Key=each["Key"])
+    object_storage.empty("pictures")
     put(tars, URL)
     server.asked.clear()
     yield server

@@ -31,11 +31,7 @@ def server():
 @pytest.fixture
 def proxy(server, monkeypatch, tmp_path):
     object_storage.prepared(monkeypatch, server, tmp_path / "cache")
-    client = objects.client("s3")
-    client.create_bucket(Bucket="runs")
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="runs"):
-        for each in page.get("Contents", []):
-            client.delete_object(Bucket="runs", Key=each["Key"])
+    object_storage.empty("runs")
     server.asked.clear()
     yield server
     server.fail(None)
