@@ -17,15 +17,16 @@ def buckets(layers: list[Layer], limit: float) -> list[tuple[float, float]]:
     layers  in the order of the backward: the network's last one first
     limit   bytes of a bucket; a larger gradient is a bucket by itself"""
     found: list[tuple[float, float]] = []
-    now = size = 0.0
+    now = ready = size = 0.0
     for layer in layers:
         if size and size + layer.gradient > limit:
-            found.append((now, size))
+            found.append((ready, size))
             size = 0.0
         now += layer.seconds
         size += layer.gradient
-    # The last bucket is sent when the backward ends, also where its last layers have no gradient.
-    return [*found, (now, size)] if size else found
+        # A bucket is sent with its last gradient, not with the next bucket's first.
+        ready = now if layer.gradient else ready
+    return [*found, (ready, size)] if size else found
 
 
 def finished(full: list[tuple[float, float]], cost: Callable[[float], float]) -> float:

@@ -24,6 +24,7 @@ from scaling.links import Link, Steps
 from scaling.predict import Step, predict
 from scaling.stragglers import empirical, expected_max
 from scaling.work import Job
+from scaling.worker import serve
 
 # Of a training -> how many ranks.
 WORLDS = {"alone": 1, "two": 2, "four": 4}
@@ -32,6 +33,8 @@ BESIDE = (1, 2, 4)
 PARTS = ("teacher", "student", "ema", "loss", "optimizer")
 # Bytes of the all-reduces that tell the link's latency and its bandwidth.
 SMALL, LARGE = 4, 8 * 2**20
+# Seconds after an arm that loads.
+PAUSE = 0.3
 # Seconds of each of a worker's steps.
 Times = list[float]
 
@@ -131,7 +134,9 @@ def machine(link: dict[int, float], slower: float) -> Machine:
 def started(config_file: Path, overrides: list[str]) -> Iterator[dict[str, list[Connection]]]:
     """Pipes to the processes by training, in the order of their ranks; "alone" has four, each a
     training of its own."""
-    spawn = multiprocessing.get_context("spawn")
+    # What all import is imported once, by the server that they are forked from.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["scaling.worker"])
     pipes: dict[str, list[Connection]] = {name: [] for name in WORLDS}
     processes = []
     try:
@@ -139,9 +144,9 @@ def started(config_file: Path, overrides: list[str]) -> Iterator[dict[str, list[
             trainings = max(BESIDE) if world == 1 else 1
             for port in (_free_port() for _ in range(trainings)):
                 for rank in range(world):
-                    here, there = spawn.Pipe()
+                    here, there = forks.Pipe()
                     about = (there, rank, world, port, config_file, overrides)
-                    processes.append(spawn.Process(target=serve, args=about, daemon=True))
+                    processes.append(forks.Process(target=serve, args=about, daemon=True))
                     processes[-1].start()
                     there.close()
                     pipes[name].append(here)
@@ -164,52 +169,7 @@ def ask(pipes: list[Connection], arm: str | int, steps: int) -> list[Times]:
     """Each worker's seconds of so many steps of an arm; all of them run it at the same time."""
     for pipe in pipes:
         pipe.send((arm, steps))
-    return [pipe.recv() for pipe in pipes]
-
-
-def serve(
-    pipe: Connection, rank: int, world: int, port: int, config_file: Path, overrides: list[str]
-) -> None:
-    """A rank, until it is killed: answers (arm, steps) with the seconds of each step."""
-    where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
-    os.environ.update({k: str(v) for k, v in where.items()}, MASTER_ADDR="127.0.0.1")
-    import torch
-    from step.arms import parts
-    from step.ours import Ours
-
-    from fastdisco import config, data, engine
-    from fastdisco.common import dist
-
-    torch.set_num_threads(1)
-    device = engine.start(config.Engine())
-    cfg = config.load(config_file, overrides)
-    batch = cfg.data.batch
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"batch": batch * world})})
-    ours = Ours(cfg, data.listing(cfg.data.train), batch, device)
-    views = next(ours.loader).views
-    runs = dict(parts(ours, views)) if world == 1 else {}
-    ours.step(views)
-    tensors = {size: torch.zeros(size // 4) for size in (SMALL, LARGE)}
-
-    def run(arm: str | int) -> None:
-        if isinstance(arm, int):
-            dist.all_sum(tensors[arm])
-        elif arm == "full":
-            ours.step(next(ours.loader).views)
-        else:
-            runs[arm]()
-
-    pipe.send(None)
-    while True:
-        arm, steps = pipe.recv()
-        if arm == "full":
-            # Batches that were made while other arms ran do not count.
-            for _ in range(ours.loader.placement.prefetch):
-                next(ours.loader)
-        dist.barrier()
-        times = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            run(arm)
-            times.append(time.perf_counter() - begin)
-        pipe.send(times)
+    found = [pipe.recv() for pipe in pipes]
+    # In which their loaders fill up beside nobody.
+    time.sleep(PAUSE if arm == "full" else 0.0)
+    return found
