@@ -293,10 +293,14 @@ def test_accumulation_sends_gradients_once_a_step():
 def test_where_a_curve_stops_and_why():
     steps = {n: small_step(64, compute=64.0 / n) for n in (1, 2, 4)}
     assert curve.limit(steps) == (4, steps[4], "batch")
-    steps[8] = small_step(64, compute=8.0, shuffle=8.0)
-    steps[16] = small_step(64, compute=4.0, shuffle=11.0)
-    # From 4 to 8 the rate stays what it was.
-    assert curve.limit(steps)[::2] == (4, "shuffle")
+    # Two thirds of eight times one, then four ninths of sixteen times one.
+    steps[8] = small_step(64, compute=8.0, shuffle=4.0)
+    steps[16] = small_step(64, compute=4.0, shuffle=5.0)
+    assert curve.limit(steps)[::2] == (8, "shuffle")
+    # Slow at 8, but not at 16: as where a node's cores are the limit.
+    steps[8] = small_step(64, compute=8.0, data=9.0)
+    steps[16] = small_step(64, compute=4.0, data=3.0)
+    assert curve.limit(steps)[::2] == (16, "batch")
     every = {n: small_step(64, compute=64.0 / n) for n in curve.COUNTS}
     assert curve.limit(every)[::2] == (1024, "")
     assert set(curve.REMEDY) == {*curve.Step._fields[1:], "batch"}
@@ -310,10 +314,10 @@ def test_each_remedy_removes_what_it_is_for(job):
     changed = curve.remedies(job)
     assert changed["bn.shuffle=load"].images == 0
     assert changed["teacher.cache=replay"].teacher == []
-    assert changed["data.batch=4096"].batch == 4096
+    assert changed["data.batch=8192"].batch == 8192
     device, machine = devices.published("a100", 180.0)
     plain, large = (
-        curve.limit(curve.curve(j, device, machine)) for j in (job, changed["data.batch=4096"])
+        curve.limit(curve.curve(j, device, machine)) for j in (job, changed["data.batch=8192"])
     )
     assert large.count > plain.count and large.step.rate > 2 * plain.step.rate
 
@@ -327,7 +331,7 @@ def test_the_command_prints_a_curve_and_says_that_it_is_a_model(capsys):
 
 def test_pictures_say_that_they_show_a_model():
     one = dict(batch=256, ips={"1": 10, "2": 20}, count=2, reason="batch")
-    found = one | dict(changes={"data.batch=4096": one})
+    found = one | dict(changes={"data.batch=8192": one})
     made = pictures.drawings(dict(curves={"mobv3": {"a100": found, "h100": found}}))
     assert set(made) == {"shipped", "changes"}
     assert all("A model, not measured" in figure._suptitle.get_text() for figure in made.values())

@@ -43,6 +43,6 @@ def _panels(lines: dict[str, dict[str, dict]], title: str):
         axis.set_xticks([2**i for i in range(11)], [str(2**i) for i in range(11)])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, title="dot: the last doubling that pays", title_fontsize=8)
+        axis.legend(fontsize=8, title="dot: the last count that pays", title_fontsize=8)
     axes[0, 0].set_ylabel("images/s, all GPUs")
     return made

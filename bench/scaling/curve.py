@@ -1,6 +1,5 @@
 """The curve from 1 to 1,024 devices: where it stops paying, what stops it, what to change."""
 
-import itertools
 from typing import NamedTuple
 
 from scaling.devices import Device, Machine
@@ -8,8 +7,8 @@ from scaling.predict import Step, predict
 from scaling.work import Job
 
 COUNTS = [2**i for i in range(11)]
-# A doubling of the devices that gives less than so many times the images/s does not pay.
-PAYS = 1.5
+# Of n times the images/s of one device: with less, n devices do not pay.
+PAYS = 0.5
 # Fewer images on a rank are too few for its batch norms (docs/method.md).
 FEWEST = 8
 
@@ -46,12 +45,13 @@ def curve(job: Job, device: Device, machine: Machine) -> dict[int, Step]:
 
 
 def limit(steps: dict[int, Step]) -> Limit:
-    """Where the curve stops paying."""
-    counts = list(steps)
-    for n, double in itertools.pairwise(counts):
-        if steps[double].rate < PAYS * steps[n].rate:
-            return Limit(n, steps[n], grown(steps[n], steps[double]))
-    last = counts[-1]
+    """Where the curve stops paying.
+
+    A node whose cores feed its GPUs too slowly lowers the curve once; more nodes have more cores."""
+    one = steps[1].rate
+    last = max(n for n, step in steps.items() if step.rate >= PAYS * n * one)
+    if 2 * last in steps:
+        return Limit(last, steps[last], grown(steps[last], steps[2 * last]))
     return Limit(last, steps[last], "" if last == COUNTS[-1] else "batch")
 
 
@@ -63,7 +63,8 @@ def grown(one: Step, two: Step) -> str:
 
 def remedies(job: Job) -> dict[str, Job]:
     """What a user may change, each by itself, and all together."""
-    large = max(job.batch, 4096)
+    # Enough for FEWEST images on each of 1,024 devices.
+    large = max(job.batch, FEWEST * COUNTS[-1])
     found = {
         "bn.shuffle=load": job._replace(images=0.0) if job.images else None,
         "teacher.cache=replay": job._replace(teacher=[]) if job.teacher else None,

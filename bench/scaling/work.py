@@ -1,5 +1,6 @@
 """What a training step of a configuration asks of a machine, found from the configuration alone."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from fastdisco import config, methods, models
 from fastdisco.methods import Progress
 from scaling.networks import Work, layers
 
+_LAYERS: dict[str, list[Work]] = {}
 # Of ImageNet: training and validation images.
 TRAIN, VAL = 1_281_167, 50_000
 
@@ -53,18 +55,18 @@ class Job(NamedTuple):
 def job(cfg: config.Config) -> Job:
     """The job of a configuration, as train.py would run it on GPUs."""
     crops, method = config.crops(cfg), _method(cfg)
-    with torch.device("meta"):
-        net = models.of(cfg, train=True)
     has_ema = method.momentum(Progress(0, 0.0)) is not None
-    size, half = models.size(net), cfg.engine.precision != "fp32"
+    half = cfg.engine.precision != "fp32"
     live = cfg.teacher is not None and cfg.teacher.cache == "off"
     # Without distillation MoCo shows the student the first view only; SEED always does.
     seen = crops[: _student_views(cfg)]
     dim = cfg.student.dim
+    student = _student(cfg, seen)
+    size = weights(student)
     return Job(
-        student=layers(net, seen),
-        ema=layers(net, _ema_crops(cfg, crops)) if has_ema else [],
-        teacher=layers(_teacher(cfg), crops[: method.teacher_views]) if live else [],
+        student=student,
+        ema=_student(cfg, _ema_crops(cfg, crops)) if has_ema else [],
+        teacher=_teacher(cfg, crops[: method.teacher_views]) if live else [],
         precision=cfg.engine.precision,
         teacher_precision=_teacher_precision(cfg),
         batch=cfg.data.batch,
@@ -96,16 +98,38 @@ def _method(cfg: config.Config) -> methods.Method:
         )
 
 
-def _teacher(cfg: config.Config) -> nn.Module:
-    """The teacher's network with a head of its embedding's width."""
-    assert cfg.teacher
-    if cfg.teacher.arch is None:
+def _student(cfg: config.Config, crops: list[config.Crop]) -> list[Work]:
+    def made() -> nn.Module:
+        with torch.device("meta"):
+            return models.of(cfg, train=True)
+
+    return _known((cfg.student, cfg.bn, getattr(cfg.method, "prototypes", 0)), crops, made)
+
+
+def _teacher(cfg: config.Config, crops: list[config.Crop]) -> list[Work]:
+    """With a head of the embedding's width."""
+    teacher = cfg.teacher
+    assert teacher
+    if teacher.arch is None:
         raise config.UserError(
-            f"teacher.arch: {cfg.teacher.file} would tell it; the model opens no file, name the timm model"
+            f"teacher.arch: the model opens no file, and {teacher.file} would tell it; "
+            "name the timm model"
         )
-    with torch.device("meta"):
-        head = lambda dim: nn.Linear(dim, cfg.student.dim)
-        return models.create(cfg.teacher.arch, head, cfg.teacher.kwargs).eval()
+
+    def made() -> nn.Module:
+        with torch.device("meta"):
+            head = lambda dim: nn.Linear(dim, cfg.student.dim)
+            return models.create(teacher.arch, head, teacher.kwargs).eval()
+
+    return _known((teacher.arch, teacher.kwargs, cfg.student.dim), crops, made)
+
+
+def _known(what: tuple, crops: list[config.Crop], make: Callable[[], nn.Module]) -> list[Work]:
+    """The layers, looked for once: configurations share their networks."""
+    key = repr((what, sorted(c.size for c in crops)))
+    if key not in _LAYERS:
+        _LAYERS[key] = layers(make(), crops)
+    return _LAYERS[key]
 
 
 def _teacher_precision(cfg: config.Config) -> str:
