@@ -13,6 +13,7 @@ from conftest import HANGS, ROOT, ranks, tiny
 from training import SCRIPT, _train, losses
 
 from fastdisco.commands import train
+from fastdisco.run import agreement
 
 STEPS = ("run.max_steps=6", "data.batch=8", "bn.groups=1")
 
@@ -71,6 +72,24 @@ def test_a_node_with_other_images_is_refused(folder, tmp_path, two_nodes):
     (text,) = [error for _, error in told if error]
     says = ("data.train: rank 2 on ", " has 42 images with the fingerprint ", " has 43 images ")
     assert all(x in text for x in says), text
+
+
+def refused_on_two_versions(rank, args):
+    """`refused`, where the second node has another torch."""
+    if rank > 1:
+        found = agreement.versions()
+        agreement.versions = lambda: found | {"torch": "2.9.9"}
+    return refused(args)
+
+
+def test_a_node_with_another_version_is_refused(folder, tmp_path, two_nodes):
+    right = tiny(folder, tmp_path, *STEPS)
+    told = nodes.srun(two_nodes, refused_on_two_versions, [(rank, right) for rank in range(4)])
+    assert [code for code, _ in told] == [2] * 4
+    (text,) = [error for _, error in told if error]
+    says = ("version of torch: rank 2 on ", " has 2.9.9", agreement.versions()["torch"])
+    assert all(x in text for x in says), text
+    assert not (tmp_path / "tiny/metrics.jsonl").exists()
 
 
 def started(names, command):
