@@ -105,7 +105,7 @@ def show(cfg: config.Config, name: str, file: Path | None) -> None:
         lines.append([str(n), f"{step.rate:.0f}", f"{share:.0%}", *parts])
     columns = ["GPUs", "images/s", "efficiency", *(f"{x} ms" for x in step._fields[1:])]
     show_table(f"{machine.name}, batch {job.batch}; {source}", columns, lines)
-    say(verdict(job, curve.limit(steps)))
+    say(verdict(curve.limit(steps), machine.image))
     for change, changed in curve.remedies(job).items():
         end = curve.limit(curve.curve(changed, device, machine))
         say(f"  {change}: pays up to {end.count} GPUs, {end.step.rate:.0f} images/s there")
@@ -113,11 +113,12 @@ def show(cfg: config.Config, name: str, file: Path | None) -> None:
         say("replace it by the file that bench/throughput.py writes on your GPU: --device FILE")
 
 
-def verdict(job: work.Job, end: curve.Limit) -> str:
-    step = end.step
+def verdict(end: curve.Limit, image: float) -> str:
+    """Where the curve ends, in words.  image: bytes of one."""
+    rate = end.step.rate
     text = (
-        f"Scaling pays up to {end.count} GPUs: {step.rate:.0f} images/s, for which the storage gives "
-        f"{step.rate * 108e3 / 1e6:.0f} MB/s."
+        f"Scaling pays up to {end.count} GPUs: {rate:.0f} images/s, for which the storage gives "
+        f"{rate * image / 1e6:.0f} MB/s."
     )
     return f"{text} Then {end.reason} stops it: {curve.REMEDY[end.reason]}." if end.reason else text
 

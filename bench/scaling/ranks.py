@@ -7,7 +7,6 @@ Two more are ranks of one training, and four of another."""
 
 import contextlib
 import multiprocessing
-import os
 import socket
 import statistics
 import time
@@ -116,7 +115,7 @@ def machine(link: dict[int, float], slower: float) -> Machine:
     free = float("inf")
     return Machine(
         name="CPU ranks",
-        link=Link(len(os.sched_getaffinity(0)) * 64, bandwidth, bandwidth, steps, steps),
+        link=Link(max(WORLDS.values()), bandwidth, bandwidth, steps, steps),
         spread=0.0,
         read=free,
         write=free,
