@@ -95,6 +95,42 @@ def test_a_patch_is_the_photographs_pixels(small):
         assert np.abs(np.asarray(stored, float) - want).mean() < 4
 
 
+def test_patches_in_a_light_of_their_own_are_the_same_places(small, tmp_path):
+    """Each patch is the plain one times three numbers, which the seed draws apart from the places."""
+    demo.write(tmp_path / "lit", seed=3, train=4, val=2, light=0.5)
+    number = list(demo.PHOTOS).index("coffee")
+    draws = np.random.default_rng([3, number, 1])
+    for i in range(4):
+        gain = np.exp(draws.normal(0, 0.5) + draws.normal(0, 0.25, 3))
+        name = f"train/coffee/{i:04}.jpg"
+        with Image.open(small / name) as plain, Image.open(tmp_path / "lit" / name) as lit:
+            want = np.asarray(plain, float) * gain
+            want *= min(1, 255 / want.max())
+            # Of 255: both are JPEGs, whose errors grow with the light.
+            assert np.abs(np.asarray(lit, float) - want).mean() < 4 * (1 + gain.max())
+    with pytest.raises(UserError, match="lit: holds the demo data of another light"):
+        demo.write(tmp_path / "lit", seed=3, train=4, val=2)
+
+
+def test_the_light_has_the_deviation_that_was_asked_for():
+    grey = Image.new("RGB", (4, 4), (60, 60, 60))
+    rng = np.random.default_rng(0)
+    lit = np.stack([np.asarray(demo.relight(grey, 0.4, rng), float) for _ in range(400)])
+    assert np.ptp(lit, axis=(1, 2)).max() == 0
+    seen = np.log(lit[:, 0, 0] / 60)
+    apart = (seen - seen.mean(1, keepdims=True)).std() * np.sqrt(3 / 2)
+    assert apart == pytest.approx(0.2, rel=0.1)
+    assert seen.mean(1).std() == pytest.approx(np.hypot(0.4, 0.2 / 3**0.5), rel=0.1)
+
+
+def test_no_light_is_brighter_than_white():
+    white = Image.new("RGB", (4, 4), (255, 255, 255))
+    rng = np.random.default_rng(0)
+    lit = np.stack([np.asarray(demo.relight(white, 0.5, rng)) for _ in range(100)])
+    # All three colours would be white where they were clipped one by one.
+    assert (lit.min((1, 2, 3)) < 255).all()
+
+
 def test_only_installed_files_and_no_network(small, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a connection was tried")
@@ -163,6 +199,10 @@ def test_the_command(small, tmp_path, capsys):
     assert (
         cli.main(["data", "demo", str(tmp_path / "x")]) == 2
         and "not empty" in capsys.readouterr().err
+    )
+    assert (
+        cli.main(["data", "demo", str(tmp_path / "lit"), "--light", "nan"]) == 2
+        and "--light: is nan; give 0 to 2" in capsys.readouterr().err
     )
     assert (
         cli.main(["data", "demo", str(small), "--seed", "3"]) == 2

@@ -134,6 +134,18 @@ def test_the_drop_is_the_largest_and_what_is_no_number_is_lost():
     assert int8.dropped(want, {"knn_top1": 0.5}) == 100
 
 
+def test_the_share_of_the_first_direction():
+    """Of more images than features, and of fewer: variances 9, 0.75 and 0.25 in turned directions."""
+    draw = np.random.default_rng(0)
+    turn = np.linalg.qr(draw.normal(size=(8, 8)))[0]
+    columns = np.linalg.qr(draw.normal(size=(64, 3)))[0]
+    columns = np.linalg.qr(columns - columns.mean(0))[0]
+    x = columns * np.sqrt([9, 0.75, 0.25]) @ turn[:3] + 5
+    assert int8.leading(x) == pytest.approx(0.9)
+    assert int8.leading(np.pad(x, ((0, 0), (0, 100)))) == pytest.approx(0.9)
+    assert int8.leading(np.ones((4, 3))) == 1.0
+
+
 # ---- the command
 
 
@@ -171,6 +183,9 @@ def test_beyond_the_gate_it_is_rejected(collapsed, capsys, monkeypatch, tmp_path
     values, said = export(
         capsys, collapsed, "--to", "int8", f"--out={out}", "--max-drop=4", code=command.REJECTED
     )
+    assert "of the variance of the float32 features lies in one direction" in said
+    found = json.loads((out / "export.json").read_text())["int8"]
+    assert 0 < found["first_direction"] <= 1
     assert (out / "model.int8.onnx.rejected").exists() and not (out / "model.int8.onnx").exists()
     assert values["test_resnet"]["int8_rejected"] and "more than --max-drop 4" in said
     assert "It was rejected" in (out / "README.md").read_text()

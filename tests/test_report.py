@@ -142,6 +142,8 @@ def test_a_run_that_has_just_begun(tmp_path):
     text = page(tmp_path / "r.html", folder)
     said = text_of(text)
     assert "new : test_efficientnet by moco; has no metrics yet, still going." in said
+    # The title of an accuracy that nobody has measured names no value.
+    assert "()" not in said
     for sentence in (*LACKING, "the run has logged nothing yet", "it has no teacher"):
         assert sentence in said, sentence
     assert "No run has saved a checkpoint yet" in said

@@ -11,6 +11,7 @@ import torch
 
 from fastdisco import config, data, models, report
 from fastdisco.common.urls import Url
+from fastdisco.evals import results
 from fastdisco.evals.features import Features
 from fastdisco.report import (
     collect,
@@ -294,8 +295,8 @@ def features(angles, labels):
     return Features(x, torch.tensor(labels), torch.arange(len(labels)))
 
 
-def network(name, role):
-    return Network(name, role, None, collect.Measured())
+def network(name, role, found=()):
+    return Network(name, role, None, collect.Measured(list(found)))
 
 
 def test_nearest_others():
@@ -346,6 +347,33 @@ def test_the_class_furthest_behind_comes_first():
     assert neighbours._gap(shown[1:], [student], listing_of(labels))[0] is None
     alike = teacher._replace(label=teacher.label * 0)
     assert "no classes" in neighbours._gap(shown, [alike] * 2, listing_of(labels))[1]
+
+
+def evaluated(name, role, votes, labels, k=20, fingerprint="a"):
+    """A network that `fastdisco eval knn` has measured."""
+    votes, labels = np.asarray(votes), np.asarray(labels)
+    protocol = {"network": {"fingerprint": fingerprint}, "knn": {"k": k}}
+    values = {"knn_top1": float((votes == labels).mean())}
+    result = results.make("knn", values, protocol, 1.0, {"knn_top1": votes}, labels)
+    return network(name, role, [result])
+
+
+def test_classes_are_compared_on_all_validation_images_where_all_networks_were_evaluated():
+    labels = [0] * 2 + [1] * 2
+    alike = [features([0, 1, 90, 91], labels)] * 2
+    # Of eight validation images the student misses three of class b, which the four here cannot say.
+    whole = [0] * 4 + [1] * 4
+    big = evaluated("big", TEACHER, whole, whole)
+    small = evaluated("small", DISTILLED, [0] * 4 + [1, 0, 0, 0], whole, fingerprint="b")
+    gap, _ = neighbours._gap([big, small], alike, listing_of(labels))
+    assert gap.rows == [("b", [1.0, 0.25]), ("a", [1.0, 1.0])]
+    assert "all 8 validation images" in gap.text
+    # Another protocol, or a network without an evaluation: only the images that are shown.
+    other = evaluated("small", DISTILLED, [0] * 8, whole, k=200)
+    for student in (other, network("small", DISTILLED)):
+        gap, _ = neighbours._gap([big, student], alike, listing_of(labels))
+        assert dict(gap.rows) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+        assert "one image of a class is up to 50.0" in gap.text
 
 
 def test_features_are_kept_until_the_weights_change(root):

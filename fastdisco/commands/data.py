@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastdisco.commands import arguments
 from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
 from fastdisco.common.limits import MAX_PIXELS, SHARD_MB
 
 COMMANDS = {
@@ -26,6 +27,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _add_demo(p: argparse.ArgumentParser) -> None:
     p.add_argument("dst", type=Path)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--light",
+        type=float,
+        default=0.0,
+        metavar="DEVIATION",
+        help="each image in a random light of its own: deviation of the logarithm of its brightness "
+        "(%(default)s)",
+    )
 
 
 def _add_pack(p: argparse.ArgumentParser) -> None:
@@ -85,7 +94,10 @@ def demo(args: argparse.Namespace) -> None:
     """`fastdisco data demo`."""
     from fastdisco.data import demo
 
-    demo.write(args.dst, seed=args.seed)
+    # So written that nan fails, too.
+    if not 0 <= args.light <= 2:
+        raise UserError(f"--light: is {args.light:g}; give 0 to 2")
+    demo.write(args.dst, seed=args.seed, light=args.light)
 
 
 def pack(args: argparse.Namespace) -> None:

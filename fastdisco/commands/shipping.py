@@ -198,6 +198,7 @@ def _int8(job: Job, stage: Path) -> dict[str, Any]:
     best.rename(results / "model.int8")
     for left in stage.glob("try-*"):
         shutil.rmtree(left)
+    first = int8.leading(onnx.Session(stage / FLOAT).run(job.images.numpy()))
     if found.passed:
         say(f"int8: {INT8}, {file.stat().st_size / 1e6:.1f} MB")
     else:
@@ -206,12 +207,17 @@ def _int8(job: Job, stage: Path) -> dict[str, Any]:
             f"int8: {INT8}.rejected, since even the best of {len(found.tries)} tries loses "
             f"{found.best.drop:.2f} points, more than --max-drop {most:g}"
         )
+        say(
+            f"int8: {first:.0%} of the variance of the float32 features lies in one direction; near "
+            "100% small errors change the neighbours, and a longer training helps, not layers in float"
+        )
     return {
         "fp32": want,
         "values": found.best.values,
         "drop": found.best.drop,
         "max_drop": most,
         "passed": found.passed,
+        "first_direction": first,
         "floats": found.best.floats,
         "layers": len(quantiser.layers),
         # JSON has no infinity.

@@ -1,7 +1,9 @@
 """The demo's images: "which photograph is this patch from", cut from photographs that scikit-image
 and scikit-learn ship.  This is `fastdisco data demo`.
 
-Patches for train and for val come from different cells of a photograph, so they never overlap."""
+Patches for train and for val come from different cells of a photograph, so they never overlap.  They
+may have a light of their own each: else colour tells most photographs apart, and networks that have
+learned nothing do nearly as well as others."""
 
 import hashlib
 import importlib.util
@@ -46,9 +48,14 @@ SIZE = 32  # pixels, side of the images written
 MANIFEST = "demo.json"
 
 
-def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> dict[str, Any]:
+def write(
+    dst: Path | str, seed: int = 0, train: int = 400, val: int = 80, light: float = 0.0
+) -> dict[str, Any]:
     """Writes dst/{train,val}/<photograph>/NNNN.jpg, `train` and `val` patches of each photograph.
     Returns the manifest.
+
+    light  deviation of the logarithm of a patch's brightness; each colour differs by half of it; 0:
+           the photographs' own light
 
     The same seed gives the same bytes.  A folder that holds this very data set is kept as it is.
     Raises UserError for a folder with anything else in it, or a missing photograph."""
@@ -62,6 +69,7 @@ def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> di
         cell=CELL,
         patch=list(PATCH),
         size=SIZE,
+        light=light,
         photos={name: _sha256(path.read_bytes()) for name, path in photos.items()},
     )
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -71,7 +79,7 @@ def write(dst: Path | str, seed: int = 0, train: int = 400, val: int = 80) -> di
     shutil.rmtree(part, ignore_errors=True)
     steps = track(photos.items(), "cutting photographs", len(photos), transient=True)
     for number, (name, path) in enumerate(steps):
-        _cut(part, name, photo(path), counts, np.random.default_rng([seed, number]))
+        _cut(part, name, photo(path), counts, [seed, number], light)
     manifest = wanted | {"sha256": _digest(part)}
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     part.rename(dst)
@@ -104,6 +112,15 @@ def draw_box(cells: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int
     return int(left), int(upper), int(left) + side, int(upper) + side
 
 
+def relight(patch: Image.Image, light: float, rng: np.random.Generator) -> Image.Image:
+    """The patch in a random light: each colour multiplied by a number, so that nothing is brighter
+    than white."""
+    gain = np.exp(rng.normal(0, light) + rng.normal(0, light / 2, 3))
+    lit = np.asarray(patch, np.float64) * gain
+    lit *= min(1.0, 255 / max(lit.max(), 1.0))
+    return Image.fromarray(lit.round().astype(np.uint8))
+
+
 def find(file: str) -> Path:
     """Where a photograph of PHOTOS is installed.  Raises UserError where it is not."""
     package, inside = file.split("/", 1)
@@ -120,9 +137,16 @@ def find(file: str) -> Path:
 
 
 def _cut(
-    root: Path, name: str, image: Image.Image, counts: dict[str, int], rng: np.random.Generator
+    root: Path,
+    name: str,
+    image: Image.Image,
+    counts: dict[str, int],
+    seed: list[int],
+    light: float,
 ) -> None:
     """Writes the patches of one photograph, as many as `counts` says for train and for val."""
+    # Places and lights are drawn apart: another light leaves the places as they are.
+    rng, lights = np.random.default_rng(seed), np.random.default_rng([*seed, 1])
     cells = dict(zip(counts, split_cells(image.size, rng)))
     for half, count in counts.items():
         folder = root / half / name
@@ -130,6 +154,8 @@ def _cut(
         for i in range(count):
             box = draw_box(cells[half], rng)
             patch = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+            if light:
+                patch = relight(patch, light, lights)
             patch.save(folder / f"{i:04}.jpg", quality=90)
 
 
@@ -141,6 +167,8 @@ def _reuse(dst: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{dst}: not empty and not written by this command; give an empty or new folder"
         ) from None
+    # Manifests of before say nothing of the light.
+    found = {"light": 0.0} | found
     differ = [key for key, value in wanted.items() if found.get(key) != value]
     if differ:
         raise UserError(

@@ -16,6 +16,7 @@ from fastdisco.data import Listing
 from fastdisco.evals import health, passes, tsne
 from fastdisco.evals.features import Features, gathered
 from fastdisco.evals.neighbours import nearest
+from fastdisco.evals.results import comparable
 from fastdisco.evals.settings import Tsne
 from fastdisco.report.collect import Run
 from fastdisco.report.networks import DISTILLED, TEACHER, Network
@@ -25,6 +26,8 @@ from fastdisco.report.tiles import Sheet
 NEAR, QUERIES = 8, 4
 # Neighbours that vote for a class, as in training.
 VOTES, TEMP = 20, 0.07
+# Rows of the table of classes at most.
+CLASSES = 30
 CPU = torch.device("cpu")
 
 
@@ -52,6 +55,7 @@ class Gap:
     networks: list[str]
     # (class, accuracy of the teacher, of each network), 0..1
     rows: list[tuple[str, list[float]]]
+    text: str = ""  # by which images
 
 
 @dataclass(frozen=True)
@@ -200,14 +204,43 @@ def _gap(
     classes = label.unique().tolist()
     if len(classes) < 2:
         return None, "The images have no classes, so no class is behind."
-    votes = [
-        health.among_others(f, len(listing.classes), min(VOTES, len(label) - 1), TEMP)
-        for f in found
-    ]
+    evaluated = _evaluated(shown)
+    if evaluated:
+        label, votes = evaluated
+        classes = label.unique().tolist()
+        text = f"By fastdisco eval knn, of all {len(label)} validation images, in percent."
+        if len(classes) > CLASSES:
+            text += f" {CLASSES} of {len(classes)} classes are shown."
+    else:
+        k = min(VOTES, len(label) - 1)
+        votes = [health.among_others(f, len(listing.classes), k, TEMP) for f in found]
+        least = min(int((label == c).sum()) for c in classes)
+        text = (
+            f"By the {VOTES} nearest of these images, in percent: one image of a class is up to "
+            f"{100 / least:.1f}. After fastdisco eval knn of each network this table is of all "
+            "validation images."
+        )
     rows = []
     for c in classes:
         own = label == c
         rows.append((listing.classes[c], [float((v == label)[own].double().mean()) for v in votes]))
     target = next((i for i, n in enumerate(shown) if n.role == DISTILLED), 1)
     rows.sort(key=lambda r: r[1][target] - r[1][0])
-    return Gap([n.name for n in shown], rows), ""
+    return Gap([n.name for n in shown], rows[:CLASSES], text), ""
+
+
+def _evaluated(shown: Sequence[Network]) -> tuple[Tensor, list[Tensor]] | None:
+    """(labels, each network's votes), [N] each, of `fastdisco eval knn`; None unless every network was
+    evaluated by one protocol, on all validation images."""
+    first, votes = None, []
+    for network in shown:
+        of_knn = (r for r in network.measured.results if r.what == "knn" and r.labels is not None)
+        result = next((r for r in of_knn if "knn_top1" in r.predictions), None)
+        if result is None or result.labels is None:
+            return None
+        first = first or result
+        if comparable(result.protocol) != comparable(first.protocol):
+            return None
+        votes.append(torch.from_numpy(result.predictions["knn_top1"]))
+    assert first is not None and first.labels is not None
+    return torch.from_numpy(first.labels), votes

@@ -99,7 +99,6 @@ def html(runs: Sequence[Run], wanted: Wanted, kept: neighbours.Kept) -> str:
         evaluations=evaluations.table(nets),
         evaluated=evaluations.times(nets),
         evaluations_json=evaluations.json(nets),
-        votes=neighbours.VOTES,
         sheet=sheet,
         tiles=sheets,
     )

@@ -88,16 +88,21 @@ def groups(runs: Sequence[Run], networks: Sequence[Network]) -> list[Group]:
         _group(
             points,
             linear,
-            f"Accuracy on frozen features, % ({linear})",
+            _told("Accuracy on frozen features, %", linear),
             "No linear accuracy yet: fastdisco eval linear RUN.",
         ),
         _group(
             points,
             one,
-            f"Accuracy with 1 % of the labels, % ({one})",
+            _told("Accuracy with 1 % of the labels, %", one),
             "No accuracy with 1 % of the labels yet: fastdisco eval semi RUN.",
         ),
     ]
+
+
+def _told(title: str, value: str) -> str:
+    """With the value's name, where there is one."""
+    return f"{title} ({value})" if value else title
 
 
 def _side(runs: Sequence[Run], network: Network) -> int:
