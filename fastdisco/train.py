@@ -37,6 +37,7 @@ from fastdisco.run.log import Log
 from fastdisco.run.meter import Meter, named
 from fastdisco.run.mirror import Mirror
 from fastdisco.run.remarks import announce, remarks
+from fastdisco.run.saver import Saver
 from fastdisco.run.signals import Stop
 from fastdisco.run.watchdog import Watchdog
 
@@ -122,9 +123,10 @@ def _run(
 
     # ---- the loop
     meter, stop = Meter(cfg.data.batch, folder, start), Stop()
-    saver = checkpoint.Saver(folder, items, meta, cfg.checkpoint.keep)
+    keep, background = cfg.checkpoint.keep, cfg.checkpoint.background
+    saver = Saver(folder, items, meta, keep, background, lock.check, mirror.copy)
     evaluation = Evaluation(cfg, states, listing, val, device, steps)
-    with Log(folder, start, steps, loggers.create(given, folder, start)) as log:
+    with Log(folder, start, steps, loggers.create(given, folder, start)) as log, saver:
         closing.append(log.close)
         # It was killed, or failed, when the checkpoint was saved.
         if start and evaluation.due(start) and dist.any_rank(log.lacks(start)):
@@ -195,9 +197,8 @@ def _run(
             watchdog.done()
             if save:
                 enter("save")
-                with meter.paused():
+                with meter.saving():
                     saver.save(done, ends=last or asked)
-                mirror.copy(done)
             if asked and (due or not last):
                 say(f"stopped as asked after step {done}; the same command continues from there")
                 break

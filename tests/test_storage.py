@@ -20,6 +20,7 @@ from fastdisco.common.files import refused
 from fastdisco.run import checkpoint, saving
 from fastdisco.run.appended import Appended
 from fastdisco.run.board import Board
+from fastdisco.run.saver import Saver
 
 
 def items(values):
@@ -308,7 +309,7 @@ def test_a_file_system_that_turns_read_only_and_back(small, capsys):
 def test_a_mount_that_vanishes_is_not_written_behind(small, capsys):
     _save(small, 1)
     file = Appended(small / "metrics.jsonl", 0)
-    saver = checkpoint.Saver(small, items({"x": torch.ones(1)}), {}, 2)
+    saver = Saver(small, items({"x": torch.ones(1)}), {}, 2)
     subprocess.run(["umount", "-l", str(small)], check=True)
     file.add(b"a\n")
     saver.save(2, ends=False)

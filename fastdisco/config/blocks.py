@@ -366,3 +366,6 @@ class Checkpoint(Block):
     every: Int = Field(1000, ge=1)
     # How many of the newest are kept.
     keep: Int = Field(2, ge=1)
+    # Whether the training goes on while a thread writes a checkpoint.  That takes host memory for a
+    # copy of the state.  false: the training waits.
+    background: bool = True

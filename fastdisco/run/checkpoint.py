@@ -10,8 +10,6 @@ RUN/checkpoints/step_00001000/backbone.safetensors
 RUN/checkpoints/step_00001000/manifest.json   size and SHA-256 of these files
 The .pt files load with torch.load(weights_only=True)."""
 
-import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +21,10 @@ from fastdisco import engine
 from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
-from fastdisco.models import checkpoints, last, manifest, mean_buffers, newest_first, read
+from fastdisco.models import last, manifest, mean_buffers, newest_first, read
 from fastdisco.run import fit, saving
 
-__all__ = ["Item", "Saver", "items", "last", "restore", "save"]
+__all__ = ["Item", "gathered", "items", "last", "restore", "save"]
 
 
 class Item(NamedTuple):
@@ -107,59 +105,21 @@ def save(run: Path, step: int, state: dict[str, Item], meta: dict[str, str], kee
     meta: fingerprints of what the state belongs to (data listing, teacher); `restore` refuses
     others.
     Raises NotSaved, on every rank alike, where the file system fails."""
+    saving.write(run, step, *gathered(step, state, meta), keep)
+
+
+def gathered(
+    step: int, state: dict[str, Item], meta: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all ranks share, and what is this rank's own.  Called by every rank."""
     # On every rank: some items gather from all.
     values = {name: item.get() for name, item in state.items()}
     own = {name: values[name] for name, item in state.items() if item.own}
     shared = {name: values[name] for name, item in state.items() if not item.own}
-    saving.write(
-        run,
-        step,
+    return (
         {"step": step, "meta": meta, "world": dist.world(), **shared},
         {"world": dist.world(), "rank": dist.rank(), **own},
-        keep,
     )
-
-
-class Saver:
-    """Saves a run's state again and again; a failure costs a checkpoint, not the training."""
-
-    def __init__(self, run: Path, state: dict[str, Item], meta: dict[str, str], keep: int) -> None:
-        """See `save`."""
-        self._save = lambda step: save(run, step, state, meta, keep)
-        self._folder = run / "checkpoints"
-        # Where a mount is gone, another file system is in its place.
-        self._device = os.stat(run).st_dev
-
-    def save(self, step: int, ends: bool) -> None:
-        """Saves the state after `step` steps.  Called by every rank.
-
-        A failure is said, and the next checkpoint tried as if nothing had been.  Where the run ends
-        with this step, it is a UserError, on every rank alike."""
-        try:
-            dist.alike(self._refuse_gone)
-            self._save(step)
-        except UserError as e:
-            has = self._newest()
-            if ends:
-                raise UserError(
-                    f"step {step}: its checkpoint could not be saved ({e}), {has}; mend that, then "
-                    "the same command continues from there"
-                ) from None
-            say(
-                f"step {step}: its checkpoint could not be saved ({e}), {has}; the training goes on "
-                "and tries it again at the next one"
-            )
-
-    def _newest(self) -> str:
-        steps: list[Path] = []
-        with contextlib.suppress(OSError):
-            steps = checkpoints(self._folder.parent)
-        return f"the newest is {steps[-1].name}" if steps else "none is there"
-
-    def _refuse_gone(self) -> None:
-        run = self._folder.parent
-        if os.stat(run).st_dev != self._device:
-            raise UserError(f"{run}: the file system that held it is gone")
 
 
 def restore(run: Path, state: dict[str, Item], meta: dict[str, str]) -> int:

@@ -42,6 +42,8 @@ class Meter:
         at."""
         self.images, self.folder = images, folder
         self.names: list[str] = []
+        # Seconds that all saves have taken since now.
+        self.since, self.stalled = time.perf_counter(), 0.0
         self._reset(start)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
@@ -63,6 +65,14 @@ class Meter:
         yield
         self.begin += time.perf_counter() - begin
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save, for which the training stands still: that is no training either."""
+        begin = time.perf_counter()
+        with self.paused():
+            yield
+        self.stall += time.perf_counter() - begin
+
     def read(self, done: int, steps: int) -> dict[str, float]:
         """Means over micro batches and ranks since the last read, and the speed; here the loop
         waits for the device.  Called by every rank.
@@ -75,12 +85,14 @@ class Meter:
         columns = zip(self.names, zip(*table))
         means = {name: sum(column) / len(table) for name, column in columns}
         speed = self._speed(took, done - self.last, steps - done)
+        saves = self._saves()
         self._reset(done)
-        return means | speed
+        return means | speed | saves
 
     def _reset(self, done: int) -> None:
         self.rows: list[Tensor] = []
         self.waited, self.last, self.begin = 0.0, done, time.perf_counter()
+        self.stall = 0.0
 
     def _refuse_not_finite(self, table: list[list[float]], n: int) -> None:
         """table: a row for each micro batch of the last n steps."""
@@ -106,6 +118,15 @@ class Meter:
             "perf/eta": took / n * left,
             "perf/mem_gb": _peak_bytes() / 1e9,
         }
+
+    def _saves(self) -> dict[str, float]:
+        """Seconds that the training has stood still for saves since the last read, and their share
+        of its time so far."""
+        self.stalled += self.stall
+        share = {"perf/save_share": self.stalled / (time.perf_counter() - self.since)}
+        return (share if self.stalled else {}) | (
+            {"perf/save_stall": self.stall} if self.stall else {}
+        )
 
 
 def _peak_bytes() -> int:

@@ -104,6 +104,8 @@ class Bar:
                 yield f"best kNN {best:.1%}"
         if "perf/data_share" in v:
             yield f"data wait {v['perf/data_share']:.0%}"
+        if "perf/save_share" in v:
+            yield f"saves {v['perf/save_share']:.1%}"
         terms = ((k.removeprefix("train/"), x) for k, x in v.items() if k.startswith("train/loss_"))
         yield from (f"{name} {x:.4g}" for name, x in terms)
         if "distill/cosine" in v:

@@ -1,5 +1,8 @@
 """Writing a checkpoint's files, by all ranks: everything under another name first, then the manifest,
-the step's own name, and `last`.  A crash at any moment leaves the last checkpoint whole."""
+the step's own name, and `last`.  A crash at any moment leaves the last checkpoint whole.
+
+The ranks speak with each other by `texts` alone: collectives where the training waits for the save,
+the ranks' store where a thread saves beside it."""
 
 import hashlib
 import json
@@ -19,6 +22,8 @@ from fastdisco.common.files import naming, sync, told, write_whole
 from fastdisco.models import checkpoints, manifest
 from fastdisco.models.weights import as_safetensors
 
+# A rank's text -> every rank's, in rank order.
+Texts = Callable[[str], list[str]]
 # Free bytes beyond what the tensors need: for names, pickles and the manifest.
 _SPARE = 1 << 20
 
@@ -27,19 +32,35 @@ class NotSaved(UserError):
     """A checkpoint could not be written; the one before is whole.  Raised on every rank alike."""
 
 
-def write(run: Path, step: int, shared: dict[str, Any], own: dict[str, Any], keep: int) -> None:
+def write(
+    run: Path,
+    step: int,
+    shared: dict[str, Any],
+    own: dict[str, Any],
+    keep: int,
+    texts: Texts = dist.all_texts,
+    allowed: Callable[[], None] = lambda: None,
+) -> None:
     """Writes step_<step>, points `last` to it and removes all but the `keep` newest; called by every
     rank.
 
-    shared  what rank 0 writes for all;  own: what each rank writes for itself
+    shared   what rank 0 writes for all, and needs alone;  own: what each rank writes for itself
+    texts    as dist.all_texts, by which the ranks agree
+    allowed  raises an error where the rank may not write, or no longer: asked at the start, and by
+             rank 0 before the checkpoint gets its name
     Raises NotSaved where a rank meets an error of the file system."""
     folder = run / "checkpoints" / f"step_{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
-    needed = _bytes(shared) + _bytes(_backbones(shared)) + dist.world() * _bytes(own)
-    _by_rank_0(lambda: _prepare(beside, needed))
+    _alike(allowed, texts)
+    _by_rank_0(lambda: _prepare(beside, _needed(shared, own)), texts)
+
+    def name() -> None:
+        allowed()
+        _name(beside, folder, manifest.text(step, dist.world(), files))
+
     try:
-        files = _written(beside, shared, own)
-        _by_rank_0(lambda: _name(beside, folder, manifest.text(step, dist.world(), files)))
+        files = _written(beside, shared, own, texts)
+        _by_rank_0(name, texts)
     except NotSaved:
         if dist.rank() == 0:
             # Its space may be what the disk lacks.
@@ -47,7 +68,13 @@ def write(run: Path, step: int, shared: dict[str, Any], own: dict[str, Any], kee
         raise
     if dist.rank() == 0:
         _prune(folder, keep)
-    dist.barrier()
+    # Nobody begins the next one before the old ones are gone.
+    texts("")
+
+
+def _needed(shared: dict[str, Any], own: dict[str, Any]) -> int:
+    """Bytes of all ranks' files."""
+    return _bytes(shared) + _bytes(_backbones(shared)) + dist.world() * _bytes(own)
 
 
 def _prepare(beside: Path, needed: int) -> None:
@@ -66,7 +93,9 @@ def _prepare(beside: Path, needed: int) -> None:
     beside.mkdir()
 
 
-def _written(beside: Path, shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _written(
+    beside: Path, shared: dict[str, Any], own: dict[str, Any], texts: Texts
+) -> dict[str, Any]:
     """Writes this rank's files.  Returns {name: size and digest} of all ranks'."""
     mine: dict[str, Callable[[IO[bytes]], object]]
     mine = {f"rank_{dist.rank()}.pt": lambda f: torch.save(own, f)}
@@ -78,7 +107,7 @@ def _written(beside: Path, shared: dict[str, Any], own: dict[str, Any]) -> dict[
         result = {"files": {name: _to_disk(beside / name, x) for name, x in mine.items()}}
     except OSError as e:
         result = {"error": told(e)}
-    results = [json.loads(text) for text in dist.all_texts(json.dumps(result))]
+    results = [json.loads(text) for text in texts(json.dumps(result))]
     if error := next((x["error"] for x in results if "error" in x), ""):
         raise NotSaved(error)
     return {name: about for x in results for name, about in x["files"].items()}
@@ -160,15 +189,21 @@ def _prune(folder: Path, keep: int) -> None:
         say(f"an old checkpoint stays for now: {told(e)}")
 
 
-def _by_rank_0(action: Callable[[], None]) -> None:
+def _by_rank_0(action: Callable[[], None], texts: Texts) -> None:
     """Rank 0 does it while the others wait; raises its error as NotSaved on every rank."""
+    _alike(action if dist.rank() == 0 else lambda: None, texts)
+
+
+def _alike(action: Callable[[], None], texts: Texts) -> None:
+    """Every rank does it; raises the first error as NotSaved on every rank."""
     error = ""
-    if dist.rank() == 0:
-        try:
-            action()
-        except OSError as e:
-            error = told(e)
-    if error := dist.all_texts(error)[0]:
+    try:
+        action()
+    except OSError as e:
+        error = told(e)
+    except UserError as e:
+        error = str(e)
+    if error := next(filter(None, texts(error)), ""):
         raise NotSaved(error)
 
 

@@ -40,6 +40,8 @@ _EXCHANGES = (
     "/fastdisco/common/dist.py",
     "/fastdisco/engine/exchange.py",
 )
+# The same of the thread that writes a checkpoint beside the training.
+_OF_SAVES = "/fastdisco/common/store.py"
 # The padded size of a heartbeat: a shorter line would leave the end of a longer one.
 _BYTES = 400
 
@@ -308,9 +310,11 @@ def _path(folder: Path, rank: int) -> Path:
 
 def _phase() -> str:
     """The training's phase; `exchange` where a thread waits for other ranks, wherever that is."""
-    waits = any(_exchanges(frame) for frame in sys._current_frames().values())
+    # Only a training that saves waits for what that thread waits for.
+    places = (*_EXCHANGES, _OF_SAVES) if heart.phase == "save" else _EXCHANGES
+    waits = any(_is_in(frame, places) for frame in sys._current_frames().values())
     return "exchange" if waits else heart.phase
 
 
-def _exchanges(innermost: FrameType) -> bool:
-    return any(part in innermost.f_code.co_filename for part in _EXCHANGES)
+def _is_in(innermost: FrameType, places: tuple[str, ...]) -> bool:
+    return any(part in innermost.f_code.co_filename for part in places)
