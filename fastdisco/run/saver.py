@@ -83,6 +83,11 @@ class Saver:
         )
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Waits for the save under way.  Raises what has ended it, unless that was a failing file
         system, which has been said."""
