@@ -1,7 +1,9 @@
 """A run: its folder, its checkpoints, its metrics, its plan, and the students in training.
 
 students.py     a student with engine, EMA, method and optimizer; compilation and CUDA graphs
-checkpoint.py   everything an exact resume needs;  saving.py  how it is written;  fit.py  what fits
+checkpoint.py   everything an exact resume needs;  fit.py  what fits
+saver.py        saves again and again, beside the training;  snapshot.py  the copy that is written
+saving.py       how a checkpoint is written
 folder.py       the run's folder, and whether a command may continue the run in it;  lock.py  its lock
 agreement.py    what all ranks must have in common; when one refuses, all end
 mirror.py       copies of checkpoints in object storage
