@@ -113,12 +113,12 @@ def measure(training: "Training", rounds: int, seconds: float) -> dict[str, list
 
 def window(training: "Training", saver: Saver | None, seconds: float) -> Window:
     """Saves, where there is a saver, and takes steps until its checkpoint is on disk, and for so many
-    seconds."""
+    seconds; one at least."""
     begin, stall, steps = now(training.device), 0.0, 0
     if saver:
         saver.save(training.done, ends=False)
         stall = time.perf_counter() - begin
-    while (saver and saver.busy) or time.perf_counter() - begin < seconds:
+    while not steps or (saver and saver.busy) or time.perf_counter() - begin < seconds:
         training.step()
         steps += 1
     end = now(training.device)

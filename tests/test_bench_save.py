@@ -5,7 +5,10 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ranks
+
+from fastdisco import config, engine
+from fastdisco.run import checkpoint
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -58,12 +61,19 @@ def test_a_window_lasts_until_the_checkpoint_is_on_disk(monkeypatch):
     assert save.window(training, None, 4.0) == (4.0, 4, 0.0)
 
 
-def test_the_arms_run(tmp_path):
-    training = save.Training("test_efficientnet", 4, 32, tmp_path, torch.device("cpu"))
+def _arms(run):
+    engine.start(config.Engine())
+    training = save.Training("test_efficientnet", 4, 32, run, torch.device("cpu"))
     before = [p.clone() for p in training.state.net.parameters()]
     found = save.measure(training, 2, 0.0)
-    assert {name: len(x) for name, x in found.items()} == dict.fromkeys(save.ARMS, 2)
-    assert all(x.stall > 0 and x.steps for x in found["background"])
-    assert not all(map(torch.equal, before, training.state.net.parameters()))
-    state = torch.load(save.checkpoint.last(tmp_path) / "state.pt", weights_only=True)
+    moved = not all(map(torch.equal, before, training.state.net.parameters()))
+    return found, moved
+
+
+def test_the_arms_run(tmp_path):
+    ((found, moved),) = ranks(1, _arms, tmp_path)
+    assert {name: len(x) for name, x in found.items()} == dict.fromkeys(save.ARMS, 2) and moved
+    assert all(x.stall > 0 for arm in ("background", "waiting") for x in found[arm])
+    assert all(x.steps for windows in found.values() for x in windows)
+    state = torch.load(checkpoint.last(tmp_path) / "state.pt", weights_only=True)
     assert len(state["method"]["queue.rows"]) == 65536 and state["optimizer"]["parameters"]
