@@ -216,6 +216,7 @@ def _breaks(found, error):
 def test_an_error_of_the_training_waits_for_the_save(tmp_path, monkeypatch):
     go = threading.Event()
     _slow(monkeypatch, go)
+    monkeypatch.setattr(saver, "_GRACE", 0.01)
     threading.Timer(0.1, go.set).start()
     with pytest.raises(UserError, match="theirs"):
         _breaks(saves(tmp_path)[0], UserError("theirs"))
@@ -223,7 +224,7 @@ def test_an_error_of_the_training_waits_for_the_save(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error, grace", [(RuntimeError, 0.01), (KeyboardInterrupt, HANGS)])
-def test_but_not_for_ever_and_ctrl_c_not_at_all(error, grace, tmp_path, monkeypatch):
+def test_a_crash_not_for_ever_and_ctrl_c_not_at_all(error, grace, tmp_path, monkeypatch):
     go = threading.Event()
     _slow(monkeypatch, go)
     monkeypatch.setattr(saver, "_GRACE", grace)

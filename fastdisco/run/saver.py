@@ -19,15 +19,15 @@ from fastdisco.common.files import refused
 from fastdisco.run import checkpoint, saving
 from fastdisco.run.snapshot import Snapshots
 
-# Seconds that an error in the training waits for the save under way.
+# Seconds that a crash of the training waits for the save under way.
 _GRACE = 10.0
 
 
 class Saver:
     """Saves a run's state again and again; a failure costs a checkpoint, not the training.
 
-    Use it as a context: it waits at its end for the save under way, after an error for some seconds
-    at most."""
+    Use it as a context: it waits at its end for the save under way, after a crash for some seconds at
+    most."""
 
     def __init__(
         self,
@@ -104,10 +104,10 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self.wait()
-        # At once after Ctrl-C.  Else the steps before the error are worth a moment; but the save may
-        # wait for a rank that has died.
+        # At once after Ctrl-C.  Else the steps before the error are worth waiting for; but after a
+        # crash the save may wait for a rank that has died.
         elif self._thread and issubclass(kind, Exception):
-            self._thread.join(_GRACE)
+            self._thread.join(None if issubclass(kind, UserError) else _GRACE)
 
     def _beside(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
         try:
