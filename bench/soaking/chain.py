@@ -4,6 +4,7 @@ A kind of run has a reference: the same training, uninterrupted, once per soak. 
 folder in which attempts follow each other until the last step.  After each fault every loss that its
 log holds must be the reference's to the last bit, and at its end the checkpoint's, too."""
 
+import hashlib
 import json
 import os
 import re
@@ -185,6 +186,27 @@ class Chain:
             return int((self.run / "checkpoints/last").read_text().removeprefix("step_"))
         except (OSError, ValueError):
             return 0
+
+    def whole(self) -> int:
+        """The step of the checkpoint that the run must continue from: the one that `last` names, if
+        its files are whole, or the newest that is; 0 without any."""
+        steps = sorted(int(x.name[5:]) for x in (self.run / "checkpoints").glob("step_*"))
+        named = self.named()
+        found = filter(self.is_whole, [*([named] if named else []), *steps[::-1]])
+        return next(found, 0)
+
+    def is_whole(self, step: int) -> bool:
+        folder = self.run / "checkpoints" / f"step_{step:08}"
+        try:
+            files = json.loads((folder / "manifest.json").read_text())["files"]
+            return all(
+                hashlib.sha256((folder / name).read_bytes()).hexdigest() == about["sha256"]
+                for name, about in files.items()
+                # Nothing here reads it.
+                if name.endswith(".pt")
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return False
 
     def checked(self) -> int:
         """Compares what the log holds now with the reference; how many losses are not equal, or

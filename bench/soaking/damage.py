@@ -5,7 +5,7 @@ from pathlib import Path
 
 from soaking import chain
 from soaking.chain import continued, said
-from soaking.session import Record, Session
+from soaking.session import Record, Session, refused
 
 
 def torn(s: Session, r: Record) -> None:
@@ -13,33 +13,23 @@ def torn(s: Session, r: Record) -> None:
     on from the newest whole checkpoint."""
     # A second checkpoint must be there.
     s.chain.on(s.attempt, 1)
-    while len(steps(s)) < 2:
+    while sum(map(s.chain.is_whole, steps(s))) < 2:
         s.chain.on(s.attempt, 1)
     s.moment()
     s.cut_off()
     newest = s.chain.run / "checkpoints" / f"step_{s.chain.named():08}"
-    older = max((n for n in steps(s) if n < s.chain.named()), default=0)
     r.step = max(said(s.attempt), continued(s.attempt))
     r.unequal += s.chain.checked()
     names = [f"rank_{n}.pt" for n in range(s.chain.kind.ranks)]
-    name = s.pick(
-        *("state.pt", "state.pt", *names, "manifest.json", "backbone.safetensors"),
-        *("last", "metrics.jsonl", "config.yaml", "env.json", ".lock"),
-    )
-    expected = s.chain.named()
-    if name in ("state.pt", *names, "manifest.json"):
-        path, expected = newest / name, older
-    elif name == "backbone.safetensors":
-        path = newest / name
-    elif name == "last":
-        path = newest.parent / name
-    else:
-        path = s.chain.run / name
-    if not path.exists() or (expected == 0 and older == 0):
-        return s.goes_on(r)
-    if name == "metrics.jsonl":
+    inside = ("state.pt", *names, "manifest.json", "backbone.safetensors")
+    name = s.pick(*inside, "state.pt", "last", "metrics.jsonl", "config.yaml", "env.json", ".lock")
+    path = newest / name if name in inside else s.chain.run / name
+    path = newest.parent / name if name == "last" else path
+    if not path.exists():
+        r.what = f"{name} was not there"
+    elif name == "metrics.jsonl":
         r.what = f"{name}: a line is torn"
-        tear_the_log(path, s.chain.named())
+        tear_the_log(path, s.chain.whole())
     else:
         # Without its manifest a checkpoint counts as an older version's.
         gone = name not in ("manifest.json", "config.yaml")
@@ -48,7 +38,8 @@ def torn(s: Session, r: Record) -> None:
         before = path.read_bytes()
         harm(path, how, s.draw)
         if name == "config.yaml":
-            return _refused_until_restored(s, r, path, before, expected)
+            return _refused_until_restored(s, r, path, before)
+    expected = s.chain.whole()
     s.begin()
     s.judge(r, expected)
 
@@ -82,14 +73,15 @@ def tear_the_log(path: Path, saved: int) -> None:
         path.write_bytes(b"".join(lines) + b'{"step": 77, "tr' + bytes(100))
 
 
-def _refused_until_restored(s: Session, r: Record, path: Path, before: bytes, expected: int):
+def _refused_until_restored(s: Session, r: Record, path: Path, before: bytes) -> None:
     """Another configuration, or none: one sentence and code 2; what changes nothing goes on."""
+    expected = s.chain.whole()
     s.begin()
     attempt = s.attempt
     s.soak.wait(lambda: attempt.over() or said(attempt), "it is refused or goes on")
     if not said(attempt):
         told = [x for x in attempt.text.splitlines() if x.startswith("fastdisco: error: ")]
-        if f"codes {[2] * s.chain.kind.ranks}" not in attempt.text or len(told) != 1:
+        if not refused(attempt) or len(told) != 1:
             r.note = attempt.text[-2000:]
             return
         r.what += ", refused"

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import tarfile
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def broken(soak: Soak, name: str, folder: Path, draw: random.Random) -> Record:
         attempt.kill()
         record.step = max(said(attempt), continued(attempt))
         record.unequal = _before(some, record)
-        expected = some.named()
+        expected = some.whole()
         other = Chain(soak, name, kind, folder / "undisturbed")
         other.data = some.data
         shutil.copytree(folder / "out", other.folder / "out")
@@ -79,24 +80,24 @@ def _before(some: Chain, record: Record) -> int:
 
 
 def _break(root: Path, draw: random.Random) -> str:
-    """Damages up to four images, or the end of a tar."""
-    tars = sorted(root.glob("*.tar"))
-    if tars:
-        path = draw.choice(tars)
+    """Damages some images, in files or in tars, in place: the run may have the files open.
+
+    Names and headers stay: other ones are other data, which a run refuses to continue with."""
+    tars, told = sorted(root.glob("*.tar")), []
+    inside = [(path, m) for path in tars for m in tarfile.open(path) if m.name.endswith(".jpg")]
+    for path, member in draw.sample(inside, draw.randint(2, 4)) if tars else []:
+        with path.open("r+b") as f:
+            f.seek(member.offset_data)
+            f.write(bytes(member.size))
+        told.append(f"{path.name}/{member.name}")
+    for path in [] if tars else draw.sample(sorted(root.rglob("*.jpg")), draw.randint(2, 4)):
+        how = draw.choice(["garbage", "empty", "half"])
         content = path.read_bytes()
         with path.open("r+b") as f:
-            # In place: the run has the file open.
-            at = 512 + draw.randrange(max(1, len(content) - 6000))
-            f.seek(at)
-            f.write(bytes(5000))
-        return f"{path.name}: 5,000 bytes of zeros at {at}"
-    images = draw.sample(sorted(root.rglob("*.jpg")), draw.randint(2, 4))
-    for path in images:
-        how = draw.choice(["garbage", "empty", "gone"])
-        path.unlink()
-        if how != "gone":
-            path.write_bytes(b"no image" if how == "garbage" else b"")
-    return ", ".join(path.name for path in images)
+            f.truncate(0 if how == "empty" else len(content) // 3)
+            f.write(b"no image" if how == "garbage" else b"")
+        told.append(f"{path.name}: {how}")
+    return ", ".join(told)
 
 
 class Real:
@@ -168,7 +169,7 @@ class Real:
             some.gone(attempt)
             steps = max(said(attempt), r.step)
             r.unequal += some.checked()
-            expected = some.named()
+            expected = some.whole()
             begin = time.monotonic()
             self.begin()
             start = continued(self.attempt)

@@ -114,7 +114,7 @@ class Saves:
         rank, number = key.split("/")[1:3]
         if before.controls[int(rank)].get("count") < int(number):
             raise chain.Ended(f"it was not killed at change {number}:\n{before.text[-2000:]}")
-        expected = some.named()
+        expected = some.whole()
         following = self.todo[0] if self.todo else ""
         same = expected == _BEFORE and following.split("/")[:2] == key.split("/")[:2]
         self.key = following if same else ""

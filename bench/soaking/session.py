@@ -1,7 +1,9 @@
 """A chain under fault: what a fault finds and does, and how it is judged."""
 
 import dataclasses
+import json
 import random
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -89,15 +91,14 @@ class Session:
         missing = self.chain.steps - len(self.chain.joined)
         return found + missing, chain.same_end(self.soak, self.chain)
 
-    def goes_on(self, record: Record, expected: int | None = None, asked: bool = False) -> None:
+    def goes_on(self, record: Record, asked: bool = False) -> None:
         """After a fault that has ended the attempt: starts the next one and judges.
 
-        expected  the step of the newest whole checkpoint; None: the one that `last` names
-        asked     the run was asked to stop, so it must have saved its last step"""
+        asked  the run was asked to stop, so it must have saved its last step"""
         before = self.attempt
         record.step = max(said(before), continued(before))
         record.unequal += self.chain.checked()
-        expected = self.chain.named() if expected is None else expected
+        expected = self.chain.whole()
         if asked and said(before):
             expected = max(expected, record.step)
         self.begin()
@@ -155,3 +156,10 @@ class Session:
 def kill_everything(attempt: ranks.Attempt) -> None:
     for pid in attempt.tree():
         ranks.send(pid, signal.SIGKILL)
+
+
+def refused(attempt: ranks.Attempt) -> bool:
+    """Whether every rank has ended with 2, or by the launcher while it was ending with that."""
+    found = re.findall(r"^codes (\[.*\])$", attempt.text, re.MULTILINE)
+    codes = json.loads(found[-1]) if found else []
+    return 2 in codes and set(codes) <= {2, -signal.SIGTERM}
