@@ -17,10 +17,15 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import ROOT, command, parser, tables
 from soaking import shim
+
+if TYPE_CHECKING:
+    from soaking.session import Session
 
 # Every so many faults of the chains, so many of these.
 _SAVES, _REAL = 12, 2
@@ -35,7 +40,10 @@ def main() -> int:
     options.add_argument("--stop-scale", type=float, default=0.05, help="of a minute's SIGSTOP")
     options.add_argument("--steps", type=int, default=120, help="of each run")
     options.add_argument("--only", nargs="+", default=[], help="faults whose names contain a word")
-    options.add_argument("--saves-every", type=int, default=1, help="every so many changes of a save")
+    options.add_argument("--once", action="store_true", help="each fault once, the short ones")
+    options.add_argument(
+        "--saves-every", type=int, default=1, help="every so many changes of a save"
+    )
     options.add_argument("--out", type=Path, help="folder of the result, if not bench/results")
     args = options.parse_args()
     args.state = args.state.resolve()
@@ -49,7 +57,7 @@ def main() -> int:
         print(f"root: no mounts and network namespaces here ({why}): faults of these are left out")
     ranks.warm()
     data(args.state)
-    faults = Faults(args, Soak(args.state, args.steps, mounts=not why))
+    faults = Faults(args, Soak(args.state, args.steps, mounts=not why, once=args.once))
     try:
         faults.run()
     finally:
@@ -69,6 +77,7 @@ def _with_the_library(state: Path) -> None:
 def data(state: Path) -> None:
     """43 small images to train on and 12 to validate, as files and in tars."""
     import startup
+
     from fastdisco.data import pack
 
     if not (state / "tars").exists():
@@ -91,7 +100,6 @@ class Faults:
         self.done = [json.loads(line) for line in text.splitlines()]
         self.end = time.monotonic() + 60 * args.minutes
         self.session = self.saves = self.real = None
-        self.chains = sum(x["fault"] == "" for x in self.done)
 
     @property
     def over(self) -> bool:
@@ -104,6 +112,8 @@ class Faults:
             for part in (self._of_chains, self._of_saves, self._of_data, self._of_launchers):
                 if not self.over:
                     part(draw)
+            if self.args.once:
+                break
 
     def close(self) -> None:
         for some in (self.session, self.saves, self.real):
@@ -116,6 +126,8 @@ class Faults:
         from soaking import damage, faults, saves
 
         known = faults.FAULTS | damage.FAULTS
+        if self.args.once:
+            del known["SIGSTOP for a minute"]
         self.faults = {k: v for k, v in known.items() if self._wanted(k)}
         usable = lambda kind: self.soak.mounts or kind not in ("disk", "link")
         kinds = {kind for _, some, _ in self.faults.values() for kind in some}
@@ -125,7 +137,9 @@ class Faults:
             done = {x["key"] for x in self.done}
             every = saves.places(self.soak)[:: self.args.saves_every]
             self.todo = [key for key in every if key not in done]
-            print(f"{len(self.todo)} of a save's {len(every)} changes of files are left", flush=True)
+            print(
+                f"{len(self.todo)} of a save's {len(every)} changes of files are left", flush=True
+            )
         self.saves = saves.Saves(self.soak, self.todo)
 
     def _wanted(self, name: str) -> bool:
@@ -134,35 +148,62 @@ class Faults:
     # ---- one after another
 
     def _of_chains(self, draw: random.Random) -> None:
-        """The faults of one run, to its end."""
+        """The faults of one run, to its end; with --once each fault, in as few runs as that takes."""
+        if self.args.once:
+            left = dict(self.faults)
+            for kind in ("two", "one", "disk", "link"):
+                mine = [name for name in left if kind in left[name][1] and kind in self.kinds]
+                for name in mine:
+                    del left[name]
+                names = iter(mine)
+                while mine and self._chain(kind, names, draw) and not self.over:
+                    pass
+            self.faults, self.kinds = {}, []
+        elif self.kinds:
+            kind = draw.choice(self.kinds)
+            some = {k: v[2] for k, v in self.faults.items() if kind in v[1]}
+            forever = iter(lambda: draw.choices([*some], [*some.values()])[0], "")
+            self._chain(kind, forever, draw)
+
+    def _chain(self, kind: str, names: Iterator[str], draw: random.Random) -> bool:
+        """One run, until it ends, a fault is not survived, or there are no more; whether there are."""
         from soaking.session import Session
 
-        if not self.kinds:
-            return
-        kind = draw.choice(self.kinds)
         folder = self.args.state / "chain"
-        self.session = Session(self.soak, kind, folder, draw, self.args.stop_scale)
-        some = {k: v for k, v in self.faults.items() if kind in v[1]}
-        names, weights = list(some), [x[2] for x in some.values()]
+        self.session = session = Session(self.soak, kind, folder, draw, self.args.stop_scale)
+        more = True
         while not self.over:
-            try:
-                if self.session.near_the_end():
-                    unequal, differ = self.session.finish()
-                    self._finished(kind, unequal, differ)
-                    break
-            except Exception as e:
-                self._finished(kind, 1, [str(e)])
+            name = None if session.near_the_end() else next(names, "")
+            if not name:
+                more = name is None
+                self._to_the_end(kind, session)
                 break
-            (name,) = draw.choices(names, weights)
-            record = self.session.suffer(name, some[name][0])
+            record = session.suffer(name, self.faults[name][0])
             self._add(record)
-            if record.hang or not record.survived:
+            if not record.survived:
                 break
-        self.session.close()
+        session.close()
         self.session = None
+        return more
+
+    def _to_the_end(self, kind: str, session: "Session") -> None:
+        """Keeps what a run's end shows with its last fault."""
+        from soaking.chain import Ended, Hang
+
+        try:
+            unequal, differ = session.finish()
+        except (Ended, Hang) as e:
+            unequal, differ = 1, [str(e)]
+        print(f"a run of kind {kind} has ended; unequal: {unequal} losses, {differ}", flush=True)
+        if (unequal or differ) and self.done:
+            last = self.done[-1]
+            last["unequal"] += max(unequal, len(differ))
+            last["survived"] = False
+            last["note"] += f"\nat its end: {differ[:9]}"
+            self._write()
 
     def _of_saves(self, draw: random.Random) -> None:
-        for _ in range(_SAVES):
+        for _ in range(len(self.todo) if self.args.once else _SAVES):
             if self.todo and not self.over:
                 self._add(self.saves.next())
 
@@ -188,16 +229,6 @@ class Faults:
                     self.real.close()
                     self.real = None
                     return
-
-    def _finished(self, kind: str, unequal: int, differ: list[str]) -> None:
-        """Tells how a run has ended, and keeps it with its last fault."""
-        print(f"a run of kind {kind} has ended; unequal: {unequal} losses, {differ}", flush=True)
-        if (unequal or differ) and self.done:
-            last = self.done[-1]
-            last["unequal"] += max(unequal, len(differ))
-            last["survived"] = False
-            last["note"] += f"\nat its end: {differ[:9]}"
-            self._write()
 
     def _add(self, record) -> None:
         self.done.append(record.as_dict())

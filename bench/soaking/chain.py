@@ -4,9 +4,6 @@ A kind of run has a reference: the same training, uninterrupted, once per soak. 
 folder in which attempts follow each other until the last step.  After each fault every loss that its
 log holds must be the reference's to the last bit, and at its end the checkpoint's, too."""
 
-import hashlib
-import json
-import os
 import re
 import shutil
 import time
@@ -16,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness import ROOT
-from soaking import places, ranks, shim
+
+from soaking import compare, places, ranks, shim
 from soaking.ranks import Attempt
 
 STEPS, EVERY = 120, 4
@@ -61,12 +59,16 @@ class Ended(Exception):
 
 @dataclass
 class Soak:
-    """What all chains share.  steps: of each run;  hangs: seconds after which something hangs."""
+    """What all chains share.
+
+    steps   of each run;  hangs: seconds after which something hangs
+    mounts  whether there are mounts and network namespaces;  once: faults are short"""
 
     state: Path
     steps: int = STEPS
     hangs: float = HANGS
     mounts: bool = False
+    once: bool = False
 
     def wait(self, condition: Callable[[], object], what: str, attempt: Attempt | None = None):
         """The condition's value when it is true.  With an attempt: Ended where that ends before."""
@@ -78,7 +80,7 @@ class Soak:
                 break
             if time.monotonic() > end:
                 raise Hang(f"{what}: not after {self.hangs:.0f} s")
-            time.sleep(0.02)
+            time.sleep(0.05)
         return value
 
 
@@ -196,23 +198,13 @@ class Chain:
         return next(found, 0)
 
     def is_whole(self, step: int) -> bool:
-        folder = self.run / "checkpoints" / f"step_{step:08}"
-        try:
-            files = json.loads((folder / "manifest.json").read_text())["files"]
-            return all(
-                hashlib.sha256((folder / name).read_bytes()).hexdigest() == about["sha256"]
-                for name, about in files.items()
-                # Nothing here reads it.
-                if name.endswith(".pt")
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return False
+        return compare.is_whole(self.run / "checkpoints" / f"step_{step:08}")
 
     def checked(self) -> int:
         """Compares what the log holds now with the reference; how many losses are not equal, or
         missing between others."""
         wrong, before = 0, 0
-        for step, loss in losses(self.run):
+        for step, loss in compare.losses(self.run):
             if step != before + 1:
                 wrong += 1
                 self.unequal.append(f"step {step} follows {before}")
@@ -235,24 +227,6 @@ def continued(attempt: Attempt) -> int:
     return int(found[-1]) if found else 0
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of each whole line of a log that has one."""
-    found = []
-    try:
-        text = (run / "metrics.jsonl").read_bytes()
-    except OSError:
-        return []
-    for line in text.split(b"\n"):
-        try:
-            entry = json.loads(line)
-            if "train/loss" in entry:
-                found.append((entry["step"], entry["train/loss"]))
-        # The line that is being written, or was when the process was killed.
-        except (ValueError, TypeError):
-            continue
-    return found
-
-
 def reference(soak: Soak, name: str) -> dict[int, float]:
     """The losses of the kind's uninterrupted run, which is made where it is not there."""
     kind = KINDS[name]
@@ -267,7 +241,7 @@ def reference(soak: Soak, name: str) -> dict[int, float]:
         if "codes [0" not in attempt.text:
             raise Ended(attempt.text[-3000:])
         (folder / "whole").touch()
-    found = dict(losses(chain.run))
+    found = dict(compare.losses(chain.run))
     assert sorted(found) == [*range(1, soak.steps + 1)], sorted(found)
     return found
 
@@ -276,41 +250,4 @@ def same_end(soak: Soak, chain: Chain) -> list[str]:
     """Names of what the chain's last checkpoint has not bit-equal to its reference's."""
     kind = chain.kind.like or chain.name
     there = soak.state / f"reference-{kind}-{soak.steps}" / "out/tiny"
-    return apart(lambda: _differences(there, chain.run, chain.kind.ranks))
-
-
-def apart(action: Callable[[], list[str]]) -> list[str]:
-    """The action's result from a process of its own: here no library may start threads."""
-    here, there = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(here)
-        text = "failed"
-        try:
-            text = json.dumps(action())
-        finally:
-            with os.fdopen(there, "w") as f:
-                f.write(text)
-            os._exit(0)
-    os.close(there)
-    with os.fdopen(here) as f:
-        text = f.read()
-    os.waitpid(pid, 0)
-    return json.loads(text) if text != "failed" else ["the comparison failed"]
-
-
-def _differences(a: Path, b: Path, world: int) -> list[str]:
-    import torch
-
-    from fastdisco import config, models
-
-    found = []
-    for name in ("state.pt", *(f"rank_{r}.pt" for r in range(world))):
-        x, y = (config.flatten(models.read(models.last(run) / name)) for run in (a, b))
-        if x.keys() != y.keys():
-            found.append(f"{name}: {sorted(x.keys() ^ y.keys())[:3]}")
-        for key in x.keys() & y.keys():
-            tensor = torch.is_tensor(x[key])
-            if not (torch.equal(x[key], y[key]) if tensor else x[key] == y[key]):
-                found.append(f"{name}: {key}")
-    return found
+    return compare.apart(lambda: compare.differences(there, chain.run, chain.kind.ranks))

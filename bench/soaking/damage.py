@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from soaking import chain
+from soaking import compare
 from soaking.chain import continued, said
 from soaking.session import Record, Session, refused
 
@@ -67,7 +67,7 @@ def harm(path: Path, how: str, draw) -> None:
 def tear_the_log(path: Path, saved: int) -> None:
     """Cuts a line of a step that has to be trained again, or adds half of one."""
     lines = path.read_bytes().splitlines(True)
-    if lines and len(chain.losses(path.parent)) > saved and lines[-1].endswith(b"\n"):
+    if lines and len(compare.losses(path.parent)) > saved and lines[-1].endswith(b"\n"):
         path.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
     else:
         path.write_bytes(b"".join(lines) + b'{"step": 77, "tr' + bytes(100))

@@ -127,7 +127,7 @@ def errors(s: Session, r: Record) -> None:
     some = s.pick(s.attempt.controls, [s.draw.choice(s.attempt.controls)])
     for control in some:
         control.put("error", getattr(errno, r.what))
-    s.chain.on(s.attempt, s.draw.randint(1, 10))
+    s.hold()
     for control in some:
         control.put("error", 0)
     s.stays(r)
@@ -138,7 +138,7 @@ def disk_full(s: Session, r: Record) -> None:
     s.moment()
     assert s.chain.disk
     ballast = s.chain.disk.fill()
-    s.chain.on(s.attempt, s.draw.randint(1, 10))
+    s.hold()
     ballast.unlink()
     s.stays(r)
 
@@ -147,7 +147,7 @@ def disk_full_and_killed(s: Session, r: Record) -> None:
     s.moment()
     assert s.chain.disk
     ballast = s.chain.disk.fill()
-    s.chain.on(s.attempt, s.draw.randint(1, 10))
+    s.hold()
     kill_everything(s.attempt)
     s.chain.gone(s.attempt)
     ballast.unlink()
@@ -158,7 +158,7 @@ def read_only(s: Session, r: Record) -> None:
     s.moment()
     assert s.chain.disk
     s.chain.disk.read_only(True)
-    s.chain.on(s.attempt, s.draw.randint(1, 10))
+    s.hold()
     s.chain.disk.read_only(False)
     s.stays(r)
 
@@ -169,7 +169,7 @@ def vanish(s: Session, r: Record) -> None:
     assert s.chain.disk
     s.chain.disk.vanish()
     try:
-        s.chain.on(s.attempt, s.draw.randint(1, 10))
+        s.hold()
         behind = [x.name for x in s.chain.disk.path.iterdir()]
     finally:
         s.chain.disk.show()

@@ -8,7 +8,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from soaking import chain, ranks
+from soaking import chain, compare, ranks
 from soaking.chain import EVERY, Chain, Soak, continued, said
 from soaking.session import Record
 
@@ -45,7 +45,7 @@ def broken(soak: Soak, name: str, folder: Path, draw: random.Random) -> Record:
         shutil.copytree(folder / "out", other.folder / "out")
         alone = other.start(_LONG)
         soak.wait(alone.over, "the undisturbed one ends")
-        some.want = dict(chain.losses(other.run))
+        some.want = dict(compare.losses(other.run))
         some.joined.clear()
         attempt = some.start(_LONG)
         begin = time.monotonic()
@@ -74,7 +74,7 @@ def broken(soak: Soak, name: str, folder: Path, draw: random.Random) -> Record:
 
 def _before(some: Chain, record: Record) -> int:
     """Losses before the images broke that are not the reference's."""
-    found = [step for step, loss in chain.losses(some.run) if loss != some.want[step]]
+    found = [step for step, loss in compare.losses(some.run) if loss != some.want[step]]
     # From the first batch on that lacks an image they are others.
     return len([step for step in found if step <= _BROKEN])
 
@@ -83,8 +83,10 @@ def _break(root: Path, draw: random.Random) -> str:
     """Damages some images, in files or in tars, in place: the run may have the files open.
 
     Names and headers stay: other ones are other data, which a run refuses to continue with."""
-    tars, told = sorted(root.glob("*.tar")), []
-    inside = [(path, m) for path in tars for m in tarfile.open(path) if m.name.endswith(".jpg")]
+    tars, told, inside = sorted(root.glob("*.tar")), [], []
+    for path in tars:
+        with tarfile.open(path) as members:
+            inside += [(path, m) for m in members if m.name.endswith(".jpg")]
     for path, member in draw.sample(inside, draw.randint(2, 4)) if tars else []:
         with path.open("r+b") as f:
             f.seek(member.offset_data)

@@ -6,6 +6,7 @@ when one has died.  `real` starts the real launchers."""
 
 import atexit
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import signals
 from harness import ROOT
+
 from soaking import places, shim
 
 # Seconds that torchrun gives ranks to end.
@@ -180,14 +182,14 @@ def _launcher(arguments, ranks, log, controls, agent, nodes) -> int:
         if not pid:
             os.close(tell)
             control = controls[rank] if controls else None
-            node = nodes[rank] if nodes else None
-            life = lambda r=rank: _train(arguments, r, ranks, port, agent, control, node)
-            _never_back(life)
+            where = (nodes[rank] if nodes else None, port, agent)
+            _never_back(functools.partial(_train, arguments, rank, ranks, control, *where))
         pids[pid] = rank
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda n, _: asked.append(n))
-    number, store = _store(agent, bool(nodes))
+    # Kept: the store ends with its object.
+    number, _store_of_all = _store(agent, bool(nodes))
     os.write(tell, f"{number:08}".encode() * ranks)
     return _outlive(pids, asked)
 
@@ -226,7 +228,7 @@ def _outlive(pids: dict[int, int], asked: list[int]) -> int:
     return int(any(codes.values()))
 
 
-def _train(arguments, rank, ranks, port, agent, control, node) -> int:
+def _train(arguments, rank, ranks, control, node, port, agent) -> int:
     _usual_signals()
     _call_myself(f"rank\0{rank}")
     if node:

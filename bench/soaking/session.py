@@ -12,7 +12,7 @@ from soaking import chain, ranks
 from soaking.chain import Chain, Ended, Hang, Soak, continued, said
 
 # Steps before the end of a run in which no more faults come.
-MARGIN = 24
+MARGIN = 20
 
 
 @dataclass
@@ -74,9 +74,13 @@ class Session:
 
     def moment(self) -> None:
         """Some steps on, anywhere within one."""
-        self.chain.on(self.attempt, self.draw.randint(1, 6))
+        self.chain.on(self.attempt, self.draw.randint(1, 2 if self.soak.once else 6))
         time.sleep(self.draw.random() * 0.3)
         self.attempt.find_ranks(self.chain.kind.ranks)
+
+    def hold(self) -> None:
+        """Steps during which a fault lasts."""
+        self.chain.on(self.attempt, 5 if self.soak.once else self.draw.randint(1, 10))
 
     def near_the_end(self) -> bool:
         step = max(said(self.attempt), continued(self.attempt), self.chain.named())
