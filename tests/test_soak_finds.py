@@ -1,8 +1,12 @@
-"""What the soak has found (bench/soak.py), each fault as a test of its own."""
+"""What the soak (bench/soak.py) and make fuzz have found, each fault as a test of its own."""
 
 import threading
 import time
 
+import pytest
+
+from fastdisco import models
+from fastdisco.config import UserError
 from fastdisco.run import watchdog
 
 
@@ -31,3 +35,11 @@ def test_two_threads_ask_for_a_file_at_once(monkeypatch):
     for thread in asking:
         thread.join()
     assert not errors and told
+
+
+def test_a_pickle_that_asks_for_a_long_name_is_told_in_a_short_sentence(tmp_path):
+    file = tmp_path / "x.pth"
+    file.write_bytes(b"\x80\x02c" + b"9" * 5000 + b"\x1b[31m\nx\n.")
+    with pytest.raises(UserError, match="its pickle asks for 9999") as e:
+        models.read(file)
+    assert len(str(e.value)) < 2000 and "\x1b" not in str(e.value)
