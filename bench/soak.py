@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -52,6 +53,9 @@ def main() -> int:
     from soaking import places, ranks
     from soaking.chain import Soak
 
+    # In the background of a shell SIGINT would be ignored, also by what is started here.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     why = places.reason()
     if why:
         print(f"root: no mounts and network namespaces here ({why}): faults of these are left out")
@@ -60,6 +64,8 @@ def main() -> int:
     faults = Faults(args, Soak(args.state, args.steps, mounts=not why, once=args.once))
     try:
         faults.run()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", flush=True)
     finally:
         faults.close()
     return report(faults.done, args)
