@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -14,6 +15,8 @@ from soaking.session import Record
 
 # A run whose images break: when they do, and its length.
 _BROKEN, _LONG = 6, 44
+# What a supervisor says.
+_AGAIN = re.compile(r"is started again from step (\d+)")
 
 
 def broken(soak: Soak, name: str, folder: Path, draw: random.Random) -> Record:
@@ -110,7 +113,7 @@ class Real:
         self.chain = Chain(soak, "two", chain.KINDS["two"], folder, chain.reference(soak, "two"))
         self.chain.open()
         self.attempt: ranks.Attempt | None = None
-        self.launcher = ""
+        self.launcher, self.again = "", 0
 
     def close(self) -> None:
         if self.attempt:
@@ -162,11 +165,12 @@ class Real:
         if r.fault == "SIGKILL of a rank" and self.launcher == "fastdisco run":
             # The supervisor goes on by itself.
             r.what += ", started again by the supervisor"
-            begin, text = time.monotonic(), "continuing after step"
-            self.soak.wait(lambda: attempt.text.count(text) > self.again, "a restart", attempt)
-            self.again += 1
-            start = continued(attempt)
-            self.soak.wait(lambda: said(attempt) > start, "a step", attempt)
+            again = lambda: _AGAIN.findall(attempt.text)[self.again :]
+            start = int(self.soak.wait(again, "a restart", attempt)[0])
+            begin = time.monotonic()
+            since = lambda: _AGAIN.split(attempt.text)[-1]
+            self.soak.wait(lambda: "\nstep " in since(), "a step", attempt)
+            r.unequal += some.checked()
         else:
             some.gone(attempt)
             steps = max(said(attempt), r.step)
@@ -187,7 +191,7 @@ class Real:
 
     def _drawn(self, attempt) -> tuple[str, int, list[int]]:
         """(fault, signal, whom)"""
-        self.again = attempt.text.count("continuing after step")
+        self.again = len(_AGAIN.findall(attempt.text))
         tree = attempt.tree()
         between = [pid for pid in tree if pid != attempt.top and pid not in attempt.ranks]
         u = self.draw.random()
