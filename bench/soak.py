@@ -8,7 +8,7 @@ attempt is compared with that of the uninterrupted run, to the last bit; so are 
 end.
 
 The folder of the state keeps what has been done, so that a soak is run in pieces: the same command goes
-on.  It ends after --minutes, or when so many faults are in.  Writes bench/results/soak-cpu.json.
+on.  It ends after --minutes, or when so many faults are in; --minutes 0 tells of what is done alone.  Writes bench/results/soak-cpu.json.
 Mounts and network namespaces need root; without it, their faults are left out."""
 
 import json
@@ -112,7 +112,8 @@ class Faults:
         return time.monotonic() > self.end or len(self.done) >= self.args.faults
 
     def run(self) -> None:
-        self._prepare()
+        if not self.over:
+            self._prepare()
         while not self.over:
             draw = random.Random(f"{self.args.seed}/{len(self.done)}")
             for part in (self._of_chains, self._of_saves, self._of_data, self._of_launchers):

@@ -16,7 +16,7 @@ def soak(tmp_path, *words, more=()):
     state = ("--state", tmp_path / "state", "--out", tmp_path, "--steps", "72", "--minutes", "20")
     command = [sys.executable, "bench/soak.py", *state, "--once", *more, "--only", *words]
     # Its library is loaded into what it starts, not into this process.
-    said = run(*command, env={"PYTHONPATH": str(ROOT)})
+    said = run(*command, env={"PYTHONPATH": str(ROOT)}, timeout=1500)
     found = json.loads((tmp_path / "soak-cpu.json").read_text())
     rows = {row["name"]: row["value"] for row in found["summary"]}
     assert rows["soak_lost_beyond_checkpoint"] == rows["soak_unequal"] == rows["soak_hangs"] == 0
@@ -40,8 +40,8 @@ def test_ranks_launchers_clocks_and_files(tmp_path):
 
 
 def test_saves_and_data(tmp_path):
-    # `make soak` kills every change of files of a save; here every 61st.
-    found, _ = soak(tmp_path, "in a save", "damaged images", more=("--saves-every", "61"))
+    # `make soak` kills every change of files of a save; here every 101st.
+    found, _ = soak(tmp_path, "in a save", "damaged images", more=("--saves-every", "101"))
     assert found == {"SIGKILL in a save", "damaged images"}
 
 
@@ -73,6 +73,18 @@ def test_the_table_counts_what_was_lost():
         ["a", "2", "1", "6", "3.0, at most 4"],
         ["all", "2", "1", "6", "3.0, at most 4"],
     ]
+
+
+def test_signals_on_a_busy_machine_give_no_percentile():
+    one = dict(fault="SIGTERM", lost=0, beyond=0, unequal=0, hang=False, survived=True, seconds=1.0)
+    quiet = [one | {"ended": 0.1 * n, "load": 1.0} for n in range(100)]
+    last = lambda some: table.rows(some)[-1]
+    assert last(quiet)["value"] == pytest.approx(9.801, abs=0.01)
+    # Those of a busy one do not count.
+    busy = [one | {"ended": 77.0, "load": 99.0}] * 50
+    assert last(quiet + busy)["value"] == last(quiet)["value"]
+    told = last(quiet[:99] + busy)
+    assert told["value"] is None and "99 signals" in told["reason"] and "77.0 s" in told["reason"]
 
 
 def test_another_loss_and_a_missing_one_are_found(tmp_path):

@@ -214,7 +214,7 @@ FAULTS = {
     "SIGKILL of all": (kill_all, ANY, 5),
     "SIGKILL of the launcher": (kill_launcher, ANY, 5),
     "killed or asked in start-up": (kill_in_start, ANY, 5),
-    "SIGTERM, SIGINT, SIGUSR1": (ask, ANY, 9),
+    "SIGTERM, SIGINT, SIGUSR1": (ask, ANY, 14),
     "SIGSTOP": (halt, ANY, 4),
     "SIGSTOP for a minute": (halt_a_minute, ANY, 0.3),
     "clock jumps": (clock, ANY, 5),

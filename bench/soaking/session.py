@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from soaking import chain, ranks
 from soaking.chain import Chain, Ended, Hang, Soak, continued, said
@@ -23,6 +24,7 @@ class Record:
     beyond   of these, those that a whole checkpoint held;  unequal: losses that are not the reference's
     seconds  from the next start, or from the end of the fault, to the next step
     ended    from a signal to the end of the ranks, seconds
+    load     of the machine, at the beginning of the fault
     key      which of the enumerated changes of files it was"""
 
     fault: str
@@ -40,6 +42,7 @@ class Record:
     survived: bool = False
     seconds: float | None = None
     ended: float | None = None
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
     note: str = ""
 
     def as_dict(self) -> dict:
