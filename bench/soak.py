@@ -8,7 +8,8 @@ attempt is compared with that of the uninterrupted run, to the last bit; so are 
 end.
 
 The folder of the state keeps what has been done, so that a soak is run in pieces: the same command goes
-on.  It ends after --minutes, or when so many faults are in; --minutes 0 tells of what is done alone.  Writes bench/results/soak-cpu.json.
+on.  It ends after --minutes, or when so many faults are in; --minutes 0 tells of what is done alone.
+Writes bench/results/soak-cpu.json.
 Mounts and network namespaces need root; without it, their faults are left out."""
 
 import json
