@@ -8,7 +8,8 @@ attempt is compared with that of the uninterrupted run, to the last bit; so are 
 end.
 
 The folder of the state keeps what has been done, so that a soak is run in pieces: the same command goes
-on.  It ends after --minutes, or when so many faults are in; --minutes 0 tells of what is done alone.
+on.  It ends after --minutes, or when so many faults are in and each change of a save has had its kill;
+--minutes 0 tells of what is done alone.
 Writes bench/results/soak-cpu.json.
 Mounts and network namespaces need root; without it, their faults are left out."""
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from soaking.session import Session
 
 # Every so many faults of the chains, so many of these.
-_SAVES, _REAL = 12, 2
+_SAVES, _REAL = 24, 2
 
 
 def main() -> int:
@@ -107,10 +108,13 @@ class Faults:
         self.done = [json.loads(line) for line in text.splitlines()]
         self.end = time.monotonic() + 60 * args.minutes
         self.session = self.saves = self.real = None
+        # Deaths in a save that are left.
+        self.todo: list[str] = []
 
     @property
     def over(self) -> bool:
-        return time.monotonic() > self.end or len(self.done) >= self.args.faults
+        enough = len(self.done) >= self.args.faults and not self.todo
+        return time.monotonic() > self.end or enough
 
     def run(self) -> None:
         if not self.over:
@@ -140,7 +144,6 @@ class Faults:
         usable = lambda kind: self.soak.mounts or kind not in ("disk", "link")
         kinds = {kind for _, some, _ in self.faults.values() for kind in some}
         self.kinds = sorted(filter(usable, kinds))
-        self.todo = []
         if self._wanted("SIGKILL in a save"):
             done = {x["key"] for x in self.done}
             every = saves.places(self.soak)[:: self.args.saves_every]
