@@ -62,11 +62,13 @@ class Soak:
     """What all chains share.
 
     steps   of each run;  hangs: seconds after which something hangs
+    code    digest of the project's code: that of another one has references of its own
     mounts  whether there are mounts and network namespaces;  once: faults are short"""
 
     state: Path
     steps: int = STEPS
     hangs: float = HANGS
+    code: str = field(default_factory=lambda: compare.code())
     mounts: bool = False
     once: bool = False
 
@@ -232,7 +234,7 @@ def reference(soak: Soak, name: str) -> dict[int, float]:
     kind = KINDS[name]
     if kind.like:
         return reference(soak, kind.like)
-    folder = soak.state / f"reference-{name}-{soak.steps}"
+    folder = soak.state / f"reference-{name}-{soak.steps}-{soak.code}"
     chain = Chain(soak, name, kind, folder)
     if not (folder / "whole").exists():
         chain.open()
@@ -249,5 +251,5 @@ def reference(soak: Soak, name: str) -> dict[int, float]:
 def same_end(soak: Soak, chain: Chain) -> list[str]:
     """Names of what the chain's last checkpoint has not bit-equal to its reference's."""
     kind = chain.kind.like or chain.name
-    there = soak.state / f"reference-{kind}-{soak.steps}" / "out/tiny"
+    there = soak.state / f"reference-{kind}-{soak.steps}-{soak.code}" / "out/tiny"
     return compare.apart(lambda: compare.differences(there, chain.run, chain.kind.ranks))

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from harness import ROOT
+
 
 def losses(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of each whole line of a log that has one."""
@@ -23,6 +25,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
         except (ValueError, TypeError):
             continue
     return found
+
+
+def code() -> str:
+    """A digest of the project's code, which a reference belongs to."""
+    files = sorted(f for name in ("fastdisco", "kernels") for f in (ROOT / name).rglob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -48,7 +48,7 @@ def _counted(soak: Soak, name: str, rank: int) -> str:
 
 def _template(soak: Soak, name: str):
     """The folder of a run with two checkpoints."""
-    folder = soak.state / f"template-{name}"
+    folder = soak.state / f"template-{name}-{soak.code}"
     if not (folder / "whole").exists():
         some = Chain(soak, name, chain.KINDS[name], folder).open()
         attempt = some.start(_BEFORE)
