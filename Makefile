@@ -4,7 +4,7 @@ PYTHON ?= python3
 CUDA ?= cuda13
 BIN := .venv/bin
 
-.PHONY: demo lint test test-slow fuzz gpu gpu-first results
+.PHONY: demo lint test test-slow fuzz soak gpu gpu-first results
 demo: .venv/done
 	$(BIN)/python bench/demo.py --seeds 0 --out out/demo
 
@@ -24,6 +24,14 @@ test-slow: .venv/done
 FUZZ ?= 10000
 fuzz: .venv/done
 	CUDA_VISIBLE_DEVICES= FASTDISCO_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py -q -rs -n auto
+
+# Faults in random order (docs/reliability.md).  It goes on where it stopped: make soak MINUTES=30 STATE=/var/tmp/soak
+MINUTES ?= 60
+FAULTS ?= 1000
+SEED ?= 0
+STATE ?= out/soak
+soak: .venv/done
+	$(BIN)/python bench/soak.py --state $(STATE) --minutes $(MINUTES) --faults $(FAULTS) --seed $(SEED)
 
 # make gpu-first: the order for the first half hour on a GPU.
 # make gpu PART=kernels: one part, tests or a bench, each under 9 minutes by estimate (docs/speed.md).  RUN=python3 takes that Python as it is.

@@ -11,6 +11,7 @@ A 99th percentile needs 100 signals and a machine that does nothing else; with l
 value, and says why.  Signals that were sent before, on the same commit and hardware, count.  Writes
 bench/results/signals-cpu.json."""
 
+import contextlib
 import os
 import random
 import signal
@@ -133,7 +134,9 @@ def below(pid: int) -> list[int]:
     """The processes that a process and its children have started."""
     found = []
     for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(x) for x in listed.read_text().split()]
+        # A thread may end in between.
+        with contextlib.suppress(OSError):
+            found += [int(x) for x in listed.read_text().split()]
     return found + [x for child in found for x in below(child)]
 
 

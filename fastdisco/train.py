@@ -16,9 +16,12 @@ if __name__ == "__main__":
     if not __package__:
         # Python has put this folder on sys.path; the package is found from the root above it.
         sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from fastdisco.common import leaving
+
+    leaving.prepare()
     from fastdisco.commands.train import main
 
-    sys.exit(main())
+    sys.exit(leaving.with_code(main()))
 
 import torch
 

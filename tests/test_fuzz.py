@@ -337,6 +337,7 @@ FILES = {
 
 @inputs(0.12)
 @given(st.sampled_from(sorted(FILES)).flatmap(lambda n: st.tuples(st.just(n), mutated(FILES[n]))))
+@example(("legacy.pth", b"\x80\x02c" + b"9" * 5000 + b"\nx\n."))
 def test_checkpoints_as_bytes(tmp_path_factory, name_and_content):
     name, content = name_and_content
     path = tmp_path_factory.mktemp("w", numbered=True) / name

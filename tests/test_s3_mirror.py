@@ -202,7 +202,9 @@ def test_a_training_from_object_storage_goes_on_on_another_machine(proxy, folder
     variables["FASTDISCO_CACHE"] = str(tmp_path / "its cache")
     resumed = trained(tmp_path / "second", URL / "data", 7, mirror, f"data.cache={tmp_path}/other")
     assert list((tmp_path / "other/objects").glob("*.tar"))
-    assert [x["step"] for x in metrics(tmp_path / "second/tiny") if "train/loss" in x] == [5, 6, 7]
+    assert [x["step"] for x in metrics(tmp_path / "second/tiny") if "train/loss" in x] == [
+        *range(1, 8)
+    ]
     for name in ("state.pt", "rank_0.pt", "rank_1.pt"):
         one, two = (config.flatten(models.read(step / name)) for step in (whole, resumed))
         same = lambda a, b: torch.equal(a, b) if torch.is_tensor(a) else a == b

@@ -29,6 +29,8 @@ _REWRITE = (
     "else x if torch.is_tensor(x) else None; "
     'torch.save(weights(torch.%s(sys.argv[1], map_location="cpu"%s)), sys.argv[2])'
 )
+# Characters that are shown of a name in a pickle.
+_LONGEST = 100
 _PICKLE = _REWRITE % ("load", ", weights_only=False")
 _SCRIPT = _REWRITE % ("jit.load", "")
 
@@ -144,9 +146,10 @@ def _refusal(file: Path, error: Exception) -> str:
         return _unsafe(file, "it is a TorchScript archive, and loading one can run code", _SCRIPT)
     if isinstance(error, pickle.UnpicklingError):
         if asked := re.search(r"GLOBAL (\S+)", found):
-            why = (
-                f"its pickle asks for {asked[1]}, and building what a pickle asks for can run code"
-            )
+            # The file decides how long it is, and whether a terminal takes it for a command.
+            name = ascii(asked[1])[1:-1]
+            name = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+            why = f"its pickle asks for {name}, and building what a pickle asks for can run code"
             return _unsafe(file, why, _PICKLE)
         if "Unsupported operand" in found and (protocol := _protocol(file)) > 2:
             why = f"its pickle is of protocol {protocol}, and without running code torch reads 2 alone"

@@ -2,6 +2,7 @@
 another machine.
 
 MIRROR/NAME/config.yaml                      the run's configuration
+MIRROR/NAME/metrics.jsonl, loggers.json      its log, and where it goes on in the loggers' servers
 MIRROR/NAME/checkpoints/step_XXXXXXXX/...    the files of a checkpoint; its manifest.json comes last,
                                              so a checkpoint without one is not whole"""
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdisco import config
-from fastdisco.common import dist
+from fastdisco.common import dist, temporary
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import sync, told, write_whole
@@ -27,6 +28,8 @@ from fastdisco.models import checkpoints, manifest
 from fastdisco.run.folder import refuse_other_run
 
 _STEP = re.compile(r"step_\d{1,18}", re.ASCII)
+# What a run that continues adds to.
+_LOGS = ("metrics.jsonl", "loggers.json")
 _PATIENCE = 600.0  # seconds that the end of a training waits for the last copy
 
 
@@ -83,6 +86,7 @@ class Mirror:
                 continue
             # Without it the folder would be none of a run, if the command ended before it says so.
             write_whole(self._folder / "config.yaml", config.dump(self._cfg))
+            self._bring_logs()
             seen = "; ".join([*problems, f"continuing from {step} of the mirror {self._url}"])
             say(f"{self._folder}: {seen}")
             return
@@ -133,6 +137,16 @@ class Mirror:
         os.replace(part, here)
         write_whole(here.parent / "last", step)
         sync(here.parent)
+
+    def _bring_logs(self) -> None:
+        """Downloads the log and the loggers' ids where the run's folder has none."""
+        found = objects.listed(self._there())
+        for name in _LOGS:
+            here = self._folder / name
+            if name in found and not here.exists():
+                part = temporary.part(here)
+                objects.download(found[name], part)
+                os.replace(part, here)
 
     # ---- to there
 
@@ -214,6 +228,7 @@ class Mirror:
         for name in ("config.yaml", "env.json"):
             if (file := self._folder / name).is_file():
                 objects.write(self._there(name), file.read_bytes())
+        self._send_logs()
         there = self._there("checkpoints", step.name)
         last = step / manifest.NAME
         found = objects.listed(there)
@@ -229,6 +244,15 @@ class Mirror:
         steps = self._steps()
         for old in set(steps) - set(steps[: steps.index(step.name) + 1][-self._keep :]):
             self._delete(old)
+
+    def _send_logs(self) -> None:
+        for name in _LOGS:
+            kept = self._parts() / name
+            # A copy: the training writes to the file meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(self._folder / name, kept)
+                objects.upload(kept, self._there(name))
+                kept.unlink()
 
     def _delete(self, step: str) -> None:
         there = self._there("checkpoints", step)

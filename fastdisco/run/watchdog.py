@@ -205,6 +205,8 @@ class _Bounded:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        # Held while a thread is started: the watchdog's thread asks, and the training's.
+        self._starting = threading.Lock()
 
     @property
     def busy(self) -> bool:
@@ -212,17 +214,19 @@ class _Bounded:
 
     def run(self, action: Callable[[], Any]) -> None:
         """Waits some seconds at most.  Does nothing where the last action has not come back."""
-        if self.busy:
-            return
 
         def quietly() -> None:
             # A full disk, for example: the training has its own sentences for it.
             with contextlib.suppress(Exception):
                 action()
 
-        self._thread = threading.Thread(target=quietly, daemon=True, name="watchdog's files")
-        self._thread.start()
-        self._thread.join(_ANSWERS)
+        thread = threading.Thread(target=quietly, daemon=True, name="watchdog's files")
+        with self._starting:
+            if self.busy:
+                return
+            thread.start()
+            self._thread = thread
+        thread.join(_ANSWERS)
 
 
 def forget(folder: Path) -> None:
