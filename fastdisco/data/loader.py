@@ -72,8 +72,8 @@ class TrainLoader:
         permuted    all views but the first are of this rank's share of the batch permuted over
                     ranks, as `dist.Shuffle` would split it.  The views themselves stay the same;
                     label and index are the first view's
-        bad_limit   of the images, the share that may break and be replaced; 0 or permuted, where
-                    ranks would disagree on a batch: the first one raises UserError
+        bad_limit   of the images, the share that may break and be replaced; 0: the first one raises
+                    UserError
         Raises UserError where the listing holds less than one global batch, or samples in tars that
         are sorted by class."""
         # Images of an optimizer step, and images to use.
@@ -87,7 +87,9 @@ class TrainLoader:
         self.listing, self.crops, self.batch, self.seed = listing, tuple(crops), batch, seed
         self.threads, self.device, self.rounds = threads, device, rounds
         self.placement = placement or default_placement(device)
-        self.aside = Aside(listing, 0.0 if permuted else bad_limit)
+        self.aside = Aside(listing, bad_limit)
+        # Two ranks read each image then, and must have the same one in its place.
+        self._together = permuted and self.aside.allowed > 0
         # Where a pipeline ended without a reason.
         self._failed: int | None = None
         self._parts = [_Part(0, self.crops, self._order)]
@@ -157,18 +159,25 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self.position >= self._end:
             raise StopIteration
-        parts = None
-        while parts is None:
-            try:
-                parts = self._next_parts()
-            except Broken as e:
-                self._set_aside(e)
+        parts = self._read_parts()
+        # Made anew until no rank has found more.
+        while self._together and self.aside.agree():
+            self.position = self.position
+            parts = self._read_parts()
         views = [view for views, _ in parts for view in views]
         # With permuted views, the other part is of other images.
         _, index = parts[0]
         epoch = self._round(self.position // self._per_epoch)
         self._position += 1
         return Batch(views, torch.from_numpy(self.listing.labels)[index], index, epoch)
+
+    def _read_parts(self) -> list[tuple[list[Tensor], Tensor]]:
+        """The next batch of each part; images that break are set aside."""
+        while True:
+            try:
+                return self._next_parts()
+            except Broken as e:
+                self._set_aside(e)
 
     def _next_parts(self) -> list[tuple[list[Tensor], Tensor]]:
         if self.position == self._chunk_end:
