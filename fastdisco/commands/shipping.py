@@ -209,7 +209,7 @@ def _int8(job: Job, stage: Path) -> dict[str, Any]:
         )
         say(
             f"int8: {first:.0%} of the variance of the float32 features lies in one direction; near "
-            "100% small errors change the neighbours, and a longer training helps, not layers in float"
+            "100% small errors change the neighbours, whichever layers stay in float"
         )
     return {
         "fp32": want,
