@@ -347,7 +347,8 @@ echo "$6" >> {asked}
 case "$6" in *--first=0*) echo '{{"code": 0, "findings": []}}';; esac
 """
     monkeypatch.setenv("PATH", program(tmp_path, "ssh", script))
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     hosts = tmp_path / "hostfile"
     hosts.write_text("down slots=4\nleft slots=2\nright slots=2\n")
     args = ["--nodes", hosts, "--json", "--config", ROOT / "configs/mobv3.yaml", "data.threads=2"]

@@ -37,7 +37,9 @@ def _order(args):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_failing_evaluation_is_told_and_the_training_goes_on(n, folder, broken, tmp_path):
+    # Not beside the training, so that what is there can be counted.
     more = ("run.max_steps=4", "eval.every=2", "checkpoint.every=2", "checkpoint.keep=9")
+    more += ("checkpoint.background=false",)
     (text, seen), *_ = ranks(
         n, _order, [*tiny(broken, tmp_path, *more), tmp_path / "tiny/checkpoints"]
     )
