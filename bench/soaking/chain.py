@@ -77,7 +77,7 @@ class Soak:
         end = time.monotonic() + self.hangs
         while not (value := condition()):
             if attempt and attempt.over() and not (value := condition()):
-                raise Ended(f"{what}: the training ended instead:\n{attempt.text[-3000:]}")
+                raise Ended(f"{what}: the training ended instead:\n{attempt.end}")
             if value:
                 break
             if time.monotonic() > end:
@@ -241,7 +241,7 @@ def reference(soak: Soak, name: str) -> dict[int, float]:
         attempt = chain.start()
         soak.wait(attempt.over, "the reference ends")
         if "codes [0" not in attempt.text:
-            raise Ended(attempt.text[-3000:])
+            raise Ended(attempt.end)
         (folder / "whole").touch()
     found = dict(compare.losses(chain.run))
     assert sorted(found) == [*range(1, soak.steps + 1)], sorted(found)

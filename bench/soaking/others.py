@@ -65,9 +65,9 @@ def broken(soak: Soak, name: str, folder: Path, draw: random.Random) -> Record:
         last = max(some.joined, default=0)
         record.survived = last == _LONG and not (record.unequal or record.beyond)
         if not record.survived:
-            record.note = f"it ended at {last}: {some.unequal[:3]}\n{attempt.text[-2000:]}"
+            record.note = f"it ended at {last}: {some.unequal[:3]}\n{attempt.end}"
     except chain.Hang as e:
-        record.hang, record.note = True, f"{e}\n{attempt.text[-4000:]}"
+        record.hang, record.note = True, f"{e}\n{attempt.end}"
     except chain.Ended as e:
         record.note = str(e)[-4000:]
     attempt.kill()
@@ -131,7 +131,7 @@ class Real:
         try:
             self._next(record)
         except chain.Hang as e:
-            record.hang, record.note = True, f"{e}\n{self.attempt.text[-4000:]}"
+            record.hang, record.note = True, f"{e}\n{self.attempt.end}"
         except chain.Ended as e:
             record.note = str(e)[-4000:]
         if self.chain.unequal:

@@ -46,6 +46,12 @@ class Attempt:
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    @property
+    def end(self) -> str:
+        """The last lines, without the C++ frames of torch's warnings."""
+        lines = self.text.splitlines()
+        return "\n".join([x for x in lines if not x.startswith("frame #")][-40:])
+
     def tree(self) -> list[int]:
         """All that live: the launcher, what is below it, and the ranks that have outlived it."""
         found = [self.top, *signals.below(self.top), *self.ranks]
@@ -197,7 +203,8 @@ def _launcher(arguments, ranks, log, controls, agent, nodes) -> int:
 def _store(agent: bool, apart: bool):
     """(port, the store)"""
     if apart:
-        return 29500, None
+        # Of a launcher that was killed the port may still be closing.
+        return 20000 + os.getpid() % 10000, None
     if agent:
         import torch
 

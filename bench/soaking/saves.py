@@ -88,7 +88,7 @@ class Saves:
             return self._next(key)
         except chain.Hang as e:
             record = self._record(key)
-            record.hang, record.note = True, f"{e}\n{self.attempt.text[-3000:]}"
+            record.hang, record.note = True, f"{e}\n{self.attempt.end}"
         except chain.Ended as e:
             record = self._record(key)
             record.note = str(e)
@@ -113,7 +113,7 @@ class Saves:
         record.unequal += some.checked()
         rank, number = key.split("/")[1:3]
         if before.controls[int(rank)].get("count") < int(number):
-            raise chain.Ended(f"it was not killed at change {number}:\n{before.text[-2000:]}")
+            raise chain.Ended(f"it was not killed at change {number}:\n{before.end}")
         expected = some.whole()
         following = self.todo[0] if self.todo else ""
         same = expected == _BEFORE and following.split("/")[:2] == key.split("/")[:2]

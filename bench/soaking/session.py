@@ -94,7 +94,7 @@ class Session:
         self.chain.soak.wait(self.attempt.over, "the run ends")
         found = self.chain.checked()
         if self.chain.named() != self.chain.steps:
-            raise Ended(f"it ended at {self.chain.named()}:\n{self.attempt.text[-3000:]}")
+            raise Ended(f"it ended at {self.chain.named()}:\n{self.attempt.end}")
         missing = self.chain.steps - len(self.chain.joined)
         return found + missing, chain.same_end(self.soak, self.chain)
 
@@ -151,7 +151,7 @@ class Session:
         try:
             fault(self, record)
         except Hang as e:
-            record.hang, record.note = True, f"{e}\n{self.attempt.text[-4000:]}"
+            record.hang, record.note = True, f"{e}\n{self.attempt.end}"
         except Ended as e:
             record.note = str(e)[-4000:]
         if self.chain.unequal:
