@@ -6,7 +6,7 @@ minutes of each, and a report of them.
     python bench/demo.py --seeds 0 --equal-time
         also trains the student alone for as long as DisCo takes
     python bench/demo.py --seeds 1 2 3 --keep
-        also writes bench/results/demo-<device>.json, with that arm
+        also writes bench/results/demo-<device>.json; add --equal-time for the rows of that arm
 
 alone_minus_untrained_worst  points of kNN top-1 that the student alone gains, of the worst seed
 disco_minus_alone_worst      points of kNN top-1 that DisCo gains over that, of the worst seed
@@ -68,7 +68,7 @@ def main() -> None:
     args = options.parse_args()
     # The training commands start in the project's root.
     out = args.out.resolve()
-    arms = [arm for arm in ARMS if arm != EXTRA or args.equal_time or args.keep]
+    arms = [arm for arm in ARMS if arm != EXTRA or args.equal_time]
     scores = {seed: one_seed(out, arms, seed) for seed in args.seeds}
     show(scores)
     print(f"{LIMITS}\nRuns: {out}/<arm>-<seed>/ (config.yaml, metrics.jsonl, tb/, checkpoints/)")
@@ -83,7 +83,10 @@ def one_seed(out: Path, arms: list[str], seed: int) -> dict[str, dict]:
     """{row: {"knn": 0..1, "minutes": time}} of one seed; the row "total" has the time alone."""
     begin = time.perf_counter()
     write_images(out / f"data-{seed}", seed)
-    images = (time.perf_counter() - begin) / 60
+    timing = out / f"data-{seed}.minutes"
+    if not timing.exists():
+        timing.write_text(f"{(time.perf_counter() - begin) / 60:.2f}")
+    images = float(timing.read_text())
     trained = {arm: train(out, arm, seed) for arm in arms}
     rows = fixed(out, seed) | trained
     shown = report(out, seed)
@@ -198,14 +201,21 @@ def show(scores: dict[int, dict]) -> None:
 def summary(scores: dict[int, dict]) -> list[dict]:
     """The rows of bench/results/, from the scores of each seed."""
     mean = lambda name, what: statistics.mean(s[name][what] for s in scores.values())
-    rows = [row(name, 100 * mean(name, "knn"), "% kNN top-1", None, "higher") for name in ROWS]
+    without = any(EXTRA not in s for s in scores.values())
+    names = [name for name in ROWS if not (without and name == EXTRA)]
+    rows = [row(name, 100 * mean(name, "knn"), "% kNN top-1", None, "higher") for name in names]
     rows += gain(scores, "alone", "untrained_student", "alone_minus_untrained")
-    for arm in ("alone", EXTRA):
-        rows += gain(scores, "disco", arm, f"disco_minus_{arm}")
+    arms = [arm for arm in ARMS if arm in names]
+    for arm in arms:
+        if arm.startswith("alone"):
+            rows += gain(scores, "disco", arm, f"disco_minus_{arm}")
     gap = 100 * (mean("teacher", "knn") - mean("disco", "knn"))
     rows.append(row("teacher_minus_disco", gap, "points, mean", 0, "higher"))
-    minutes = {arm: mean(arm, "minutes") for arm in ARMS}
-    rows += [row(f"minutes_{arm}", minutes[arm], "minutes", None, "lower") for arm in ARMS]
+    for arm in arms:
+        rows.append(row(f"minutes_{arm}", mean(arm, "minutes"), "minutes", None, "lower"))
+    if without:
+        unit, reason = "points, the worst seed", "that arm is trained with --equal-time"
+        rows.append(row(f"disco_minus_{EXTRA}_worst", None, unit, 0, "higher", reason))
     return [*rows, total(scores)]
 
 
