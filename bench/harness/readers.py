@@ -8,7 +8,6 @@ READ: dict[str, list[tuple[str, str, str]]] = {
     "demo": [
         ("the student, untrained", "{:.1f} %", "untrained_student"),
         ("the student, trained alone", "{:.1f} %", "alone"),
-        ("the student, trained alone for DisCo's time", "{:.1f} %", "alone_equal_time"),
         ("**the student, trained with DisCo**", "**{:.1f} %**", "disco"),
         ("the teacher", "{:.1f} %", "teacher"),
     ],

@@ -1,7 +1,7 @@
 """The soak's parts (bench/soak.py).
 
 shim       a library in front of libc: clock, errors, death at the n-th change of a file
-ranks      attempts: ranks that are forked from this process, or started by a real launcher
+processes  of an attempt;  ranks: forked from this process, or started by a real launcher
 chain      a run with everything that happens to it, compared with the run that nothing happened to
 compare    losses, checkpoints and digests
 faults     what is done to a running training;  damage: to its files between two attempts

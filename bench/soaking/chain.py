@@ -15,7 +15,7 @@ from typing import NamedTuple
 from harness import ROOT
 
 from soaking import compare, places, ranks, shim
-from soaking.ranks import Attempt
+from soaking.processes import Attempt
 
 STEPS, EVERY = 120, 4
 # Seconds after which what should have happened counts as a hang.

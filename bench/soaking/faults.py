@@ -4,7 +4,7 @@ import errno
 import signal
 import time
 
-from soaking import ranks
+from soaking import processes, ranks
 from soaking.session import Record, Session, kill_everything, refused
 
 # ---- kills and signals
@@ -12,7 +12,7 @@ from soaking.session import Record, Session, kill_everything, refused
 
 def kill_rank(s: Session, r: Record) -> None:
     s.moment()
-    ranks.send(s.draw.choice(s.attempt.ranks), signal.SIGKILL)
+    processes.send(s.draw.choice(s.attempt.ranks), signal.SIGKILL)
     s.chain.gone(s.attempt)
     s.goes_on(r)
 
@@ -27,7 +27,7 @@ def kill_all(s: Session, r: Record) -> None:
 def kill_launcher(s: Session, r: Record) -> None:
     """The ranks notice, save and end."""
     s.moment()
-    ranks.send(s.attempt.top, signal.SIGKILL)
+    processes.send(s.attempt.top, signal.SIGKILL)
     r.ended = s.end_ranks(s.attempt.ranks)
     s.chain.gone(s.attempt)
     s.goes_on(r)
@@ -44,9 +44,9 @@ def kill_in_start(s: Session, r: Record) -> None:
     if r.what == "all":
         kill_everything(s.attempt)
     elif "a rank" in r.what and s.attempt.ranks:
-        ranks.send(s.draw.choice(s.attempt.ranks), number)
+        processes.send(s.draw.choice(s.attempt.ranks), number)
     else:
-        ranks.send(s.attempt.top, number)
+        processes.send(s.attempt.top, number)
     s.chain.gone(s.attempt)
     s.goes_on(r)
 
@@ -57,7 +57,7 @@ def ask(s: Session, r: Record) -> None:
     s.moment()
     target = s.draw.choice([s.attempt.top, *s.attempt.ranks])
     r.what = f"{number.name} to {'the launcher' if target == s.attempt.top else 'a rank'}"
-    ranks.send(target, number)
+    processes.send(target, number)
     r.ended = s.end_ranks(s.attempt.ranks)
     s.chain.gone(s.attempt)
     s.goes_on(r, asked=True)
@@ -73,10 +73,10 @@ def halt(s: Session, r: Record, seconds: float = 60.0) -> None:
     some = s.attempt.ranks if s.draw.random() < 0.3 else [s.draw.choice(s.attempt.ranks)]
     r.what = f"{len(some)} of {s.chain.kind.ranks} ranks for {seconds:.0f} s"
     for pid in some:
-        ranks.send(pid, signal.SIGSTOP)
+        processes.send(pid, signal.SIGSTOP)
     time.sleep(seconds)
     for pid in some:
-        ranks.send(pid, signal.SIGCONT)
+        processes.send(pid, signal.SIGCONT)
     s.stays(r)
 
 

@@ -9,7 +9,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from soaking import chain, compare, ranks
+from soaking import chain, compare, processes, ranks
 from soaking.chain import EVERY, Chain, Soak, continued, said
 from soaking.session import Record
 
@@ -112,7 +112,7 @@ class Real:
         self.soak, self.draw = soak, draw
         self.chain = Chain(soak, "two", chain.KINDS["two"], folder, chain.reference(soak, "two"))
         self.chain.open()
-        self.attempt: ranks.Attempt | None = None
+        self.attempt: processes.Attempt | None = None
         self.launcher, self.again = "", 0
 
     def close(self) -> None:
@@ -158,8 +158,8 @@ class Real:
         trained = list(attempt.ranks)
         begin = time.monotonic()
         for pid in targets:
-            ranks.send(pid, number)
-        self.soak.wait(lambda: not any(map(ranks.signals.alive, trained)), "the ranks end")
+            processes.send(pid, number)
+        self.soak.wait(lambda: not any(map(processes.signals.alive, trained)), "the ranks end")
         if number != signal.SIGKILL or r.fault == "SIGKILL of the launcher":
             r.ended = time.monotonic() - begin
         if r.fault == "SIGKILL of a rank" and self.launcher == "fastdisco run":

@@ -9,7 +9,7 @@ import signal
 import time
 from dataclasses import dataclass, field
 
-from soaking import chain, ranks
+from soaking import chain, processes
 from soaking.chain import Chain, Ended, Hang, Soak, continued, said
 
 # Steps before the end of a run in which no more faults come.
@@ -61,7 +61,7 @@ class Session:
         self.attempt = self.begin()
         self.startup = 5.0
 
-    def begin(self, **how) -> ranks.Attempt:
+    def begin(self, **how) -> processes.Attempt:
         """Starts an attempt and waits until its ranks are there."""
         self.attempt = self.chain.start(agent=self.draw.random() < 0.7, **how)
         return self.attempt
@@ -140,7 +140,7 @@ class Session:
     def end_ranks(self, pids: list[int]) -> float:
         """Waits until these processes are gone; seconds."""
         begin = time.monotonic()
-        self.soak.wait(lambda: not any(map(ranks.signals.alive, pids)), "the ranks end")
+        self.soak.wait(lambda: not any(map(processes.signals.alive, pids)), "the ranks end")
         return time.monotonic() - begin
 
     def suffer(self, name: str, fault) -> Record:
@@ -160,12 +160,12 @@ class Session:
         return record
 
 
-def kill_everything(attempt: ranks.Attempt) -> None:
+def kill_everything(attempt: processes.Attempt) -> None:
     for pid in attempt.tree():
-        ranks.send(pid, signal.SIGKILL)
+        processes.send(pid, signal.SIGKILL)
 
 
-def refused(attempt: ranks.Attempt) -> bool:
+def refused(attempt: processes.Attempt) -> bool:
     """Whether every rank has ended with 2, or by the launcher while it was ending with that."""
     found = re.findall(r"^codes (\[.*\])$", attempt.text, re.MULTILINE)
     codes = json.loads(found[-1]) if found else []
