@@ -418,3 +418,25 @@ def test_stalls_are_logged_and_are_no_steps_time(tmp_path, monkeypatch):
     saved = [{k: v for k, v in x.items() if "save" in k} for x in found]
     assert saved == [{}, {}, {"perf/save_share": 2 / 14, "perf/save_stall": 2.0}]
     assert [x["perf/step_time"] for x in found] == [4.0, 4.0, 4.0]
+
+
+def _left_alone(folder, ends):
+    """Rank 1 dies in a save; what ends the other one goes into a file."""
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 1:
+        saving._to_disk = lambda path, content: os._exit(9)
+    found, _ = saves(folder)
+    try:
+        found.save(1, ends=ends)
+        found.save(2, ends=ends)
+    except RuntimeError as e:
+        (folder / "told").write_text(str(e))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_who_waits_for_a_save_notices_that_another_rank_has_died(ends, tmp_path):
+    """Its store would wait for a week, and its launcher would kill it after half a minute."""
+    with pytest.raises(AssertionError, match="rank 1 died"):
+        ranks(2, _left_alone, tmp_path, ends)
+    assert "Connection" in (tmp_path / "told").read_text()
+    assert checkpoints(tmp_path) == []

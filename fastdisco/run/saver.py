@@ -21,6 +21,8 @@ from fastdisco.run.snapshot import Snapshots
 
 # Seconds that a crash of the training waits for the save under way.
 _GRACE = 10.0
+# Seconds until the ranks ask each other again whether a save has ended.
+_TURN = 0.05
 
 
 class Saver:
@@ -66,7 +68,8 @@ class Saver:
         if dist.rank():
             shared = {}
         if self._snapshots is None or ends:
-            self._save(step, shared, own, ends)
+            # All ranks wait for it, so that by collectives they notice one that dies.
+            self._save(step, shared, own, dist.all_texts, ends)
             return
         try:
             files = self._snapshots.take((shared, own))
@@ -76,7 +79,8 @@ class Saver:
                 "training waits until it is written; set checkpoint.background=false",
                 anywhere=True,
             )
-            self._save(step, shared, own, ends)
+            # The other ranks may do it in their threads.
+            self._save(step, shared, own, self._texts)
             return
         self._thread = threading.Thread(
             target=self._beside, args=(step, *files), daemon=True, name="saver"
@@ -89,10 +93,12 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Waits for the save under way.  Raises what has ended it, unless that was a failing file
-        system, which has been said."""
-        if self._thread:
-            self._thread.join()
+        """Waits for the save under way on all ranks; called by every rank.  Raises what has ended it,
+        unless that was a failing file system, which has been said."""
+        # The ranks tell each other, for a rank that has died would never end it.
+        while self._snapshots is not None and dist.any_rank_later(self.busy)():
+            if self._thread:
+                self._thread.join(_TURN)
         self._thread = None
         error, self._error = self._error, None
         if error:
@@ -111,13 +117,20 @@ class Saver:
 
     def _beside(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
         try:
-            self._save(step, shared, own, ends=False)
+            self._save(step, shared, own, self._texts)
         except Exception as e:
             self._error = e
 
-    def _save(self, step: int, shared: dict[str, Any], own: dict[str, Any], ends: bool) -> None:
+    def _save(
+        self,
+        step: int,
+        shared: dict[str, Any],
+        own: dict[str, Any],
+        texts: saving.Texts,
+        ends: bool = False,
+    ) -> None:
         try:
-            saving.write(self._run, step, shared, own, self._keep, self._texts, self._refuse)
+            saving.write(self._run, step, shared, own, self._keep, texts, self._refuse)
         except saving.NotSaved as e:
             has = self._newest()
             if ends:
