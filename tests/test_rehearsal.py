@@ -191,7 +191,7 @@ def small():
     with pytest.MonkeyPatch.context() as patches:
         stand_ins(patches)
         # A plant that is refused leaves its keys to the step that follows.
-        return rehearse(SMALL, "method.queue=4096", steps=1)
+        return rehearse(SMALL, "bf16", "method.queue=4096", steps=1)
 
 
 def plant(monkeypatch, what, run):
