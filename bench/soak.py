@@ -242,7 +242,7 @@ class Faults:
                     return
 
     def _add(self, record) -> None:
-        self.done.append(record.as_dict())
+        self.done.append(record.as_dict() | {"code": self.soak.code})
         self._write()
         seconds = "" if record.seconds is None else f", {record.seconds:.1f} s"
         ended = "" if record.ended is None else f", ended in {record.ended:.1f} s"
@@ -263,7 +263,9 @@ class Faults:
 def report(done: list[dict], args) -> int:
     """Writes the result and shows the table; 1 where something was lost, unequal or hung."""
     from soaking import table
+    from soaking.processes import last_lines
 
+    done = [x | {"note": last_lines(x["note"])} for x in done]
     made = table.table(done)
     tables.show_table("faults", made["columns"], made["rows"])
     summary = table.rows(done)

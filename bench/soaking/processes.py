@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import signals
+from harness import ROOT
 
 from soaking import shim
 
@@ -29,9 +31,7 @@ class Attempt:
 
     @property
     def end(self) -> str:
-        """The last lines, without the C++ frames of torch's warnings."""
-        lines = self.text.splitlines()
-        return "\n".join([x for x in lines if not x.startswith("frame #")][-40:])
+        return last_lines(self.text)
 
     def tree(self) -> list[int]:
         """All that live: the launcher, what is below it, and the ranks that have outlived it."""
@@ -61,6 +61,15 @@ class Attempt:
         end = time.monotonic() + 20
         while not self.over() and time.monotonic() < end:
             time.sleep(0.01)
+
+
+def last_lines(text: str) -> str:
+    """What a record's note keeps: no C++ frames of torch's warnings, and no folders of this machine."""
+    lines = [x for x in text.splitlines() if not x.startswith(("frame #", "<omitting"))]
+    kept = "\n".join(lines[-40:])
+    for folder, name in ((sys.prefix, "VENV"), (str(ROOT), "ROOT")):
+        kept = kept.replace(folder, name)
+    return kept
 
 
 def send(pid: int, number: int) -> bool:
