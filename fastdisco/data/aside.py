@@ -58,7 +58,8 @@ class Aside:
         """Gives every rank what any has found; whether that was anything.  Called by every rank.
 
         Raises the same UserError on every rank where all together have set aside too many."""
-        if not dist.any_rank(bool(self._news)):
+        # Between the hosts: no device waits for it.
+        if not dist.any_rank_later(bool(self._news))():
             return False
         for text in dist.all_texts(json.dumps(list(self._news.items()))):
             self.images |= {i: why for i, why in json.loads(text) if i not in self.images}

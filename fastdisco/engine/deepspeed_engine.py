@@ -3,6 +3,8 @@ configuration."""
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from types import ModuleType
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # How long ranks wait for each other to join; and, at least, in an exchange.
 JOIN, _EXCHANGE = timedelta(minutes=5), timedelta(minutes=10)
+# Seconds that rank 0 waits for MASTER_PORT: of a training that was just killed it may still be closing.
+_PORT = 5.0
 # Newer torch has a public name for it.
 _set_timeout = getattr(td, "set_timeout", None) or td.distributed_c10d._set_pg_timeout
 
@@ -35,7 +39,8 @@ def start(cfg: Engine, patience: float | None = None) -> torch.device:
 
     patience  seconds after which the caller itself ends what hangs; an exchange then fails after a
               minute more only
-    Raises UserError where the machine's GPU cannot be used, or the precision cannot run."""
+    Raises UserError where the machine's GPU cannot be used, the precision cannot run, or another
+    program has MASTER_PORT."""
     dist.defaults()
     launch.follow()
     # First DeepSpeed: its import changes how torch looks for a GPU, and the device is chosen once.
@@ -55,7 +60,7 @@ def start(cfg: Engine, patience: float | None = None) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         _join_again(backend, device)
-    deepspeed.init_distributed(dist_backend=backend, timeout=JOIN)
+    _on_free_port(lambda: deepspeed.init_distributed(dist_backend=backend, timeout=JOIN))
     # Longer than in start-up: a rank may save or evaluate while others wait.
     limit = timedelta(seconds=patience + 60) if patience else _EXCHANGE
     _set_timeout(max(limit, _EXCHANGE))
@@ -122,6 +127,24 @@ def import_deepspeed() -> ModuleType:
     import deepspeed
 
     return deepspeed
+
+
+def _on_free_port(join: Callable[[], Any]) -> None:
+    """Joins the ranks.  Raises UserError where another program keeps rank 0 from MASTER_PORT."""
+    end = time.monotonic() + _PORT
+    while True:
+        try:
+            join()
+            return
+        except td.DistNetworkError as e:
+            if "EADDRINUSE" not in str(e):
+                raise
+            if time.monotonic() > end:
+                raise UserError(
+                    f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on this "
+                    "port; end it, or give another port"
+                ) from None
+        time.sleep(0.2)
 
 
 def _join_again(backend: str, device: torch.device) -> None:
