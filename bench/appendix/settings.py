@@ -47,7 +47,6 @@ SHARED: Cfg = dict(
     checkpoint=dict(every=50, keep=1),
     log=dict(every=10),
 )
-SMALL_CROPS = dict(count=2, size=16, scale=[0.15, 0.5])
 SGD = dict(name="sgd", momentum=0.9, weight_decay=1e-4, decay_norm_and_bias=True, **PLAIN)
 ADAMW = dict(
     name="adamw",
@@ -66,16 +65,23 @@ TESTBEDS: dict[str, Cfg] = {
         optim=SGD | dict(lr=0.03),
     ),
     "swav": dict(
-        views=[dict(count=2), SMALL_CROPS],
+        # Without small crops, and with a softer temperature (docs/miniature.md).
+        views=[dict(count=2, scale=[0.3, 1.0])],
         student=dict(hidden=512, dim=128, head_bn=True),
         method=dict(
-            name="swav", prototypes=256, freeze_steps=100, queue=0, queue_epoch=0, distill=4.0
+            name="swav",
+            temp=0.2,
+            prototypes=64,
+            freeze_steps=100,
+            queue=0,
+            queue_epoch=0,
+            distill=2.0,
         ),
         bn=dict(sync=False),
-        optim=SGD | dict(lr=0.06),
+        optim=SGD | dict(lr=0.6),
     ),
     "dino": dict(
-        views=[dict(count=2), SMALL_CROPS],
+        views=[dict(count=2)],
         student=dict(head="dino", hidden=512, dim=128),
         method=dict(
             name="dino",
@@ -142,8 +148,8 @@ class Size(NamedTuple):
 RATES = "[0.03,0.1,0.3,1,3]"
 SIZES: dict[str, Size] = {
     "cpu": Size(
-        epochs=dict(moco=3, swav=3, dino=3),
-        teacher_epochs=dict(moco=10, swav=10, seed=6, dino_vit=10, dino_xcit=8),
+        epochs=dict(moco=3, swav=3, dino=4),
+        teacher_epochs=dict(moco=10, swav=16, seed=6, dino_vit=16, dino_xcit=10),
         differs={},
         scored=[
             "eval.bank=10000",
