@@ -110,9 +110,54 @@ def test_a_mistake_starts_nothing(words, says, monkeypatch, capsys):
     assert says in capsys.readouterr().err
 
 
+# Tells as a rank does how it has ended; from the second start on it finishes.
+TELLS = """
+import os, sys
+from fastdisco.common import attempt
+again = os.path.exists({mark!r})
+open({mark!r}, "w").close()
+attempt.at(5)
+{before}
+attempt.ended(0 if again else {code})
+{end}
+sys.exit(0 if again else 1)
+"""
+KILLED = "if not again: os.kill(os.getpid(), 15)"
+
+
+@pytest.mark.parametrize(
+    "code, before, end, asked",
+    [
+        # By a signal to a rank, or to torchrun, which hands it on.
+        (75, "attempt.why(attempt.ASKED)", "", True),
+        # `deepspeed` dies of the signal, and its ranks save as orphans.
+        (75, "", KILLED, True),
+        # The ranks have lost their launcher.
+        (75, "", "", False),
+        # A hang: torchrun ends the other ranks by SIGTERM.
+        (75, "attempt.why(attempt.ASKED); attempt.why(attempt.STALLED)", "", False),
+        # A crash: torchrun ends the other ranks by SIGTERM.
+        (1, "attempt.why(attempt.ASKED)", "", False),
+    ],
+)
+def test_a_signal_below_the_supervisor_stops_the_run(
+    code, before, end, asked, folder, tmp_path, crashing, monkeypatch, capfd
+):
+    crashing([])
+    script = tmp_path / "tells.py"
+    mark = str(tmp_path / "mark")
+    script.write_text(TELLS.format(mark=mark, code=code, before=before, end=end))
+    monkeypatch.setattr(supervisor, "SCRIPT", script)
+    monkeypatch.setattr(launching, "starting", lambda launcher, ranks: [sys.executable])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert supervised(folder, tmp_path) == (launch.STOPPED if asked else 0)
+    assert ("started again" in capfd.readouterr().out) == (not asked)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the supervisor", "the launcher", "a rank"])
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_it_stops_when_it_is_asked_to(launcher, folder, tmp_path):
+def test_it_stops_when_it_is_asked_to(launcher, whom, folder, tmp_path):
     more = ("run.epochs=100000", "log.every=1000000", "data.val=null", "checkpoint.every=3")
     words = [str(x) for x in tiny(folder, tmp_path, *more)]
     command = ["-m", "fastdisco.cli", "run", "--ranks", "2", "--launcher", launcher, "--", *words]
@@ -124,8 +169,12 @@ def test_it_stops_when_it_is_asked_to(launcher, folder, tmp_path):
         while not (run / "checkpoints/last").exists():
             assert top.poll() is None and time.monotonic() < end, path.read_text()
             time.sleep(0.05)
-        # What Slurm sends.
-        top.send_signal(signal.SIGUSR1)
+        line = [top.pid]
+        while below := _children(line[-1]):
+            line.append(below[0])
+        pid = {"the supervisor": top.pid, "the launcher": line[1], "a rank": line[-1]}[whom]
+        # What Slurm sends; torchrun and deepspeed hand on SIGTERM alone.
+        os.kill(pid, signal.SIGTERM if whom == "the launcher" else signal.SIGUSR1)
         assert top.wait(HANGS) == launch.STOPPED, path.read_text()
     finally:
         top.kill()
@@ -134,6 +183,11 @@ def test_it_stops_when_it_is_asked_to(launcher, folder, tmp_path):
     assert goodput.saved(run) == step and "started again" not in text
     assert not (run / ".lock").exists()
     assert metrics(run)[-1].keys() == {"step", "time", "perf/goodput"}
+
+
+def _children(pid):
+    seen = {int(p): launch.process(int(p)) for p in os.listdir("/proc") if p.isdecimal()}
+    return [p for p, found in seen.items() if found and found[1] == pid]
 
 
 # ---- its parts
@@ -180,14 +234,17 @@ def test_the_images_of_a_step_are_those_that_the_loader_takes(folder, tmp_path):
 
 def test_what_ranks_tell_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv(attempt.FOLDER, str(tmp_path))
+    monkeypatch.setattr(attempt, "_last", dict(attempt._last))
     attempt._file.cache_clear()
     try:
         attempt.at(123456)
         attempt.at(7)
         me = (os.getpid(), launch.process(os.getpid())[0])
-        assert attempt.read(tmp_path) == [(*me, 7, -1)]
+        assert attempt.read(tmp_path) == [(*me, 7, -1, 0)]
+        attempt.why(attempt.STALLED)
+        attempt.why(attempt.ASKED)
         attempt.ended(75)
-        assert attempt.read(tmp_path) == [(*me, 7, 75)]
+        assert attempt.read(tmp_path) == [(*me, 7, 75, attempt.STALLED)]
         # Opened and not yet written.
         (tmp_path / "rank_10").touch()
         assert len(attempt.read(tmp_path)) == 1

@@ -1,5 +1,5 @@
-"""What a supervised process tells its supervisor (commands/supervise.py): its number, the step under
-way and its exit code, since launchers turn codes into others of their own.
+"""What a supervised process tells its supervisor (run/supervisor.py): its number, the step under way,
+its exit code, since launchers turn codes into others of their own, and why it stops.
 
 The supervisor names a folder of this machine in FASTDISCO_ATTEMPT, and each rank keeps a line in a
 file of its own there.  Without the variable nothing happens."""
@@ -13,6 +13,8 @@ from typing import NamedTuple
 from fastdisco.common import launch
 
 FOLDER = "FASTDISCO_ATTEMPT"
+# Why a process stops: a signal asked it to; the watchdog saw no progress.
+ASKED, STALLED = 1, 2
 
 
 class Told(NamedTuple):
@@ -24,16 +26,26 @@ class Told(NamedTuple):
     step: int
     # The exit code; -1 where the process has told none.
     code: int
+    # ASKED or STALLED; 0 where there was no reason to stop.
+    why: int
 
 
 def at(step: int) -> None:
     """The step under way.  One system call."""
-    _write(step, -1)
+    _last["step"] = step
+    _write()
+
+
+def why(reason: int) -> None:
+    """Why this process stops: ASKED or STALLED, which outweighs it."""
+    _last["why"] = max(_last["why"], reason)
+    _write()
 
 
 def ended(code: int) -> None:
     """The code that this process is about to end with."""
-    _write(_last[0], code)
+    _last["code"] = code
+    _write()
 
 
 def read(folder: Path) -> list[Told]:
@@ -47,18 +59,17 @@ def read(folder: Path) -> list[Told]:
     return found
 
 
-# The step of the last line.
-_last = [-1]
+# Of the last line.
+_last = dict(step=-1, code=-1, why=0)
 
 
-def _write(step: int, code: int) -> None:
+def _write() -> None:
     file = _file()
     if file is None:
         return
-    _last[0] = step
     fd, me = file
     # Of one length: a shorter line would leave the end of a longer one.
-    line = f"{me} {step} {code}".ljust(79) + "\n"
+    line = f"{me} {_last['step']} {_last['code']} {_last['why']}".ljust(79) + "\n"
     # A full disk of temporary files does not end a training.
     with contextlib.suppress(OSError):
         os.pwrite(fd, line.encode(), 0)

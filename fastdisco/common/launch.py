@@ -31,6 +31,8 @@ _LAUNCHERS = (
     "accelerate",
     "fastdisco.common.start",
 )
+# The launchers that this process follows: their numbers and start times.
+_above: dict[int, int] = {}
 # Seconds between two looks at the launcher, and from its death to the end of a rank that hangs.
 _LOOK, _GRACE = 1.0, 600.0
 
@@ -120,17 +122,22 @@ def follow() -> None:
     Launchers are the processes above this one as far as they are deepspeed or torchrun.  A SIGTERM
     to `deepspeed` ends only its uppermost process; the one between it and the ranks lives on.
     A rank that has not ended ten minutes later is ended."""
-    above, pid = {}, os.getppid()
+    pid = os.getppid()
     while (seen := process(pid)) and _launches(pid):
-        above[pid], pid = seen[0], seen[1]
-    if not above:
+        _above[pid], pid = seen[0], seen[1]
+    if not _above:
         return
     # The kernel's own signal reaches a start-up that hangs in a library.  prctl's number 1 is
     # PR_SET_PDEATHSIG; where there is no prctl, the thread does it alone.
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
         prctl(1, int(signal.SIGTERM))
-    threading.Thread(target=_watch, args=(above,), daemon=True, name="launcher").start()
+    threading.Thread(target=_watch, daemon=True, name="launcher").start()
+
+
+def orphaned() -> bool:
+    """Whether one of the launchers that this process follows has died."""
+    return not all((seen := process(pid)) and seen[0] == start for pid, start in _above.items())
 
 
 def process(pid: int) -> tuple[int, int] | None:
@@ -250,8 +257,8 @@ def _launches(pid: int) -> bool:
     return any(name == x or (x[-1] == "." and name.startswith(x)) for x in _LAUNCHERS)
 
 
-def _watch(above: dict[int, int]) -> None:
-    while all((seen := process(pid)) and seen[0] == start for pid, start in above.items()):
+def _watch() -> None:
+    while not orphaned():
         time.sleep(_LOOK)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from fastdisco.common import dist
+from fastdisco.common import attempt, dist, launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -37,3 +37,6 @@ class Stop:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        # A rank that has lost its launcher gets SIGTERM, too.
+        if not launch.orphaned():
+            attempt.why(attempt.ASKED)

@@ -98,9 +98,12 @@ class Supervisor:
             self._process.wait()
             self._outwait()
             told = attempt.read(self._told)
+            launcher = self._process.returncode
             self._process = None
         codes = [x.code for x in told]
-        finished = len(told) == ranks and not any(codes)
+        whole = len(told) == ranks
+        finished = whole and not any(codes)
+        self.asked |= whole and _asked(told, launcher)
         code = 2 if 2 in codes else 0 if finished else None
         return code, max((x.step for x in told), default=-1)
 
@@ -186,6 +189,17 @@ def batch(cfg: Config, step: int) -> list[str]:
     listing = data.listing(cfg.data.train, cfg.data.quarantine)
     indices = images_of_step(listing, cfg.run.seed, cfg.data.batch, step)
     return [str(listing.files[i]) for i in indices]
+
+
+def _asked(told: list[attempt.Told], launcher: int) -> bool:
+    """Whether a signal to a rank, or to the launcher, has stopped the training.
+
+    launcher  its exit code, negative where a signal has ended it
+    A launcher ends the ranks by SIGTERM where one of them crashes or hangs, too."""
+    if any(x.code != launch.STOPPED or x.why == attempt.STALLED for x in told):
+        return False
+    ended_by = {code for number in SIGNALS for code in (-number, 128 + number)}
+    return launcher in ended_by or any(x.why == attempt.ASKED for x in told)
 
 
 def _in_a_row(failed: list[int]) -> int:

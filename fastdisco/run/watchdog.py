@@ -168,6 +168,7 @@ class Watchdog:
         self._folder = None
         for close in reversed(self.closing):
             _Bounded().run(close)
+        attempt.why(attempt.STALLED)
         attempt.ended(launch.STOPPED)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
