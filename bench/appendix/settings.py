@@ -18,7 +18,7 @@ NETS: dict[str, Cfg] = {
     ),
     "vit_teacher": dict(
         arch="vit_tiny_patch16_224",
-        kwargs=dict(patch_size=8, embed_dim=128, depth=4, num_heads=4),
+        kwargs=dict(patch_size=8, embed_dim=96, depth=3, num_heads=3),
     ),
     "xcit": dict(
         arch="xcit_tiny_12_p8_224",
@@ -26,7 +26,7 @@ NETS: dict[str, Cfg] = {
     ),
     "xcit_teacher": dict(
         arch="xcit_tiny_12_p8_224",
-        kwargs=dict(embed_dim=128, depth=3, num_heads=4, cls_attn_layers=1),
+        kwargs=dict(embed_dim=96, depth=3, num_heads=3, cls_attn_layers=1),
     ),
 }
 
@@ -149,7 +149,7 @@ RATES = "[0.03,0.1,0.3,1,3]"
 SIZES: dict[str, Size] = {
     "cpu": Size(
         epochs=dict(moco=3, swav=3, dino=4),
-        teacher_epochs=dict(moco=10, swav=16, seed=6, dino_vit=16, dino_xcit=10),
+        teacher_epochs=dict(moco=10, swav=16, seed=6, dino_vit=8, dino_xcit=6),
         differs={},
         scored=[
             "eval.bank=10000",
