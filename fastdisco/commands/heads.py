@@ -113,9 +113,17 @@ def probe(work: Work) -> list[results.Result]:
         begin = time.perf_counter()
         values, predicted, own = kinds[kind](work, train, held, val, classes)
         protocol = work.protocol(kind, own | {"held": s.held, "held_seed": s.seed}, work.train.kept)
-        reported = f"{kind}_top1_{'selected' if held is not None else 'best_on_val'}"
+        reported = f"{kind}_top1_{_reported(kind, held)}"
         out.append(_save(work, kind, values, protocol, begin, {reported: predicted}, val))
     return out
+
+
+def _reported(kind: str, held: Features | None) -> str:
+    """Which of a probe's accuracies its predictions are of."""
+    if held is not None:
+        return "selected"
+    # Of the best epoch there are no weights any more.
+    return "preset_last" if kind == "sgd" else "best_on_val"
 
 
 def _ridge(

@@ -21,13 +21,18 @@ def report(
     `<what>_top1_selected` is the reported accuracy of the setting best on the images held out, of
     equally good ones the first; `<what>_top1_best_on_val` is the best of all, as papers report it
     that choose on the reported images.  Without images held out there is no `selected`, and the
-    row is that of the first setting."""
+    row is that of the best on the reported images."""
     found = {f"{what}_top1_best_on_val": float(val.max())}
     if held is None:
-        return found, 0
+        return found, int(val.argmax())
     at = int(held.argmax())
     chosen = {f"{what}_top1_selected": float(val[at]), f"{what}_top1_held_out": float(held[at])}
     return chosen | found, at
+
+
+def setting(name: str, held: object) -> str:
+    """The name of the setting that `report` chose: it says so where the reported images chose it."""
+    return name if held is not None else f"{name}_best_on_val"
 
 
 def accuracy(predictions: Tensor, label: Tensor) -> Tensor:

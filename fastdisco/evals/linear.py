@@ -206,7 +206,8 @@ def run(
 
 
 def report(training: Training, what: str = "linear") -> tuple[dict[str, float], int]:
-    """Named numbers, and the head that was chosen.  what: begins every name.
+    """Named numbers, and the head that was chosen, or the protocol's own where nothing was held out.
+    what: begins every name.
 
     linear_top1_selected         last epoch; the head that is best on the images held out
     linear_top1_preset_last      last epoch of the protocol's own lr and weight decay
@@ -221,6 +222,8 @@ def report(training: Training, what: str = "linear") -> tuple[dict[str, float], 
     names = [f"lr {r.lr:g} wd {r.weight_decay:g}" for r in heads.rates]
     held = curves["held"][-1] if curves["held"] else None
     found, at = choice.report(what, names, val[-1], held)
+    # Not chosen on the reported images: the protocol's own.
+    at = 0 if held is None else at
     found[f"{what}_top1_best_on_val"] = float(val.max())
     found |= {
         f"{what}_top1_preset_last": float(val[-1, 0]),

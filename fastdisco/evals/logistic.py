@@ -54,12 +54,13 @@ def predict(
     for c in sorted(cs):
         start = fit(train, classes, c, start, iterations)
         found.append(start)
-    classes_of = lambda part: torch.stack([(part.x @ w + b).argmax(1) for w, b in found])
+    classes_of = lambda part: torch.stack([choice.classes_of(part.x @ w + b) for w, b in found])
     on_val = classes_of(val)
     on_held = None if held is None else choice.accuracy(classes_of(held), held.label)
     names = [f"{c:g}" for c in sorted(cs)]
     numbers, at = choice.report("logistic", names, choice.accuracy(on_val, val.label), on_held)
-    return numbers | {"logistic_c": float(sorted(cs)[at])}, on_val[at]
+    name = choice.setting("logistic_c", held)
+    return numbers | {name: float(sorted(cs)[at])}, on_val[at]
 
 
 def fit(

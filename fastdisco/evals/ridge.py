@@ -27,8 +27,13 @@ class Solution(NamedTuple):
     share: Tensor  # [C] of the classes
 
     def weights(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """[F,C] and [C]: argmin of |X W + b - Y|^2 + penalty |W|^2, b unpenalised."""
-        w = self.vectors @ (self.target / (self.values[:, None] + penalty))
+        """[F,C] and [C]: argmin of |X W + b - Y|^2 + penalty |W|^2, b unpenalised; of several, as
+        without a penalty, the smallest W."""
+        least = self.values.max() * len(self.values) * torch.finfo(self.values.dtype).eps
+        # Without a penalty, what rounding leaves along a direction that no image has would be blown up.
+        there = (self.values > least) | (penalty > 0)
+        inverse = torch.where(there, 1 / (self.values + penalty), 0.0)
+        w = self.vectors @ (self.target * inverse[:, None])
         return w, self.share - self.mean @ w
 
 
@@ -64,7 +69,8 @@ def predict(
     on_held = None if held is None else choice.accuracy(classes_of(held), held.label)
     names = [f"{s:.3g}" for s in strengths]
     numbers, at = choice.report("ridge", names, choice.accuracy(on_val, val.label), on_held)
-    return numbers | {"ridge_strength": float(strengths[at])}, on_val[at]
+    name = choice.setting("ridge_strength", held)
+    return numbers | {name: float(strengths[at])}, on_val[at]
 
 
 @torch.no_grad()
@@ -92,4 +98,4 @@ def solve(train: Features, classes: int) -> Solution:
 def _classes_of(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """[n]; in the features' own precision."""
     w, b = w.to(x.dtype), b.to(x.dtype)
-    return torch.cat([(part @ w + b).argmax(1) for part in x.split(ROWS)])
+    return torch.cat([choice.classes_of(part @ w + b) for part in x.split(ROWS)])
