@@ -352,6 +352,7 @@ def named(listing: data.Listing, indices: np.ndarray, part: str) -> dict[str, An
     return {
         part: {
             "fingerprint": listing.fingerprint,
+            "bytes": listing.sampled[:16],
             "classes": len(listing.classes),
             "images": len(indices),
             "indices": chosen[:16],
