@@ -2,13 +2,16 @@
 stopped command has finished."""
 
 import shutil
+import signal
 
 import pytest
 from PIL import Image, ImageOps
 from test_eval_command import LINEAR, a_run, evaluate
 
 from fastdisco import cli
+from fastdisco.commands import kept
 from fastdisco.evals import results
+from fastdisco.evals.linear import Heads
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +36,45 @@ def test_other_images_under_the_same_names_are_another_protocol(run, textures, c
     shutil.copytree(textures / "val", tmp_path / "moved")
     evaluate(capsys, "retrieve", run, f"--out={out}", f"data.val={tmp_path}/moved")
     assert len(results.read_all(out)) == 2
+
+
+def steps_of(monkeypatch, stop_at=None):
+    """Counts the steps of trainings; SIGTERM reaches the process in one of them."""
+    done, before = [0], Heads.step
+
+    def step(self, *args):
+        done[0] += 1
+        if done[0] == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return before(self, *args)
+
+    monkeypatch.setattr(Heads, "step", step)
+    return done
+
+
+def test_a_stopped_command_does_not_train_again_what_it_had_finished(
+    run, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(kept, "LOOK", 1)
+    # Of two epochs of 2 steps, two of 8, and three of 4 the last two steps are missing.
+    parts = ["semi.shares=[0.2, 1]", "semi.epochs=2", "semi.batch=8", "semi.lr=0.1"]
+    arguments = ["all", run, "--only=semi,linear", *parts, *LINEAR]
+    with monkeypatch.context() as m:
+        whole = steps_of(m)
+        want, _ = evaluate(capsys, *arguments, f"--out={tmp_path}/whole")
+    with monkeypatch.context() as m:
+        steps_of(m, stop_at=whole[0] - 2)
+        assert cli.main(["eval", *map(str, arguments), f"--out={tmp_path}/cut"]) == 75
+    capsys.readouterr()
+    with monkeypatch.context() as m:
+        left = steps_of(m)
+        values, said = evaluate(capsys, *arguments, f"--out={tmp_path}/cut")
+    assert left == [2] and values == want
+    assert said.count("continues after epoch 2, step 0") == 2
+    assert "linear: continues after epoch 2, step 2" in said
+    assert not list((tmp_path / "cut").glob("*.pt"))
+    # Another command that was not stopped measures anew.
+    with monkeypatch.context() as m:
+        again = steps_of(m)
+        evaluate(capsys, *arguments, f"--out={tmp_path}/cut")
+    assert again == whole

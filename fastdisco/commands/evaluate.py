@@ -106,10 +106,12 @@ def measure(args: argparse.Namespace) -> int:
     # Where one rank refuses, all end with its code.
     with _stoppable() as stop, agreement.together():
         work = measures.Work(network, wanted, device, stop)
+        work.in_parts = args.what in ("all", "semi")
         if len(shown) > 1:
             work.shown = [work if n is network else work.beside(n) for n in shown]
         try:
             found = _each(work, _chosen(args, wanted), strict=args.what != "all")
+            work.end()
         except measures.Stopped:
             say("stopped as asked; the same command continues from there")
             return launch.STOPPED

@@ -193,7 +193,7 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
     if some is not None:
         reported["linear_top1_selected"] = heads.predictions(training.heads, val, at)
     result = _save(work, what, values, protocol, begin, reported, val)
-    state.remove()
+    state.finish()
     return result
 
 
@@ -230,7 +230,7 @@ def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
     val = Features(last, label, torch.from_numpy(index).to(last.device))
     reported = {"finetune_top1_last": choice.classes_of(last)}
     result = _save(work, what, finetune.report(tuning), protocol, begin, reported, val)
-    state.remove()
+    state.finish()
     return result
 
 

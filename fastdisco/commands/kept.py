@@ -83,6 +83,11 @@ class Kept:
                 part.replace(self.path)
             self.saved = time.monotonic()
 
-    def remove(self) -> None:
-        if dist.rank() == 0:
+    def finish(self) -> None:
+        """The result is written.  Of a command in several parts the training stays until the last one
+        ends: where that is stopped, the same command does not train this one again."""
+        if self.work.in_parts:
+            self.save()
+            self.work.finished.append(self.path)
+        elif dist.rank() == 0:
             self.path.unlink(missing_ok=True)

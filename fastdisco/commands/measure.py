@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,9 @@ class Work:
         self._kept: dict[tuple, dict[str, Features]] = {}
         # What stands side by side: several networks, which see the same images.
         self.shown: list[Work] = [self]
+        # Whether the command trains several times, and the finished trainings that are kept until it
+        # ends.
+        self.in_parts, self.finished = False, list[Path]()
 
     def beside(self, network: Network) -> "Work":
         """The work of another network on the same images, which it sees as this one does."""
@@ -211,6 +215,12 @@ class Work:
         if not self.network.embeds:
             return {"features": f}
         return {"features": f, "embedding": self.net.head(f)}
+
+    def end(self) -> None:
+        """Everything is measured; nothing is to be continued."""
+        if dist.rank() == 0:
+            for path in self.finished:
+                path.unlink(missing_ok=True)
 
     @staticmethod
     def _key(listing: data.Listing, indices: np.ndarray, view: View, what: str = "") -> tuple:
