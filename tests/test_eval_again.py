@@ -10,6 +10,7 @@ from test_eval_command import LINEAR, a_run, evaluate
 
 from fastdisco import cli
 from fastdisco.commands import kept
+from fastdisco.commands.measure import Work
 from fastdisco.evals import results
 from fastdisco.evals.linear import Heads
 
@@ -78,3 +79,23 @@ def test_a_stopped_command_does_not_train_again_what_it_had_finished(
         again = steps_of(m)
         evaluate(capsys, *arguments, f"--out={tmp_path}/cut")
     assert again == whole
+
+
+def test_after_an_upgrade_the_newest_result_stands_in_the_table(run, capsys, tmp_path, monkeypatch):
+    folder, more = tmp_path / "results", ["knn.k=[1, 5]"]
+    evaluate(capsys, "retrieve", run, f"--out={folder}")
+    evaluate(capsys, "knn", run, f"--out={folder}", *more)
+    monkeypatch.setattr(Work, "versions", {"torch": "9.9"})
+    evaluate(capsys, "knn", run, f"--out={folder}", *more)
+    assert len(results.read_all(folder)) == 3
+    assert cli.main(["eval", "table", str(folder), "--format=csv"]) == 0
+    out, err = capsys.readouterr()
+    assert "results: 1 results by other versions (" in err and "torch" in err
+    assert out.startswith("value,results\n") and "\nmap," in out
+    assert out.count("knn_top1_k5_t0.07,") == 1
+    assert cli.main(["eval", "table", str(folder), "--versus", str(folder)]) == 0
+    capsys.readouterr()
+    # Two protocols are still two.
+    evaluate(capsys, "knn", run, f"--out={folder}", "knn.k=[1, 20]")
+    assert cli.main(["eval", "table", str(folder)]) == 2
+    assert "they differ in knn.k" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -223,9 +224,10 @@ def _results(run: Path) -> list["Result"]:
 
     if run.is_file():
         return [results.read(run)]
-    found, older = results.newest(run / "eval" if (run / "eval").is_dir() else run)
-    if older:
-        say(f"{run}: {older} results of earlier weights are left out")
+    found, remarks = results.newest(run / "eval" if (run / "eval").is_dir() else run)
+    for remark in remarks:
+        # On stdout is the table, which another program may read.
+        print(f"{run}: {remark}", file=sys.stderr)
     return found
 
 

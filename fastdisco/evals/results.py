@@ -109,20 +109,38 @@ def read(path: Path) -> Result:
 
 def read_all(folder: Path) -> list[Result]:
     """Every result in a folder, by the order of file names.  Raises UserError where there is none."""
+    return [read(p) for p in _files(folder)]
+
+
+def _files(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*-????????.json"))
     if not paths:
         raise UserError(f"{folder}: holds no results; run fastdisco eval first")
-    return [read(p) for p in paths]
+    return paths
 
 
-def newest(folder: Path) -> tuple[list[Result], int]:
-    """The results of the weights that were evaluated last, and how many there are of others: a
-    run that went on has other weights."""
-    paths = sorted(folder.glob("*-????????.json"), key=lambda p: p.stat().st_mtime_ns)
-    found = read_all(folder)
-    last = read(paths[-1]).protocol["network"]
+def newest(folder: Path) -> tuple[list[Result], list[str]]:
+    """The results of the weights that were evaluated last, for a run that went on has other weights,
+    and of those that differ in their versions alone the last one; what was left out, in words."""
+    found = [read(p) for p in sorted(_files(folder), key=lambda p: p.stat().st_mtime_ns)]
+    last = found[-1].protocol["network"]
     same = [r for r in found if r.protocol["network"] == last]
-    return same, len(found) - len(same)
+    remarks = [f"{len(found) - len(same)} results of earlier weights are left out"]
+    kept: dict[str, Result] = {}
+    other: set[str] = set()
+    for r in same:
+        rest = {k: v for k, v in r.protocol.items() if k != "versions"}
+        before = kept.get(key := f"{r.what}-{short_hash(rest)}")
+        if before is not None:
+            one, two = (flatten(x.protocol.get("versions", {})) for x in (before, r))
+            other |= {k for k in one | two if one.get(k) != two.get(k)}
+        kept[key] = r
+    remarks.append(
+        f"{len(same) - len(kept)} results by other versions ({', '.join(sorted(other))}) are left out, "
+        "for there are newer ones by the same protocol"
+    )
+    chosen = sorted(kept.values(), key=lambda r: f"{r.what}-{r.hash}")
+    return chosen, [r for r in remarks if not r.startswith("0 ")]
 
 
 def is_share(key: str) -> bool:
