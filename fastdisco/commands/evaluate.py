@@ -206,16 +206,23 @@ def table(args: argparse.Namespace) -> None:
     from fastdisco.commands import measure as measures
     from fastdisco.evals import results
 
+    write = {"text": results.text, "csv": results.as_csv, "markdown": results.markdown}
     if args.versus:
-        for run in args.runs:
-            pairs = results.versus(_results(run), _results(args.versus), args.only)
+        if args.rows == "networks":
+            raise UserError("--rows: belongs to the table without --versus; leave it out")
+        beside = _results(args.versus)
+        found = {run: results.versus(_results(run), beside, args.only) for run in args.runs}
+        if args.format != "text":
+            named = {_name(run, args.runs): pairs for run, pairs in found.items()}
+            print(write[args.format](results.differences(named, _name(args.versus, [args.versus]))))
+            return
+        for run, pairs in found.items():
             print(f"{run} versus {args.versus}")
             print("\n".join(f"  {line}" for line in measures.pairs(pairs)))
         return
     shown = results.table({_name(run, args.runs): _results(run) for run in args.runs}, args.only)
     if args.rows == "values":
         shown = results.turned(shown)
-    write = {"text": results.text, "csv": results.as_csv, "markdown": results.markdown}
     print(write[args.format](shown))
 
 

@@ -94,17 +94,23 @@ def read(path: Path) -> Result:
         found = json.loads(path.read_text())
         what, values, protocol = found["what"], found["values"], found["protocol"]
         ends = {k: tuple(v) for k, v in found["intervals"].items()}
-        whole = short_hash(protocol) == found["hash"]
+        whole, seconds = short_hash(protocol) == found["hash"], found["seconds"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: is no result of an evaluation ({e}); run it again") from None
     if not whole:
         raise UserError(f"{path}: its hash is not that of its protocol; run the evaluation again")
-    predictions, labels = {}, None
-    if path.with_suffix(".npz").exists():
-        with np.load(path.with_suffix(".npz")) as stored:
-            predictions = dict(zip(stored["names"].tolist(), stored["predictions"]))
-            labels = stored["labels"]
-    return Result(what, values, protocol, predictions, labels, found["seconds"], ends)
+    return Result(what, values, protocol, *_predictions(path.with_suffix(".npz")), seconds, ends)
+
+
+def _predictions(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    if not path.exists():
+        return {}, None
+    try:
+        with np.load(path) as stored:
+            return dict(zip(stored["names"].tolist(), stored["predictions"])), stored["labels"]
+    # NumPy, zipfile and zlib raise whatever the bytes lead them to.
+    except Exception as e:
+        raise UserError(f"{path}: is damaged ({e}); run the evaluation again") from None
 
 
 def read_all(folder: Path) -> list[Result]:
@@ -224,6 +230,25 @@ def versus(
             f"versus: the two runs have no value{wanted} with stored predictions in common"
         )
     return dict(sorted(out.items()))
+
+
+def differences(found: dict[str, dict[str, intervals.Paired]], beside: str) -> Table:
+    """A row for each network and value, in percent points.
+
+    found   {name: what `versus` returned for it}
+    beside  the name of the network that they are compared with"""
+    rows = []
+    for name, pairs in found.items():
+        for key, p in pairs.items():
+            points = [f"{100 * x:.2f}" for x in (p.difference, *p.interval)]
+            counts = [str(p.only_first), str(p.only_second)]
+            rows.append([name, key, *points, f"{p.p:.2g}", *counts])
+    numbers = ["difference", "low", "high", "p", "only_first", "only_second"]
+    notes = [
+        f"versus {beside}, in percent points, with the 95 % interval; p: McNemar's, exact; "
+        "only_first, only_second: images that only one of the two gets right"
+    ]
+    return Table(["network", "value", *numbers], rows, notes)
 
 
 def overview(found: Sequence[Result]) -> Table:
