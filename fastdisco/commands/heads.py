@@ -138,7 +138,13 @@ def _logistic(
 ) -> Probed:
     s = work.settings.probe
     own = {"cs": s.cs, "iterations": s.iterations}
-    return *logistic.predict(train, held, val, classes, s.cs, s.iterations), own
+    with work.bar("logistic regression", len(s.cs), shared=False) as tick:
+
+        def watch(ended: int) -> None:
+            tick(ended)
+            work.heard()
+
+        return *logistic.predict(train, held, val, classes, s.cs, s.iterations, watch), own
 
 
 def _sgd(work: Work, train: Features, held: Features | None, val: Features, classes: int) -> Probed:
@@ -150,7 +156,12 @@ def _sgd(work: Work, train: Features, held: Features | None, val: Features, clas
     rates = heads.grid(p, s.lrs)
     training = Training(heads.Heads(rates, val.x.shape[1], classes, p, seed, work.device))
     with work.bar("sgd on features", s.epochs, shared=False) as tick:
-        watch = lambda t: tick(1) if t.step == 0 else None
+
+        def watch(t: Training) -> None:
+            if t.step == 0:
+                tick(1)
+                work.heard()
+
         training.run(steps.cached(train, s.batch, seed), val, held, watch)
     values, at = heads.report(training, "sgd")
     own = {"lrs": s.lrs, "epochs": s.epochs, "batch": s.batch, "seed": seed}

@@ -216,6 +216,16 @@ class Work:
             return {"features": f}
         return {"features": f, "embedding": self.net.head(f)}
 
+    def heard(self) -> None:
+        """Called by all ranks at the same places; raises Stopped on each where any was asked to stop."""
+        if self.stop and dist.any_rank(self.stop.asked):
+            raise Stopped
+
+    def heard_alone(self) -> None:
+        """`heard` where each rank has a number of pieces of its own: one rank alone hears."""
+        if dist.world() == 1:
+            self.heard()
+
     def end(self) -> None:
         """Everything is measured; nothing is to be continued."""
         if dist.rank() == 0:
@@ -237,7 +247,7 @@ def knn(work: Work) -> results.Result:
     temps = s.temp or (work.cfg.eval.temp,)
     bank, val = work.train_features(work.bank), work.val_features()
     _refuse_few(work, bank, val, max(ks))
-    found = neighbours.predict(bank, val, classes, ks, temps)
+    found = neighbours.predict(bank, val, classes, ks, temps, work.heard)
     label = feats.gathered(val).label
     # Under the name and with the settings that training logs.
     usual = neighbours.name(own, work.cfg.eval.temp)
@@ -257,7 +267,7 @@ def retrieval(work: Work) -> results.Result:
     val, ks = work.val_features(), work.settings.retrieve.k
     classes, source = len(work.val.classes), str(work.val.source)
     feats.refuse_few(val, classes, source, max(ks) + 1, learned=False)
-    values = retrieve.run(val, ks)
+    values = retrieve.run(val, ks, work.heard_alone)
     return work.save(
         "retrieve", values, work.protocol("retrieve", {"k": ks}), time.perf_counter() - begin
     )

@@ -3,7 +3,7 @@
 Letters: N images of all ranks, F features, C classes (and C, the inverse penalty, as in
 scikit-learn)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +44,20 @@ def predict(
     classes: int,
     cs: Sequence[float] = CS,
     iterations: int = ITERATIONS,
+    watch: Callable[[int], None] = lambda ended: None,
 ) -> tuple[dict[str, float], Tensor]:
     """The numbers of `run`, and the classes that the reported C predicts for this rank's validation
-    images [n]."""
+    images [n].
+
+    watch  is called on all ranks alike, with 1 after each C and else with 0, and may raise to stop"""
     mean, deviation = moments(train.x)
     even = lambda part: part._replace(x=standardised(part.x, mean, deviation))
     train, val, held = even(train), even(val), None if held is None else even(held)
     found, start = [], None
     for c in sorted(cs):
-        start = fit(train, classes, c, start, iterations)
+        start = fit(train, classes, c, start, iterations, watch=lambda: watch(0))
         found.append(start)
+        watch(1)
     classes_of = lambda part: torch.stack([choice.classes_of(part.x @ w + b) for w, b in found])
     on_val = classes_of(val)
     on_held = None if held is None else choice.accuracy(classes_of(held), held.label)
@@ -70,12 +74,14 @@ def fit(
     start: tuple[Tensor, Tensor] | None = None,
     iterations: int = ITERATIONS,
     tolerance: float = TOLERANCE,
+    watch: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Weights [F,C] and biases [C]: argmin of the sum of cross-entropies + |W|^2 / (2 c), in the
     features' precision.
 
     start      where to begin; None: at 0
-    tolerance  ends where no component of the gradient of the mean over images is larger"""
+    tolerance  ends where no component of the gradient of the mean over images is larger
+    watch      is called after each evaluation of the objective, and may raise to stop"""
     n, width = count(train.x), train.x.shape[1]
     both = train.x.new_zeros(width + 1, classes)
     if start is not None:
@@ -93,6 +99,7 @@ def fit(
     def closure() -> Tensor:
         loss, gradient = _objective(train, both.detach(), n, c)
         both.grad = gradient
+        watch()
         return loss
 
     method.step(closure)

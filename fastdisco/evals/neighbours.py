@@ -3,7 +3,7 @@ instance discrimination, arXiv:1805.01978, section 3.4.
 
 Letters: Q queries, N bank images of all ranks, F features, C classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +45,12 @@ def predict(
     classes: int,
     ks: Sequence[int] = KS,
     temps: Sequence[float] = TEMPS,
+    watch: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """The classes that are voted for, [Q] int64 on every rank, by the names of `run`; queries in
     the order of their indices.
 
+    watch  is called after each piece, on all ranks alike, and may raise to stop
     Raises UserError where a k is larger than the bank."""
     total = count(bank.x)
     if max(ks) > total:
@@ -60,6 +62,7 @@ def predict(
         sim, _, label = _of_all_ranks(*nearest(bank.x, bank.index, x, max(ks)), bank, max(ks))
         for key, classes_of in _votes(sim, label, classes, ks, temps).items():
             parts[key].append(classes_of)
+        watch()
     return {key: torch.cat(p) for key, p in parts.items()}
 
 

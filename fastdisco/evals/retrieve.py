@@ -2,7 +2,7 @@
 
 Letters: N images, F features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ CELLS = 2**24
 
 
 @torch.no_grad()
-def run(own: Features, ks: Sequence[int] = RECALLS) -> dict[str, float]:
+def run(
+    own: Features, ks: Sequence[int] = RECALLS, watch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Recall at k (share of queries with an image of their class among the k nearest) and the mean
     average precision over the whole ranking, 0..1; a query is not among its own answers.
 
-    own  this rank's part; every image is a query and an answer
+    own    this rank's part; every image is a query and an answer
+    watch  is called after each piece of this rank's queries, and may raise to stop
     Queries whose class has no other image are left out: `retrieve_queries` says how many asked.
     Equal on all ranks and for any number of ranks.  Raises UserError where none is left."""
     whole = gathered(own)
@@ -33,6 +36,7 @@ def run(own: Features, ks: Sequence[int] = RECALLS) -> dict[str, float]:
     sums = x.new_zeros(len(ks) + 2, dtype=torch.float64)
     for rows in mine.split(max(1, CELLS // len(x))):
         sums += _sums(x, y, rows, ks)
+        watch()
     *recalls, precision, queries = dist.all_sum(sums).tolist()
     if not queries:
         raise UserError(
