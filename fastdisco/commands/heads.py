@@ -93,7 +93,8 @@ def transfer(work: Work) -> results.Result:
         data.listing(path, images.quarantine, images=images) for path in (train_path, val_path)
     )
     data.same_classes(train, val)
-    data.apart(train, val, "give transfer.val other images")
+    for check in (data.apart, data.no_copies):
+        check(train, val, "give transfer.val other images")
     return _trained(work, f"transfer-{_short(s.train)}", Sets(train, train.kept, val), s)
 
 

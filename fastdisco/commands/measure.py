@@ -78,6 +78,7 @@ class Work:
         found = data.listing(self.cfg.data.train, self.cfg.data.quarantine, images=self.cfg.data)
         data.same_classes(found, self.val)
         data.apart(found, self.val)
+        data.no_copies(found, self.val)
         return found
 
     @cached_property

@@ -23,7 +23,7 @@ from fastdisco.data.loader import TrainLoader
 from fastdisco.data.operators import missing_operators
 from fastdisco.data.placement import place
 from fastdisco.data.shards import reading_order
-from fastdisco.data.source import apart, listing, same_classes
+from fastdisco.data.source import apart, listing, no_copies, same_classes
 
 __all__ = [
     "Batch",
@@ -33,6 +33,7 @@ __all__ = [
     "apart",
     "listing",
     "missing_operators",
+    "no_copies",
     "place",
     "reading_order",
     "same_classes",

@@ -17,6 +17,9 @@ from fastdisco.data import folder, lines, shards
 from fastdisco.data.folder import Listing
 from fastdisco.data.remote import Store
 
+# Validation images that are looked for among the training images of their class, and how many of
+# these there may be: each is asked for its size.
+LOOKED, SEARCHED = 8, 20_000
 WILD = re.compile(r"[*?[]")
 REMEDY = (
     "give a folder with one folder of images per class, a folder of tars, or a text file with a "
@@ -88,6 +91,29 @@ def apart(
         )
 
 
+def no_copies(
+    train: Listing, val: Listing, remedy: str = "give data.val other images, or null"
+) -> None:
+    """Looks at eight images of `val`, in whatever files they are.  Raises UserError where each is, byte
+    for byte, a training image of its class; where only some are, that is said.
+
+    Files alone are compared: an image that was written anew is not found."""
+    if train.classes != val.classes:
+        return
+    places = np.linspace(0, len(val.kept) - 1, min(LOOKED, len(val.kept))).astype(int)
+    found = [_is_in(train, val, i) for i in val.kept[places].tolist()]
+    if not any(found):
+        return
+    told = (
+        f"{val.source}: {sum(found)} of {len(found)} images of it that were looked at are also, byte "
+        f"for byte, images of {train.source}"
+    )
+    if not all(found):
+        say(f"{told}; numbers are too high by as much as these find themselves")
+        return
+    raise UserError(f"{told}, so each finds itself and an accuracy would mean nothing; {remedy}")
+
+
 def read_quarantine(path: Path) -> dict[str, str]:
     """{name: reason}; lines.py says what is a comment."""
     try:
@@ -120,6 +146,26 @@ def _is_copy(one: Listing, other: Listing) -> bool:
     except OSError:
         # A missing or broken image is another check's matter.
         return False
+
+
+def _is_in(train: Listing, val: Listing, i: int) -> bool:
+    """Whether an image of `val` is, byte for byte, a training image of its class; of a class with very
+    many images that is not looked for."""
+    own = train.kept[train.labels[train.kept] == val.labels[i]]
+    if len(own) > SEARCHED:
+        return False
+    try:
+        content = val.read(i)
+        alike = (j for j in own.tolist() if _size(train, j) == len(content))
+        return any(train.read(j) == content for j in alike)
+    except OSError:
+        # As above.
+        return False
+
+
+def _size(one: Listing, i: int) -> int:
+    """Bytes.  Raises OSError."""
+    return int(one.places.size[i]) if one.places else os.stat(one.root / one.files[i]).st_size
 
 
 def _same_files(one: Listing, other: Listing) -> int:
