@@ -74,6 +74,13 @@ def _add_measure(p: argparse.ArgumentParser, name: str) -> None:
     p.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the results; by default the run's eval/"
     )
+    if name in ("all", "semi"):
+        p.add_argument(
+            "--tries", type=int, metavar="N", help="draws of each share of the labels: semi.tries"
+        )
+        p.add_argument(
+            "--finetune", action="store_true", help="train the backbone, too: semi.finetune=true"
+        )
     if name == "all":
         usual = ",".join(USUAL)
         p.add_argument("--only", metavar="WHAT,...", help=f"of {usual}; without it all of them")
@@ -84,14 +91,14 @@ def _add_measure(p: argparse.ArgumentParser, name: str) -> None:
 
 def measure(args: argparse.Namespace) -> int:
     """One evaluation or all of them; the last line on stdout is a JSON of every value."""
-    from fastdisco.evals import settings
+    from fastdisco.evals import results, settings
 
     launch.defaults()
     nets = [args.network]
     if args.what == "tsne":
         nets, args.overrides = arguments.parted([*args.network, *args.overrides])
     theirs, ours = settings.split(args.overrides)
-    wanted = settings.load(ours)
+    wanted = settings.load([*ours, *_options(args)])
     if args.what == "embed" and wanted.embed.data and not _has_val(theirs):
         theirs.append(f"data.val={wanted.embed.data}")
 
@@ -102,6 +109,9 @@ def measure(args: argparse.Namespace) -> int:
     from fastdisco.run import agreement
 
     shown, network = networks.read_all(args, nets, theirs)
+    settings.check(wanted, network.cfg.data.eval_size, network.cfg.data.eval_resize)
+    for each in shown:
+        results.refuse_unwritable(each.folder)
     several = launch.world() > 1
     device = engine.start(network.cfg.engine) if several else dist.device()
     # Where one rank refuses, all end with its code.
@@ -122,6 +132,12 @@ def measure(args: argparse.Namespace) -> int:
     if launch.rank() == 0:
         print(json.dumps(values), flush=True)
     return 0
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    """Those of `semi`, as overrides."""
+    tries, finetune = getattr(args, "tries", None), getattr(args, "finetune", False)
+    return [f"semi.tries={tries}"] * (tries is not None) + ["semi.finetune=true"] * finetune
 
 
 def _has_val(overrides: list[str]) -> bool:

@@ -32,7 +32,7 @@ from fastdisco.evals import linear as heads
 from fastdisco.evals.features import Features
 from fastdisco.evals.linear import Training
 from fastdisco.evals.protocols import Protocol
-from fastdisco.evals.settings import Trained
+from fastdisco.evals.settings import Semi, Trained
 
 # Values, the classes predicted for this rank's validation images, and the settings.
 Probed = tuple[dict[str, float], Tensor, dict[str, Any]]
@@ -83,11 +83,18 @@ def transfer(work: Work) -> results.Result:
     s = work.settings.transfer
     if s.train is None:
         raise UserError("transfer.train: give another data set, as transfer.train=PATH")
+    if cifar.is_archive(s.train) and s.val is not None:
+        raise UserError(
+            "transfer.val: CIFAR's archive has validation images of its own; leave it out"
+        )
     train_path, val_path = (
         _archive(work, s.train) if cifar.is_archive(s.train) else (s.train, s.val)
     )
     if val_path is None:
-        raise UserError("transfer.val: give the validation images of that data set")
+        raise UserError(
+            "transfer.val: give the validation images of that data set, or CIFAR's archive itself as "
+            "transfer.train"
+        )
     images = work.cfg.data
     train, val = (
         data.listing(path, images.quarantine, images=images) for path in (train_path, val_path)
@@ -209,11 +216,10 @@ def _trained(work: Work, what: str, sets: Sets, block: Trained) -> results.Resul
     return result
 
 
-def _tuned(work: Work, what: str, sets: Sets, block: Trained) -> results.Result:
+def _tuned(work: Work, what: str, sets: Sets, block: Semi) -> results.Result:
     """The whole network trained on these images; goes on where it was stopped."""
     begin = time.perf_counter()
-    # Each published setting is for its share of the labels.
-    preset = "finetune-1" if len(sets.indices) <= 0.05 * len(sets.train.kept) else "finetune-10"
+    preset = block.tuning(len(sets.indices) / len(sets.train.kept))
     p = settings.protocol(block, work.cfg.data.eval_size, work.cfg.data.eval_resize, preset)
     if block.lrs or block.weight_decays:
         raise UserError("semi.lrs: a grid is for linear evaluations; set semi.lr with finetune")

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,20 @@ def short_hash(protocol: dict[str, Any]) -> str:
     """8 hexadecimal digits."""
     text = json.dumps(protocol, sort_keys=True)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises UserError where no result can be written to the folder, which need not be there: an
+    evaluation takes hours, and would end in vain."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(
+            f"{there}: is no folder, so results cannot be written to {folder}; give another --out"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{there}: cannot be written to; make it writable, or give another --out for the results"
+        )
 
 
 def write(folder: Path, result: Result) -> Path:

@@ -4,7 +4,7 @@ no torch, so that a mistyped key is answered at once."""
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -53,6 +53,7 @@ class Trained(Block):
     """A linear evaluation.  Keys of its protocol (lr, epochs, batch, size ...) are laid over those
     of the preset."""
 
+    called: ClassVar[str] = "linear"
     preset: str = "disco"
     # A grid beside the preset's own.
     lrs: Annotated[tuple[Above0, ...], _Listed] = ()
@@ -75,6 +76,7 @@ class Trained(Block):
 
 
 class Semi(Trained):
+    called: ClassVar[str] = "semi"
     preset: str = "semi"
     lists: Annotated[tuple[Path, ...], _Listed] = ()  # SimCLR's 1percent.txt and 10percent.txt
     shares: Shares = (0.01, 0.1)  # drawn by seed and class where there are no lists
@@ -82,8 +84,26 @@ class Semi(Trained):
     # Train the whole network by SwAV's settings instead: presets finetune-1 and finetune-10.
     finetune: bool = False
 
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Semi":
+        if self.lists and self.tries > 1:
+            raise ValueError("lists are not drawn, so there is one try; leave tries or lists out")
+        return self
+
+    def tuning(self, share: float) -> str:
+        """The preset of fine-tuning on this share of the labels."""
+        if self.preset == type(self).model_fields["preset"].default:
+            # Each published setting is for its share.
+            return "finetune-1" if share <= 0.05 else "finetune-10"
+        if protocols.preset(self.preset).trunk_lr is None:
+            raise UserError(
+                f"semi.preset: {self.preset} is no fine-tuning; give finetune-1 or finetune-10"
+            )
+        return self.preset
+
 
 class Transfer(Trained):
+    called: ClassVar[str] = "transfer"
     preset: str = "cifar"
     # Another data set: as data.train takes it, or CIFAR's python archive, which has both parts.
     train: Path | None = None
@@ -182,20 +202,36 @@ def nested(item: str) -> dict[str, Any]:
     return found
 
 
+def check(given: Settings, size: int, resize: int) -> None:
+    """Raises UserError where the protocol of a linear evaluation or a fine-tuning cannot be: `all` would
+    come to it last."""
+    for block in (given.linear, given.transfer):
+        protocol(block, size, resize)
+    for share in (0.01, 0.1):
+        protocol(
+            given.semi, size, resize, given.semi.tuning(share) if given.semi.finetune else None
+        )
+
+
 def protocol(block: Trained, size: int, resize: int, name: str | None = None) -> Protocol:
     """The preset with the block's own keys laid over it.
 
     name          of a preset in place of the block's
     size, resize  of the data's evaluation: where they are not ImageNet's 224 and 256, crops are
     of that size unless the block says one"""
-    preset = protocols.preset(name or block.preset)
+    try:
+        preset = protocols.preset(name or block.preset)
+    except UserError as e:
+        raise UserError(f"{block.called}.{e}") from None
     given = dict(block.protocol)
     if (size, resize) != (224, 256):
         given = {"size": size, "resize": resize} | given
     try:
         return Protocol.model_validate(preset.model_dump() | given)
     except ValidationError as e:
-        raise UserError("; ".join(_sentence(err) for err in e.errors())) from None
+        # What two keys together do not allow begins with one of them.
+        said = (f"{block.called}.{_sentence(err)}" for err in e.errors())
+        raise UserError("; ".join(said)) from None
 
 
 def _sentence(err: Any) -> str:
