@@ -201,13 +201,13 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
 
 
 def _functions() -> dict[str, Callable[["Work"], Any]]:
-    from fastdisco.commands import embed, heads, tsne
+    from fastdisco.commands import embed, heads, health, tsne
     from fastdisco.commands import measure as measures
 
     return {
         "knn": measures.knn,
         "retrieve": measures.retrieval,
-        "health": measures.healthy,
+        "health": health.run,
         "embed": embed.run,
         "tsne": tsne.run,
         "probe": heads.probe,

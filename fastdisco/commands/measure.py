@@ -16,20 +16,16 @@ from rich.progress import Progress
 from torch import Tensor
 
 from fastdisco import data
-from fastdisco.commands import networks
 from fastdisco.commands.networks import Network
 from fastdisco.common import dist
 from fastdisco.common.console import console, say
 from fastdisco.common.errors import UserError
-from fastdisco.engine import autocast
 from fastdisco.evals import features as feats
-from fastdisco.evals import frozen, health, intervals, neighbours, passes, results, retrieve
+from fastdisco.evals import frozen, intervals, neighbours, passes, results, retrieve
 from fastdisco.evals.features import Features
 from fastdisco.evals.passes import View
 from fastdisco.evals.settings import Settings
-from fastdisco.models import Net
 from fastdisco.run.signals import Stop
-from fastdisco.teacher import formats, runtime
 
 
 class Stopped(Exception):
@@ -272,93 +268,6 @@ def retrieval(work: Work) -> results.Result:
     return work.save(
         "retrieve", values, work.protocol("retrieve", {"k": ks}), time.perf_counter() - begin
     )
-
-
-def healthy(work: Work) -> list[results.Result]:
-    """Spread and rank; where there is a teacher, how near the network is to it, as a result of its
-    own, so that networks with and without a teacher stand in one table."""
-    begin = time.perf_counter()
-    if work.cfg.data.val is None and work.network.has_train:
-        work = _on_training_images(work)
-    kinds = {name: feats.gathered(f) for name, f in work.val_kinds().items()}
-    student = kinds["features"]
-    labelled = len(work.val.classes) > 1
-    teacher, of_teacher = _features_of(work, _teacher(work))
-    z, zt = kinds.get("embedding"), teacher.get("embedding")
-    same = z is not None and zt is not None and z.x.shape == zt.x.shape
-    values = health.run(
-        student,
-        teacher.get("features"),
-        z.x if same and z is not None else None,
-        zt.x if same and zt is not None else None,
-        labelled,
-    )
-    seconds = time.perf_counter() - begin
-    near = {name: values.pop(name) for name in list(values) if name.startswith("teacher_")}
-    found = [work.save("health", values, work.protocol("health", {}), seconds)]
-    if teacher:
-        own: dict[str, Any] = {"k": work.settings.health.k}
-        if labelled:
-            alone = work.settings.health.alone
-            beside, own["alone"] = _features_of(work, networks.of_run(alone) if alone else None)
-            near |= _gap(work, student, teacher["features"], beside.get("features"))
-        protocol = work.protocol("health", own) | {"teacher": of_teacher}
-        found.append(work.save("health-teacher", near, protocol, time.perf_counter() - begin))
-    return found
-
-
-def _on_training_images(work: Work) -> Work:
-    """For runs without validation images: some of the training images, as training looks at them."""
-    train = data.listing(work.cfg.data.train, work.cfg.data.quarantine, images=work.cfg.data)
-    some = health.sample(train.kept)
-    say(f"data.val: none, so health looks at {len(some)} training images")
-    found = Work(work.network, work.settings, work.device, work.stop)
-    found.val = train._replace(left_out=np.setdiff1d(np.arange(len(train.files)), some))
-    return found
-
-
-def _gap(
-    work: Work, student: Features, teacher: Features, alone: Features | None
-) -> dict[str, float]:
-    """To the teacher, by nearest neighbours among the other validation images; the classes that are
-    furthest behind are said.  alone: of the same student without distillation."""
-    k, classes = work.settings.health.k, len(work.val.classes)
-    vote = lambda f: health.among_others(f, classes, min(k, len(f.x) - 1), work.cfg.eval.temp)
-    rest = student.label, work.val.classes, vote(alone) if alone else None
-    found, worst = health.gap(vote(student), vote(teacher), *rest)
-    behind = ", ".join(f"{name} {share:.1%}" for name, share in worst.items() if share > 0)
-    if behind:
-        say(f"furthest behind the teacher (kNN among the validation images): {behind}")
-    return found
-
-
-def _teacher(work: Work) -> Net | None:
-    if work.settings.health.teacher is not None:
-        return networks.of_run(work.settings.health.teacher)
-    t = work.cfg.teacher
-    if t and not t.file.exists():
-        say(f"{t.file}: the teacher of this run is not here; health says nothing of it")
-        return None
-    # What the file does not tell stands in the run's configuration.
-    return formats.read(t.file, t.arch, t.kwargs, student=t.student).net.eval() if t else None
-
-
-def _features_of(work: Work, net: Net | None) -> tuple[dict[str, Features], str | None]:
-    """Features and embeddings of another network for the same images, of all ranks, and its
-    fingerprint; ({}, None) of none."""
-    if net is None:
-        return {}, None
-    mark = runtime.fingerprint(net)
-    net.to(work.device)
-    precision = autocast(work.cfg.engine.precision, work.device)
-
-    def encode(x: Tensor) -> dict[str, Tensor]:
-        with precision:
-            f = net.features(x)
-        return {"features": f, "embedding": net.head(f.float())}
-
-    found = work.pass_over(work.val, work.val.kept, work.view, encode, mark)
-    return {name: feats.gathered(f) for name, f in found.items()}, mark
 
 
 def _refuse_few(work: Work, train: Features, val: Features, least: int = 1) -> None:

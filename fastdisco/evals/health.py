@@ -183,3 +183,17 @@ def gap(
     by_class = less.new_zeros(len(classes)).index_add_(0, label, less) / there
     order = by_class.argsort(descending=True, stable=True)[:worst].tolist()
     return found, {classes[i]: float(by_class[i]) for i in order}
+
+
+def by_class(
+    student: Tensor, teacher: Tensor, label: Tensor, classes: int
+) -> list[tuple[int, float | None, float | None]]:
+    """(images, student's accuracy, teacher's) of each class, 0..1; None where a class has no image.
+
+    student, teacher  [N] predicted classes"""
+    there = torch.bincount(label, minlength=classes)
+    right = [torch.bincount(label[p == label], minlength=classes) for p in (student, teacher)]
+    return [
+        (n, s / n, t / n) if n else (0, None, None)
+        for n, s, t in zip(there.tolist(), *(r.tolist() for r in right))
+    ]
