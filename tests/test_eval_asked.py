@@ -113,3 +113,23 @@ def test_a_key_of_the_protocol_is_named_with_its_block(run, capsys, tmp_path, wh
 def test_all_refuses_a_mistyped_protocol_at_once(run, capsys, tmp_path, no_pass, override, why):
     _, said = evaluate(capsys, "all", run, f"--out={tmp_path}", override, code=2)
     assert why in said and "left out" not in said
+
+
+def test_a_student_alone_needs_a_teacher_and_labels(run, textures, capsys, tmp_path):
+    alone = f"health.alone={run}"
+    _, said = evaluate(capsys, "health", run, f"--out={tmp_path}/out", alone, code=2)
+    assert "health.alone: there is no teacher to compare with; give health.teacher" in said
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (textures / "val").rglob("*.png"):
+        (flat / path.name).write_bytes(path.read_bytes())
+    more = [f"health.teacher={run}", f"data.val={flat}"]
+    _, said = evaluate(capsys, "health", run, f"--out={tmp_path}/out", alone, *more, code=2)
+    assert "health.alone: " in said and "has no classes" in said
+
+
+def test_a_file_in_place_of_the_folder_of_embeddings(run, capsys, tmp_path, no_pass):
+    (tmp_path / "file").touch()
+    more = f"embed.out={tmp_path}/file"
+    _, said = evaluate(capsys, "embed", run, f"--out={tmp_path}/out", more, code=2)
+    assert f"{tmp_path}/file: is no folder" in said and "give another embed.out" in said

@@ -242,12 +242,18 @@ def two(textures, tmp_path_factory):
 
 def test_two_networks_side_by_side(two, textures, capsys, tmp_path):
     values, said = evaluate(capsys, "tsne", *two, "tsne.titles=[Alone]")
-    assert values.keys() == {"eval/tsne_knn_preservation", "eval/tsne_trustworthiness"}
+    # No number stands in the place of another network's.
+    keys = ("tsne_knn_preservation", "tsne_trustworthiness")
+    assert values.keys() == {f"eval/{name}/{key}" for name in ("Alone", "run1") for key in keys}
+    assert "\nAlone: tsne (" in said and "\nrun1: tsne (" in said
     assert "has 3 classes, so the first 3" in said and "perplexity 9 in place of 30" in said
     (path,) = (two[0] / "eval").glob("*.coordinates.json")
     found = json.loads(path.read_text())
     # Of each network a result in its own folder, which the table can show.
     own = [results.read_all(r / "eval")[0] for r in two]
+    assert [r.values[keys[0]] for r in own] == [
+        values[f"eval/{name}/{keys[0]}"] for name in ("Alone", "run1")
+    ]
     assert [n["values"] for n in found["networks"]] == [r.values for r in own]
     assert [n["name"] for n in found["networks"]] == ["Alone", "run1"]
     assert own[0].hash != own[1].hash
@@ -281,6 +287,17 @@ def test_the_same_command_writes_the_same_bytes(two, capsys, tmp_path):
 
     one, other = content("one"), content("two")
     assert len(one) == 3 and one == other
+
+
+def test_networks_of_one_name_are_told_apart_by_their_paths(two, capsys, tmp_path):
+    values, _ = evaluate(
+        capsys, "tsne", two[0], two[0], f"--out={tmp_path}/a", "tsne.titles=[run0]"
+    )
+    (name,) = {k.removeprefix("eval/").rpartition("/")[0] for k in values}
+    assert name == str(two[0])
+    ema = two[0] / "checkpoints/step_00000001"
+    values, _ = evaluate(capsys, "tsne", two[0], ema, f"--out={tmp_path}/b")
+    assert "eval/run0/tsne_trustworthiness" in values and len(values) == 4
 
 
 def test_more_titles_than_networks_are_refused(two, capsys):

@@ -16,6 +16,8 @@ def run(work: Work) -> Result:
     begin = time.perf_counter()
     s = work.settings.embed
     embed.refuse_absent(s.format)
+    if s.out:
+        results.refuse_unwritable(s.out, "embed.out")
     listing = work.val
     if s.data:
         listing = data.listing(s.data, work.cfg.data.quarantine, True, work.cfg.data)

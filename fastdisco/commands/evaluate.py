@@ -17,6 +17,7 @@ from fastdisco.common.errors import UserError
 
 if TYPE_CHECKING:
     from fastdisco.commands.measure import Work
+    from fastdisco.commands.networks import Network
     from fastdisco.evals.results import Result
     from fastdisco.evals.settings import Settings
     from fastdisco.run.signals import Stop
@@ -120,18 +121,27 @@ def measure(args: argparse.Namespace) -> int:
         work.in_parts = args.what in ("all", "semi")
         if len(shown) > 1:
             work.shown = [work if n is network else work.beside(n) for n in shown]
+        names = _names(nets, shown, wanted)
         try:
-            found = _each(work, _chosen(args, wanted), strict=args.what != "all")
+            found = _each(work, _chosen(args, wanted), strict=args.what != "all", names=names)
             work.end()
         except measures.Stopped:
             say("stopped as asked; the same command continues from there")
             return launch.STOPPED
     if several:
         engine.stop()
-    values = {f"eval/{r.named(k)}": v for r in found for k, v in r.values.items()}
     if launch.rank() == 0:
-        print(json.dumps(values), flush=True)
+        print(json.dumps(_values(names, found)), flush=True)
     return 0
+
+
+def _values(names: list[str], found: list["Result"]) -> dict[str, float]:
+    """Of every result, by names that say which; names: as of `_names`."""
+    out = {}
+    for name, result in zip(names or [""] * len(found), found):
+        place = f"eval/{name}/" if name else "eval/"
+        out |= {place + result.named(k): v for k, v in result.values.items()}
+    return out
 
 
 def _options(args: argparse.Namespace) -> list[str]:
@@ -169,8 +179,17 @@ def _chosen(args: argparse.Namespace, wanted: "Settings") -> list[str]:
     return sorted(chosen, key=lambda c: (c != "probe", USUAL.index(c)))
 
 
-def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
-    """strict: what the data do not allow is refused, else said."""
+def _names(nets: list[str], shown: list["Network"], wanted: "Settings") -> list[str]:
+    """Of networks side by side, each with a name of its own; [] of one network alone."""
+    if len(shown) == 1:
+        return []
+    titles = list(wanted.tsne.titles)
+    names = titles + [n.name for n in shown[len(titles) :]]
+    return names if len(set(names)) == len(names) else nets
+
+
+def _each(work: "Work", chosen: list[str], strict: bool, names: list[str]) -> list["Result"]:
+    """strict: what the data do not allow is refused, else said.  names: of networks side by side."""
     from fastdisco.commands import measure as measures
     from fastdisco.evals import results
 
@@ -192,8 +211,8 @@ def _each(work: "Work", chosen: list[str], strict: bool) -> list["Result"]:
     if lacking and not out:
         raise lacking
     if strict:
-        for result in out:
-            say(measures.summary(result))
+        for name, result in zip(names or [""] * len(out), out):
+            say(f"{name}: {measures.summary(result)}" if name else measures.summary(result))
     else:
         say(results.text(results.overview(out)))
     say(f"results in {work.network.folder}")

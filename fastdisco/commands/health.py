@@ -11,6 +11,7 @@ from fastdisco.commands import networks
 from fastdisco.commands.measure import Work
 from fastdisco.common import dist
 from fastdisco.common.console import say
+from fastdisco.common.errors import UserError
 from fastdisco.common.files import write_whole
 from fastdisco.data.lines import printable
 from fastdisco.engine import autocast
@@ -25,6 +26,7 @@ def run(work: Work) -> list[results.Result]:
     """Spread and rank; where there is a teacher, how near the network is to it, as a result of its
     own, so that networks with and without a teacher stand in one table."""
     begin = time.perf_counter()
+    _refuse_nothing_to_compare(work)
     if work.cfg.data.val is None and work.network.has_train:
         work = _on_training_images(work)
     kinds = {name: feats.gathered(f) for name, f in work.val_kinds().items()}
@@ -64,6 +66,17 @@ def _write_classes(work: Work, result: results.Result, rows: list[list[Any]]) ->
         shown = results.Table(["class", "images", "student", "teacher", "gap"], rows, [])
         write_whole(path, results.as_csv(shown) + "\n")
     say(f"{path}: the accuracies of each class")
+
+
+def _refuse_nothing_to_compare(work: Work) -> None:
+    if work.settings.health.alone is None:
+        return
+    if work.settings.health.teacher is None and work.cfg.teacher is None:
+        raise UserError("health.alone: there is no teacher to compare with; give health.teacher")
+    if work.cfg.data.val is not None and len(work.val.classes) < 2:
+        raise UserError(
+            f"health.alone: {work.val.source} has no classes, so no gap can be told; leave it out"
+        )
 
 
 def _on_training_images(work: Work) -> Work:

@@ -66,17 +66,17 @@ def short_hash(protocol: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def refuse_unwritable(folder: Path) -> None:
+def refuse_unwritable(folder: Path, option: str = "--out") -> None:
     """Raises UserError where no result can be written to the folder, which need not be there: an
-    evaluation takes hours, and would end in vain."""
+    evaluation takes hours, and would end in vain.  option: names another folder."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(
-            f"{there}: is no folder, so results cannot be written to {folder}; give another --out"
+            f"{there}: is no folder, so results cannot be written to {folder}; give another {option}"
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
-            f"{there}: cannot be written to; make it writable, or give another --out for the results"
+            f"{there}: cannot be written to; make it writable, or give another {option} for the results"
         )
 
 
