@@ -7,6 +7,7 @@ import pytest
 from test_eval_command import a_run, cifar_archive, evaluate
 
 from fastdisco.commands.measure import Work
+from fastdisco.common.errors import UserError
 from fastdisco.evals import results
 
 
@@ -133,3 +134,12 @@ def test_a_file_in_place_of_the_folder_of_embeddings(run, capsys, tmp_path, no_p
     more = f"embed.out={tmp_path}/file"
     _, said = evaluate(capsys, "embed", run, f"--out={tmp_path}/out", more, code=2)
     assert f"{tmp_path}/file: is no folder" in said and "give another embed.out" in said
+
+
+def test_only_the_rank_that_writes_needs_the_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "file").touch()
+    results.refuse_unwritable(tmp_path / "file")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="is no folder"):
+        results.refuse_unwritable(tmp_path / "file")

@@ -111,12 +111,12 @@ def measure(args: argparse.Namespace) -> int:
 
     shown, network = networks.read_all(args, nets, theirs)
     settings.check(wanted, network.cfg.data.eval_size, network.cfg.data.eval_resize)
-    for each in shown:
-        results.refuse_unwritable(each.folder)
     several = launch.world() > 1
     device = engine.start(network.cfg.engine) if several else dist.device()
     # Where one rank refuses, all end with its code.
     with _stoppable() as stop, agreement.together():
+        for each in shown:
+            results.refuse_unwritable(each.folder)
         work = measures.Work(network, wanted, device, stop)
         work.in_parts = args.what in ("all", "semi")
         if len(shown) > 1:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastdisco.common import dist
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import naming, write_whole
 from fastdisco.config.merge import flatten
@@ -69,6 +70,9 @@ def short_hash(protocol: dict[str, Any]) -> str:
 def refuse_unwritable(folder: Path, option: str = "--out") -> None:
     """Raises UserError where no result can be written to the folder, which need not be there: an
     evaluation takes hours, and would end in vain.  option: names another folder."""
+    if dist.rank():
+        # Rank 0 writes, and the place may be its machine's alone.
+        return
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(
