@@ -2,6 +2,7 @@
 refuses, all end with its exit code."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -214,8 +215,14 @@ def _shows(seen: Callable[[], bool], host: str) -> bool:
 
 
 def _images(listing: Listing) -> str:
-    """Says which images these are: equal numbers of other images have another fingerprint."""
-    return f"{len(listing.files):,} images with the fingerprint {listing.fingerprint[:12]}"
+    """Says which images these are: equal numbers of other images have another fingerprint, and so
+    have equal numbers that the quarantine leaves out."""
+    said = f"{len(listing.files):,} images with the fingerprint {listing.fingerprint[:12]}"
+    if not len(listing.left_out):
+        return said
+    # Each node may have a list of its own, and the order of the images follows from it.
+    left = hashlib.sha256(listing.left_out.astype("<i8").tobytes()).hexdigest()[:12]
+    return f"{said}, {len(listing.left_out):,} left out by the quarantine (fingerprint {left})"
 
 
 def _checkpoints(folder: Path) -> str:
