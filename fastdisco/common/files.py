@@ -4,11 +4,13 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastdisco.common import temporary
 from fastdisco.common.errors import UserError
@@ -120,6 +122,22 @@ def open_regular(path: Path | str) -> io.BufferedReader:
         )
         raise OSError(code, what, str(path))
     return open(fd, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """The file's content.  Raises OSError, also for a pipe, a socket or a device."""
+    with open_regular(path) as f:
+        return f.read()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file of JSON.  Raises OSError as `open_regular`, and ValueError for what is no
+    JSON."""
+    try:
+        return json.loads(read_regular(path))
+    except RecursionError:
+        # Brackets in brackets, by the thousand.
+        raise ValueError("it is nested too deep") from None
 
 
 def expanded(path: Path) -> Path:

@@ -6,13 +6,14 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular
 from fastdisco.config.config import Config
 from fastdisco.config.merge import flatten, overlay
 from fastdisco.config.recipes import RECIPES
@@ -83,7 +84,7 @@ def _over_base(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _read(path: Path, remedy: str = "give --config an existing YAML file") -> dict[str, Any]:
     try:
-        with path.open("rb") as f:
+        with _opened(path) as f:
             content = f.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise UserError(f"{path}: is larger than {LARGEST} bytes, no configuration; {remedy}")
@@ -101,6 +102,14 @@ def _read(path: Path, remedy: str = "give --config an existing YAML file") -> di
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no blocks; start from one of the files in configs/")
     return _with_texts(raw, text, [Config])
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Raises OSError also for a pipe, but for the shell's own, as in --config <(...): only that has
+    surely somebody who writes to it."""
+    if path.is_absolute() and path.parts[1] in ("dev", "proc"):
+        return path.open("rb")
+    return open_regular(path)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

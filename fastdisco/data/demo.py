@@ -18,6 +18,7 @@ from PIL import Image
 from rich.progress import track
 
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import read_json
 
 # Class -> file in an installed package.  We open the file itself, since the packages' own loaders
 # may download.
@@ -162,7 +163,9 @@ def _cut(
 def _reuse(dst: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that holds this very data set.  Raises UserError for any other."""
     try:
-        found = json.loads((dst / MANIFEST).read_text())
+        found = read_json(dst / MANIFEST)
+        if not isinstance(found, dict):
+            raise ValueError("no manifest")
     except (OSError, ValueError):
         raise UserError(
             f"{dst}: not empty and not written by this command; give an empty or new folder"
@@ -175,7 +178,7 @@ def _reuse(dst: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             f"{dst}: holds the demo data of another {', '.join(differ)}; give a new folder, or "
             "remove this one"
         )
-    if found["sha256"] != _digest(dst):
+    if found.get("sha256") != _digest(dst):
         raise UserError(
             f"{dst}: its files are not those that {MANIFEST} there was written for; remove the "
             "folder and write it again"

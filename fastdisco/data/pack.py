@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import naming, write_whole
+from fastdisco.common.files import naming, read_json, write_whole
 from fastdisco.common.limits import SHARD_MB
 from fastdisco.common.urls import Url, addressed
 from fastdisco.data import cifar, lines, pack_remote, tar_index
@@ -223,7 +223,7 @@ def _write_quarantine(dst: Path, tars: list[str], reasons: dict[int, str]) -> No
 def _reuse(dst: Path, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """The manifest of that name, if it is of the same pack."""
     try:
-        found = json.loads((dst / name).read_text())
+        found = read_json(dst / name)
     except (OSError, ValueError) as e:
         raise UserError(
             f"{dst / name}: cannot be read ({e}); remove the folder and pack again"

@@ -98,8 +98,14 @@ class Store:
             write_whole(kept, tar_index.index_text(made[0].about, _rows(made[0])))
             return made
         text = kept.read_text(errors="surrogateescape")
+        try:
+            found = tar_index.parse(text)
+        except (ValueError, RecursionError):
+            # Damaged since; it is made anew.
+            kept.unlink()
+            return self.make_index(tar, stored)
         write_whole(tar_index.path_of(here), text)
-        return tar_index.parse(text), True
+        return found, True
 
     def knows(self, sha256: dict[str, str]) -> None:
         """Gives the SHA-256 of tars, which is compared when they are fetched."""

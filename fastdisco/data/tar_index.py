@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import open_regular, read_regular, write_whole
 from fastdisco.common.heart import beat
 from fastdisco.data.tar_samples import Member, Sample, samples
 
@@ -133,7 +133,7 @@ def _checksum(about: dict[str, Any], lines: list[str]) -> str:
 
 def about(tar: Path) -> dict[str, Any]:
     """The header in a tar's index file.  Raises OSError and ValueError."""
-    with path_of(tar).open() as f:
+    with open_regular(path_of(tar)) as f:
         return json.loads(f.readline())
 
 
@@ -143,7 +143,7 @@ def rows_of(tar: Path) -> list[Row]:
 
 
 def _read(path: Path) -> str:
-    return path.read_text(errors="surrogateescape")
+    return read_regular(path).decode(errors="surrogateescape")
 
 
 def read(tar: Path) -> Index | None:

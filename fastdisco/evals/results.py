@@ -14,7 +14,7 @@ import numpy as np
 
 from fastdisco.common import dist
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import naming, write_whole
+from fastdisco.common.files import naming, read_json, read_regular, write_whole
 from fastdisco.config.merge import flatten
 from fastdisco.evals import intervals
 
@@ -110,26 +110,42 @@ def write(folder: Path, result: Result) -> Path:
 def read(path: Path) -> Result:
     """Raises UserError for a file that is no result, or was changed since."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         what, values, protocol = found["what"], found["values"], found["protocol"]
-        ends = {k: tuple(v) for k, v in found["intervals"].items()}
-        whole, seconds = short_hash(protocol) == found["hash"], found["seconds"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        ends = {k: (float(low), float(high)) for k, (low, high) in found["intervals"].items()}
+        seconds = float(found["seconds"])
+        whole = short_hash(protocol) == found["hash"]
+        _refuse_others(what, values, protocol)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: is no result of an evaluation ({e}); run it again") from None
     if not whole:
         raise UserError(f"{path}: its hash is not that of its protocol; run the evaluation again")
-    return Result(what, values, protocol, *_predictions(path.with_suffix(".npz")), seconds, ends)
+    predictions, labels = _predictions(path.with_suffix(".npz"))
+    return Result(what, values, protocol, predictions, labels, seconds, ends)
+
+
+def _refuse_others(what: Any, values: Any, protocol: Any) -> None:
+    """Raises ValueError for what no result has."""
+    numbers = isinstance(values, dict) and all(type(v) in (int, float) for v in values.values())
+    named = isinstance(protocol, dict) and isinstance(protocol.get("network"), dict)
+    if not (isinstance(what, str) and numbers and named):
+        raise ValueError("what, values or protocol are of another kind")
 
 
 def _predictions(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    if not path.exists():
-        return {}, None
+    """Predictions by name, and labels; none where there is no such file."""
     try:
-        with np.load(path) as stored:
-            return dict(zip(stored["names"].tolist(), stored["predictions"])), stored["labels"]
-    # NumPy, zipfile and zlib raise whatever the bytes lead them to.
+        with np.load(io.BytesIO(read_regular(path))) as stored:
+            names, rows, labels = (stored[k] for k in ("names", "predictions", "labels"))
+        if rows.shape != (len(names), len(labels)):
+            raise ValueError("its arrays do not belong together")
+    except FileNotFoundError:
+        return {}, None
+    # NumPy and zipfile raise all kinds of errors where the bytes make no sense.
     except Exception as e:
-        raise UserError(f"{path}: is damaged ({e}); run the evaluation again") from None
+        told = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path}: is damaged ({told}); run the evaluation again") from None
+    return dict(zip(names.tolist(), rows)), labels
 
 
 def read_all(folder: Path) -> list[Result]:

@@ -1,7 +1,6 @@
 """The folder of an export: files are made beside it and take their places together, and none of other
 weights stays among them."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import read_json
 
 ABOUT = "export.json"
 # All that an export writes; what was not written anew goes when the weights are others.
@@ -49,7 +49,7 @@ def earlier(folder: Path, fingerprint: str) -> dict[str, Any]:
             )
         return {}
     try:
-        found = json.loads(about.read_text())
+        found = read_json(about)
         same = found["network"]["fingerprint"] == fingerprint
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{about}: is damaged; delete it, or give another --out") from None

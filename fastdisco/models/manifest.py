@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import sha256
+from fastdisco.common.files import read_json, sha256
 
 NAME = "manifest.json"
 # Files that no checkpoint lists are a user's, but for these.
@@ -58,11 +58,10 @@ def _files(path: Path) -> dict[str, Any] | None:
     ours = path.parent.name.startswith("step_")
     found: Any = None
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path)
     except FileNotFoundError:
         return None
-    # RecursionError: brackets in brackets, by the thousand.
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         pass
     marked = isinstance(found, dict) and found.get("fastdisco") == 1
     if not ours and not marked:

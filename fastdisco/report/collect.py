@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from fastdisco import config
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import read_json, read_regular
 from fastdisco.common.urls import Url
 from fastdisco.config import Config
 from fastdisco.evals import results
@@ -131,7 +132,7 @@ def _runs(folder: Path, title: str, overrides: Sequence[str]) -> Iterator[Run]:
 def _object(path: Path, remarks: list[str]) -> dict[str, Any]:
     """A file of one JSON object; {} where there is none."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
@@ -146,16 +147,19 @@ def _object(path: Path, remarks: list[str]) -> dict[str, Any]:
 def _entries(path: Path, remarks: list[str]) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without what is no entry and no finite number."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
+        lines = read_regular(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
         remarks.append("metrics.jsonl is not there: the run has logged nothing yet")
+        return []
+    except OSError as e:
+        remarks.append(f"metrics.jsonl cannot be read ({e.strerror})")
         return []
     found, damaged, strange = [], 0, 0
     for line in lines:
         try:
             entry = json.loads(line)
             step = entry["step"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             damaged += 1
             continue
         numbers = {k: v for k, v in entry.items() if is_number(v)}
@@ -227,7 +231,7 @@ def _results(folder: Path, remarks: list[str]) -> list[Result]:
     for path in paths:
         try:
             found.append(results.read(path))
-        except (UserError, OSError, ValueError, KeyError) as e:
+        except UserError as e:
             remarks.append(f"{path.name} is no result and left out ({e})")
     same = [r for r in found if r.protocol["network"] == found[-1].protocol["network"]]
     if len(same) < len(found):

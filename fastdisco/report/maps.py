@@ -1,6 +1,5 @@
 """The t-SNEs that `fastdisco eval tsne` wrote, side by side: the same image is linked in all."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from fastdisco import data
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import read_json
 from fastdisco.data import Listing
 from fastdisco.evals import tsne
 from fastdisco.evals.results import comparable
@@ -99,7 +99,7 @@ def _files(runs: Sequence[Run]) -> tuple[list[tuple[Run, dict[str, Any]]], str]:
 def _content(path: Path) -> dict[str, Any] | None:
     """None of a file that is no map."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         images = len(found["images"])
         labels = {c["label"] for c in found["classes"] if c["colour"] and c["name"] is not None}
         whole = images and all(i["name"] and i["label"] in labels for i in found["images"])

@@ -5,13 +5,14 @@ import time
 from pathlib import Path
 
 from fastdisco.common.console import say
-from fastdisco.common.files import told
+from fastdisco.common.files import read_regular, told
 
 
 def saved(folder: Path) -> int:
     """The step of the checkpoint that a run goes on from; 0 where there is none."""
     try:
-        return int((folder / "checkpoints/last").read_text().strip().removeprefix("step_"))
+        name = read_regular(folder / "checkpoints/last").decode(errors="replace")
+        return int(name.strip().removeprefix("step_"))
     except (OSError, ValueError):
         return 0
 
@@ -19,12 +20,12 @@ def saved(folder: Path) -> int:
 def seconds(path: Path, start: int, end: int) -> float:
     """The time that the steps after `start` up to `end` took, by the metrics.jsonl of a run."""
     last, found = start, 0.0
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_regular(path).decode(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            step, took = entry["step"], entry["perf/step_time"]
-        # A torn line, or an evaluation's.
-        except (ValueError, KeyError, TypeError):
+            step, took = int(entry["step"]), float(entry["perf/step_time"])
+        # A torn line, or an evaluation's; or one that is nested by the thousand.
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         if last < step <= end:
             found += (step - last) * took

@@ -21,6 +21,7 @@ from typing import Any
 from fastdisco.common import temporary
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
+from fastdisco.common.files import open_regular, read_json, read_regular
 from fastdisco.common.launch import process
 
 BEAT, DEAD = 10.0, 60.0
@@ -117,7 +118,7 @@ class Lock:
 def read(path: Path) -> dict[str, Any]:
     """What a lock says; empty where there is none, or where it is torn."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -190,11 +191,12 @@ def _remove_stale(path: Path) -> None:
         return
     if read(aside) != owner:
         # The other was quicker, and this is its new lock.
-        _create(path, aside.read_text())
+        _create(path, read_regular(aside).decode(errors="replace"))
         aside.unlink()
         return
     aside.unlink()
-    who = f"process {owner['pid']} on {owner['host']}, {owner['since']}" if owner else "unreadable"
+    known = all(key in owner for key in ("pid", "host", "since"))
+    who = f"process {owner['pid']} on {owner['host']}, {owner['since']}" if known else "unreadable"
     say(f"{path.parent}: took over the lock of a training that was killed ({who})")
 
 
@@ -222,7 +224,7 @@ def _alive(path: Path, owner: dict[str, Any], before: float) -> bool:
 
 def _time(path: Path) -> float:
     """Time of modification.  Opened first: on NFS, that asks the server anew."""
-    with path.open() as f:
+    with open_regular(path) as f:
         return os.fstat(f.fileno()).st_mtime
 
 

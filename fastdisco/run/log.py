@@ -11,7 +11,7 @@ from rich.live import Live
 
 from fastdisco.common import dist
 from fastdisco.common.console import console, say
-from fastdisco.common.files import naming, write_whole
+from fastdisco.common.files import naming, read_regular, write_whole
 from fastdisco.run.appended import Appended
 from fastdisco.run.loggers import Logger
 from fastdisco.run.progress import Bar, Scores, evaluated, plain
@@ -97,7 +97,7 @@ def _entries(path: Path, start: int) -> list[str]:
         return []
     kept, torn = [], 0
     with naming(path):
-        lines = path.read_text(errors="replace").splitlines()
+        lines = read_regular(path).decode(errors="replace").splitlines()
     for line in lines:
         step = _step(line)
         if step is None:

@@ -23,7 +23,7 @@ from fastdisco import config
 from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
-from fastdisco.common.files import write_whole
+from fastdisco.common.files import read_json, write_whole
 from fastdisco.config import Config
 from fastdisco.run.board import Board
 
@@ -225,8 +225,8 @@ def _id(folder: Path, name: str) -> str:
 def _known(folder: Path) -> dict[str, str]:
     """{logger: id}; what is no such file counts as none."""
     try:
-        found = json.loads((folder / NAME).read_text())
-    except (OSError, ValueError, RecursionError):
+        found = read_json(folder / NAME)
+    except (OSError, ValueError):
         return {}
     usable = isinstance(found, dict) and all(isinstance(v, str) for v in found.values())
     return found if usable else {}
