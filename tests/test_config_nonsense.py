@@ -113,6 +113,50 @@ def test_the_run_refuses_a_size_beyond_memory_in_one_sentence(folder, tmp_path):
     assert code == 2 and "method.queue: needs" in says and says.count("\n") == 1, says
 
 
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("optim.lr", ["0"]),
+        ("students", ["[{lr: 0}, {arch: resnet18}]"]),
+        ("optim.milestones", ["[-5, 50]", "[0, 50]"]),
+        ("run.stall_seconds", ["0.01", "1e30"]),
+        ("view.blur_sigma", ["[1, 1e5]", "[1e30, 1e30]"]),
+        ("view.jitter", ["[1e30, 0, 0, 0]"]),
+        ("view.scale", ["[1e-30, 1e-30]"]),
+        ("view.ratio", ["[1e-30, 1]", "[1, 1e30]"]),
+        ("method.temp", ["1e-30", "1e30"]),
+        ("eval.temp", ["1e-30", "1e30"]),
+    ],
+)
+def test_numbers_that_train_nothing_or_never_end(tmp_path, key, values):
+    for value in values:
+        assert key in error(tmp_path, BASE, f"{key}={value}"), value
+
+
+@pytest.mark.parametrize(
+    "name, key, value",
+    [
+        ("dino", "temp_mean", "1e30"),
+        ("dino", "temp_mean_start", "1e-30"),
+        ("swav", "epsilon", "1e-30"),
+        ("swav", "iterations", "1000000"),
+        ("seed", "temp_teacher", "1e30"),
+    ],
+)
+def test_so_are_those_of_other_methods(tmp_path, name, key, value):
+    more = (f"method.name={name}", "teacher.file=/t", f"method.{key}={value}")
+    assert f"method.{key}" in error(tmp_path, BASE, *more)
+
+
+def test_steps_of_the_learning_rate_lie_within_the_training(tmp_path):
+    step = ("optim.schedule=step", "run.epochs=100")
+    for more in ((), ("optim.milestones=[100]",), ("optim.milestones=[]",)):
+        says = error(tmp_path, BASE, *step, *more)
+        assert "optim.milestones" in says and "run.epochs" in says, says
+    load(tmp_path, BASE, *step, "optim.milestones=[60, 120]")
+    load(tmp_path, BASE, "optim.milestones=[]")
+
+
 def test_shipped_numbers_pass(tmp_path):
     for name in config.RECIPES:
         more = ("teacher.file=/t", f"method.name={name}")

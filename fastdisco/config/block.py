@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator
 
 from fastdisco.common.files import expanded
 
@@ -34,6 +34,10 @@ def _fits(value: float) -> float:
 # The numbers of every block: true and false are none, and `Block` takes no infinity and no NaN.
 Int = Annotated[int, BeforeValidator(no_bool), AfterValidator(_fits)]
 Float = Annotated[float, BeforeValidator(no_bool), AfterValidator(_fits)]
+
+
+# Of a softmax over cosines: below it is a maximum, above it all weights are alike.
+Temperature = Annotated[Float, Field(ge=1e-5, le=100)]
 
 
 class Block(BaseModel, extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False):

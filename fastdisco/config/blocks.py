@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from fastdisco.common.urls import Url
-from fastdisco.config.block import Block, Float, Int, no_bool
+from fastdisco.config.block import Block, Float, Int, Temperature, no_bool
 
 _WORD = r"[\w.+-]+"
 
@@ -33,7 +33,7 @@ class Run(Block):
     max_steps: Int | None = Field(None, ge=1)
     # Seconds without progress after which the run ends and says which rank waits for what; four times
     # as many in start-up, saves and evaluations.  null: it waits for ever.
-    stall_seconds: Float | None = Field(300, gt=0)
+    stall_seconds: Float | None = Field(300, ge=1, le=1e6)
 
     @field_validator("name")
     @classmethod
@@ -138,7 +138,7 @@ class OneOfMany(Block):
     hidden: Int | None = Field(None, ge=0)
     # They replace student.kwargs as a whole.
     kwargs: dict[str, JsonValue] | None = None
-    lr: Float | None = Field(None, ge=0)
+    lr: Float | None = Field(None, gt=0)
 
     @field_validator("name")
     @classmethod
@@ -240,7 +240,7 @@ class Optim(Block):
     # Any optimizer of timm.optim.  sgd is plain momentum SGD, nesterov its Nesterov form.
     name: str = "sgd"
     # The learning rate that the schedule starts from, before lr_scale.
-    lr: Float = Field(0.03, ge=0)
+    lr: Float = Field(0.03, gt=0)
     # What lr is multiplied by.  none: 1; linear: data.batch / 256; sqrt: the root of that.
     lr_scale: Literal["none", "linear", "sqrt"] = "none"
     # The learning rate at the end of the cosine.  It is not scaled.
@@ -268,7 +268,7 @@ class Optim(Block):
     # the warm-up hides its beginning, as in SEED's code.
     cosine_from: Literal["warmup", "start"] = "warmup"
     # Epochs at which `schedule: step` multiplies the learning rate by 0.1.
-    milestones: tuple[Int, ...] = (120, 160)
+    milestones: tuple[Annotated[Int, Field(gt=0)], ...] = (120, 160)
 
     def scaled(self, batch: int) -> float:
         """`lr` times what `lr_scale` says for this global batch."""
@@ -342,7 +342,7 @@ class Eval(Block):
     # How many neighbours vote.
     k: Int = Field(20, ge=1)
     # Temperature of the votes: a neighbour's weight is exp(cosine / temp).
-    temp: Float = Field(0.07, gt=0)
+    temp: Temperature = 0.07
     # How many training images neighbours are looked for in, drawn by run.seed; null: all.
     bank: Int | None = Field(None, ge=1)
     # Whether an evaluation that fails, of a damaged image for example, ends the run; else that is

@@ -156,6 +156,17 @@ class Config(Block):
         return self
 
     @model_validator(mode="after")
+    def _the_steps_fall(self) -> "Config":
+        optim, epochs = self.optim, self.run.epochs
+        if optim.schedule == "step" and not any(m < epochs for m in optim.milestones):
+            found = ", ".join(map(str, optim.milestones)) or "none is given"
+            raise ValueError(
+                f"optim.milestones: none lies within the {epochs} epochs (run.epochs), found {found}, "
+                "so the learning rate would never fall; set some, or optim.schedule=constant"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _queue_fits_the_batch(self) -> "Config":
         method, batch = self.method, self.data.batch
         if isinstance(method, Moco | Seed) and method.queue < batch:

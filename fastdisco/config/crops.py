@@ -13,9 +13,12 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-NotNegative = Annotated[Float, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
-Share = Annotated[Float, Field(gt=0, le=1)]
+# Beyond these bounds a view shows nothing of its image.  A blur takes time with its sigma, too.
+Share = Annotated[Float, Field(ge=1e-4, le=1)]
+Ratio = Annotated[Float, Field(ge=0.01, le=100)]
+Strength = Annotated[Float, Field(ge=0, le=10)]
+Sigma = Annotated[Float, Field(ge=0, le=100)]
 Hue = Annotated[Float, Field(ge=0, le=0.5)]
 
 
@@ -30,20 +33,20 @@ class Crop(Block):
     # The crop's area as a share of the image's area: smallest and largest.
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.2, 1.0)
     # The crop's width / height: smallest and largest.
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
     # Mirror left and right.
     flip_p: Float = Field(0.5, ge=0, le=1)
     # Change the colours.
     jitter_p: Float = Field(0.8, ge=0, le=1)
     # How strongly: brightness, contrast and saturation are multiplied by up to 1 +- this, hue is
     # turned by up to this part of the colour circle.
-    jitter: tuple[NotNegative, NotNegative, NotNegative, Hue] = (0.4, 0.4, 0.4, 0.1)
+    jitter: tuple[Strength, Strength, Strength, Hue] = (0.4, 0.4, 0.4, 0.1)
     # Make it grey.
     gray_p: Float = Field(0.2, ge=0, le=1)
     # Blur with a Gaussian.
     blur_p: Float = Field(0.5, ge=0, le=1)
     # The Gaussian's standard deviation, pixels: smallest and largest.
-    blur_sigma: Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ascending)] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[Sigma, Sigma], AfterValidator(_ascending)] = (0.1, 2.0)
     # Solarise, after all other steps: a value v of 0..255 that is 128 or more becomes 255 - v.
     solarize_p: Float = Field(0.0, ge=0, le=1)
     # How the crop is resized; both are antialiased.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fastdisco.config.block import Block, Float, Int
+from fastdisco.config.block import Block, Float, Int, Temperature
 
 
 class Rkd(Block):
@@ -25,7 +25,7 @@ class Moco(Block):
 
     name: Literal["moco"] = "moco"
     # Temperature of the contrastive loss: cosines are divided by it.
-    temp: Float = Field(0.2, gt=0)
+    temp: Temperature = 0.2
     # How many past keys the queue holds; at least data.batch.
     queue: Int = Field(65536, ge=1)
     # Precision of the queue; auto: bf16 on a GPU, whose tensor cores want it, otherwise fp32.
@@ -46,15 +46,15 @@ class Swav(Block):
 
     name: Literal["swav"] = "swav"
     # Temperature of the student's predictions.
-    temp: Float = Field(0.1, gt=0)
+    temp: Temperature = 0.1
     # How many prototypes there are.
     prototypes: Int = Field(3000, ge=2)
     # For so many steps from the start the prototypes are not trained.
     freeze_steps: Int = Field(5005, ge=0)
     # Smoothness of the codes: similarities are divided by it.
-    epsilon: Float = Field(0.05, gt=0)
+    epsilon: Temperature = 0.05
     # Rounds of Sinkhorn-Knopp that balance the codes.
-    iterations: Int = Field(3, ge=1)
+    iterations: Int = Field(3, ge=1, le=1000)
     # How many past embeddings of each of the first two views share in computing the codes; a
     # multiple of data.batch, or 0 for none.
     queue: Int = Field(3584, ge=0)
@@ -75,11 +75,11 @@ class Dino(Block):
 
     name: Literal["dino"] = "dino"
     # Temperature of the student's softmax.
-    temp: Float = Field(0.1, gt=0)
+    temp: Temperature = 0.1
     # Temperature of the mean student's softmax, after the warm-up.
-    temp_mean: Float = Field(0.04, gt=0)
+    temp_mean: Temperature = 0.04
     # The same at the beginning of the warm-up.
-    temp_mean_start: Float = Field(0.04, gt=0)
+    temp_mean_start: Temperature = 0.04
     # Length of the warm-up, in which the temperature changes once an epoch.  0: no warm-up.
     temp_warmup_epochs: Int = Field(0, ge=0)
     # How many outputs the last layer has.
@@ -102,10 +102,10 @@ class Seed(Block):
 
     name: Literal["seed"] = "seed"
     # Temperature of the student's similarities.
-    temp: Float = Field(0.2, gt=0)
+    temp: Temperature = 0.2
     # Temperature of the teacher's similarities.  0.01 is the paper's; the 1e-4 of its code needs a
     # queue in fp32.
-    temp_teacher: Float = Field(0.01, gt=0)
+    temp_teacher: Temperature = 0.01
     # How many past embeddings of the teacher the queue holds; at least data.batch.  With `contrast`
     # there is a second queue, of as many keys of the mean student.
     queue: Int = Field(65536, ge=1)
