@@ -229,3 +229,15 @@ def test_a_result_without_a_network_is_refused(tmp_path):
     path = results.write(tmp_path, found)
     with pytest.raises(UserError, match="is no result"):
         results.read(path)
+
+
+def test_a_result_that_cannot_be_written_leaves_no_part(result, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    before = sorted(os.listdir(result.parent))
+    with pytest.raises(OSError, match="No space") as e:
+        results.write(result.parent, results.read(result))
+    assert e.value.filename == str(result.with_suffix(".npz"))
+    assert sorted(os.listdir(result.parent)) == before

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.folder not in seen.find(args.folder):
         raise UserError(
-            f"{args.folder}: is no run; `fastdisco runs {args.folder}` lists those in it"
+            f"{args.folder}: is no run; `{shlex.join(['fastdisco', 'runs', str(args.folder)])}` lists "
+            "those in it"
         )
     looks = _looks(lambda: seen.look(args.folder), args.every)
     # Ctrl-C ends the watching, not the run: that is another process.

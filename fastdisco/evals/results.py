@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdisco.common import dist
+from fastdisco.common import dist, temporary
 from fastdisco.common.errors import UserError
 from fastdisco.common.files import naming, read_json, read_regular, write_whole
 from fastdisco.config.merge import flatten
@@ -88,13 +88,21 @@ def write(folder: Path, result: Result) -> Path:
     """<what>-<hash>.json, with the predictions beside it: another protocol has another name, and
     only the same one is written anew."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Of evaluations that were killed.
+    temporary.sweep(folder)
     path = folder / f"{result.what}-{result.hash}.json"
     if result.labels is not None:
-        part = path.with_suffix(".part.npz")
+        part = temporary.part(path.with_suffix(".npz"))
         names, rows = list(result.predictions), list(result.predictions.values())
         with naming(path.with_suffix(".npz")):
-            np.savez_compressed(part, labels=result.labels, names=names, predictions=np.stack(rows))
-            part.replace(path.with_suffix(".npz"))
+            try:
+                with part.open("wb") as f:
+                    np.savez_compressed(
+                        f, labels=result.labels, names=names, predictions=np.stack(rows)
+                    )
+                part.replace(path.with_suffix(".npz"))
+            finally:
+                part.unlink(missing_ok=True)
     text = {
         "what": result.what,
         "hash": result.hash,

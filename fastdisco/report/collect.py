@@ -15,6 +15,7 @@ from fastdisco.common.errors import UserError
 from fastdisco.common.files import read_json, read_regular
 from fastdisco.common.urls import Url
 from fastdisco.config import Config
+from fastdisco.data.lines import for_shell
 from fastdisco.evals import results
 from fastdisco.evals.results import Result
 
@@ -122,7 +123,7 @@ def _runs(folder: Path, title: str, overrides: Sequence[str]) -> Iterator[Run]:
         remarks = list(shared)
         whole = measured(folder / "eval" / student, folder / "export" / student, remarks)
         if not whole.results:
-            remarks.append(f"no evaluation yet: fastdisco eval all {folder}")
+            remarks.append(f"no evaluation yet: fastdisco eval all {for_shell(str(folder))}")
         mine = [_of_student(e, student) for e in entries]
         name = f"{title} · {student}" if student else title
         steps = _steps(cfg, mine)

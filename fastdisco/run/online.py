@@ -12,6 +12,7 @@ from fastdisco.common import dist
 from fastdisco.common.console import say
 from fastdisco.common.errors import UserError
 from fastdisco.config import Config
+from fastdisco.data.lines import for_shell
 from fastdisco.evals import features, health, knn, passes
 from fastdisco.evals.features import Features
 from fastdisco.teacher import formats, runtime
@@ -97,7 +98,7 @@ class Online:
     def _say(self, name: str, std: float, rank: float, width: int) -> None:
         suspects = "lower optim.lr or optim.weight_decay"
         if self.cfg.teacher:
-            suspects += f", or see fastdisco teacher check {self.cfg.teacher.file}"
+            suspects += f", or see fastdisco teacher check {for_shell(str(self.cfg.teacher.file))}"
         say(
             f"{_titled(name)}the features collapse: they hardly tell images apart (standard deviation "
             f"{std:.2g} of 1, effective rank {rank:.1f} of {width}); look in metrics.jsonl or "
