@@ -157,6 +157,14 @@ def test_steps_of_the_learning_rate_lie_within_the_training(tmp_path):
     load(tmp_path, BASE, "optim.milestones=[]")
 
 
+@pytest.mark.parametrize("kwargs", ["{drop_rate: 5}", "{bn_eps: -1}", "{global_pool: ''}"])
+def test_arguments_of_timm_that_no_forward_takes(folder, tmp_path, kwargs):
+    args = tiny(folder, tmp_path, f"student.kwargs={kwargs}")
+    (code, says), *_ = ranks(1, _fails, args)
+    assert code == 2 and says.count("\n") == 1, says
+    assert "student.kwargs" in says and "test_efficientnet" in says, says
+
+
 def test_shipped_numbers_pass(tmp_path):
     for name in config.RECIPES:
         more = ("teacher.file=/t", f"method.name={name}")

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fastdisco import config
+from fastdisco.common.errors import UserError
 from fastdisco.models import heads
 from fastdisco.models.backbones import backbone
 from fastdisco.models.batchnorm import split_bn, sync_bn
@@ -31,11 +33,34 @@ def of(cfg: config.Config, train: bool = False) -> Net:
     if count := getattr(cfg.method, "prototypes", 0):
         net.prototypes = _prototypes(cfg, count)
         net.joint = True
+    if train and student.kwargs:
+        _try_training(cfg, tuple(sizes))
     if train:
         split_bn(net, cfg.bn.groups)
         if cfg.bn.sync:
             net = cast(Net, sync_bn(net))
     return net
+
+
+def _try_training(cfg: config.Config, sizes: tuple[int, ...]) -> None:
+    """Raises UserError where the student's further arguments let timm make it, but not train it.
+
+    A network like it is tried on the meta device, without memory or draws of the training's."""
+    student = cfg.student
+    linear = lambda dim: nn.Linear(dim, 1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            net = create(student.arch, linear, student.kwargs, sizes).train()
+            net([torch.empty(2, 3, min(sizes), min(sizes))])
+    # What the meta device does not know says nothing of the arguments.
+    except NotImplementedError:
+        return
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"student.kwargs: {student.arch} cannot be trained with {student.kwargs} ({why}); correct "
+            "or remove them"
+        ) from e
 
 
 def _prototypes(cfg: config.Config, count: int) -> heads.Prototypes:
