@@ -2,12 +2,15 @@
 schedules that rise.  What only a run could find is refused by --dry-run, too."""
 
 import pytest
+import torch
 from conftest import ranks, tiny
 from test_config import BASE, error, load
 from test_plan import dry
+from torch import nn
 from training import _fails
 
 from fastdisco import config
+from fastdisco.models import build
 
 NUMBERS = (
     *("optim.lr", "optim.momentum", "optim.weight_decay", "optim.weight_decay_end", "optim.clip"),
@@ -163,6 +166,24 @@ def test_arguments_of_timm_that_no_forward_takes(folder, tmp_path, kwargs):
     (code, says), *_ = ranks(1, _fails, args)
     assert code == 2 and says.count("\n") == 1, says
     assert "student.kwargs" in says and "test_efficientnet" in says, says
+
+
+def test_a_network_that_looks_at_values_is_tried_on_the_cpu(folder, tmp_path, monkeypatch):
+    path, *overrides = [str(x) for x in tiny(folder, tmp_path, "student.kwargs={drop_rate: 0.1}")][
+        1:
+    ]
+    cfg = config.load(path, overrides)
+    tried = []
+
+    class Looks(nn.Module):
+        def forward(self, views):
+            tried.append(views[0].device.type)
+            return views[0].sum().item()
+
+    monkeypatch.setattr(build, "create", lambda *args: Looks())
+    before = torch.get_rng_state()
+    build._try_training(cfg, (32,))
+    assert tried == ["meta", "cpu"] and torch.equal(torch.get_rng_state(), before)
 
 
 def test_shipped_numbers_pass(tmp_path):
