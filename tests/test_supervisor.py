@@ -62,7 +62,9 @@ def test_a_training_goes_on_after_crashes_on_the_devices_that_are_left(
     # Twice before the first start.
     found = iter([2, 2, 1])
     monkeypatch.setattr(launching, "devices", lambda: next(found))
-    assert supervised(folder, tmp_path, "run.max_steps=6", "checkpoint.every=2", "--overwrite") == 0
+    # Step 2 is on disk before step 3 begins.
+    more = ("run.max_steps=6", "checkpoint.every=2", "checkpoint.background=false")
+    assert supervised(folder, tmp_path, *more, "--overwrite") == 0
     text = capfd.readouterr().out
     assert "the training ended in step 4 and is started again from step 2 in 1 s (1 of 100" in text
     assert "1 of 2 GPUs are left: the training goes on with 1 ranks" in text
@@ -80,7 +82,7 @@ def test_a_training_goes_on_after_crashes_on_the_devices_that_are_left(
 @pytest.mark.slow
 def test_a_step_that_fails_three_times_names_its_images(folder, tmp_path, crashing, capfd):
     crashing([3], once=False)
-    more = ("run.max_steps=6", "checkpoint.every=2")
+    more = ("run.max_steps=6", "checkpoint.every=2", "checkpoint.background=false")
     assert supervised(folder, tmp_path, *more, options=("--ranks", "2")) == 2
     text = capfd.readouterr().err
     assert "step 4 failed 3 times in a row" in text
@@ -234,7 +236,7 @@ def test_the_images_of_a_step_are_those_that_the_loader_takes(folder, tmp_path):
 
 def test_what_ranks_tell_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv(attempt.FOLDER, str(tmp_path))
-    monkeypatch.setattr(attempt, "_last", dict(attempt._last))
+    monkeypatch.setattr(attempt, "_last", dict(step=-1, code=-1, why=0))
     attempt._file.cache_clear()
     try:
         attempt.at(123456)
