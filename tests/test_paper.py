@@ -259,6 +259,19 @@ def test_the_rows_are_the_smallest_gains_over_seeds_that_both_have():
         assert at[f"paper_mini_{name}"]["reason"] == "none of its cells is trained yet"
 
 
+def test_the_cpu_time_of_a_seed_counts_a_recording_once():
+    samples = constructed()
+    last = rows.summary(samples)[-1]
+    assert last["name"] == "paper_mini_cpu_minutes" and last["value"] is None
+    assert last["reason"] == "alone of table1 is not trained yet"
+    one = lambda *names: {n: [sample(0.5, recording=1.5 * (n != "alone"))] for n in names}
+    samples["tables"]["table1"] = {net: one("alone", "swav") for net in ("mobile", "resnet")}
+    own = dict(vit="dino_vit", xcit="dino_xcit")
+    samples["tables"]["table3"] = {net: one("alone", t) for net, t in own.items()}
+    # 3 teachers; 9, 4 and 4 students, of one seed; 3, 1 and 2 recordings.
+    assert rows.summary(samples)[-1]["value"] == 4.0 * (3 + 9 + 4 + 4) + 1.5 * (3 + 1 + 2)
+
+
 def test_the_tables_stand_beside_the_papers_numbers():
     made = pages.tables(constructed())
     lines = {tuple(line[:2]): line for line in made["table2"]["rows"]}

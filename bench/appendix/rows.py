@@ -23,7 +23,29 @@ def summary(samples: dict) -> list[dict]:
         found.append(_smallest(f"paper_mini_fig1_gain_{share}pct", gains, 0))
     found.append(_smallest("paper_mini_fig2_gain", figure_gains(samples, FIG2, "linear"), 0))
     found.append(_smallest("paper_mini_equal_time_gain", equal_gains(samples), None))
-    return found
+    return [*found, _minutes(samples)]
+
+
+def _minutes(samples: dict) -> dict:
+    """CPU time of one seed's trainings, its teachers' and their recordings, without evaluations."""
+    name, unit = "paper_mini_cpu_minutes", "CPU min of all trainings and recordings of one seed"
+    spent = [x["cpu_minutes"] + x["recording"] for x in samples["teachers"].values()]
+    for table, of in TABLES.items():
+        for column in (ALONE, EQUAL, *dict.fromkeys(t for ts in of.teachers.values() for t in ts)):
+            nets = of.equal if column == EQUAL else of.students
+            nets = [n for n in nets if column in (ALONE, EQUAL, *of.teachers[n])]
+            found = [_column(samples, table, net, column)[:1] for net in nets]
+            if not all(found):
+                return row(
+                    name, None, unit, None, "lower", f"{column} of {table} is not trained yet"
+                )
+            firsts = [x for (x,) in found]
+            # Students that see the same views share a recording.
+            spent += [
+                max((x["recording"] for x in firsts), default=0.0),
+                *(x["cpu_minutes"] for x in firsts),
+            ]
+    return row(name, round(sum(spent), 1), unit, None, "lower")
 
 
 # Cell -> points, or None where it is not measured.

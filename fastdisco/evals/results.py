@@ -174,7 +174,9 @@ def newest(folder: Path) -> tuple[list[Result], list[str]]:
     found = [read(p) for p in sorted(_files(folder), key=lambda p: p.stat().st_mtime_ns)]
     last = found[-1].protocol["network"]
     same = [r for r in found if r.protocol["network"] == last]
-    remarks = [f"{len(found) - len(same)} results of earlier weights are left out"]
+    remarks = []
+    if earlier := len(found) - len(same):
+        remarks.append(f"{earlier} results of earlier weights are left out")
     kept: dict[str, Result] = {}
     other: set[str] = set()
     for r in same:
@@ -184,12 +186,12 @@ def newest(folder: Path) -> tuple[list[Result], list[str]]:
             one, two = (flatten(x.protocol.get("versions", {})) for x in (before, r))
             other |= {k for k in one | two if one.get(k) != two.get(k)}
         kept[key] = r
-    remarks.append(
-        f"{len(same) - len(kept)} results by other versions ({', '.join(sorted(other))}) are left out, "
-        "for there are newer ones by the same protocol"
-    )
-    chosen = sorted(kept.values(), key=lambda r: f"{r.what}-{r.hash}")
-    return chosen, [r for r in remarks if not r.startswith("0 ")]
+    if older := len(same) - len(kept):
+        remarks.append(
+            f"{older} results by other versions ({', '.join(sorted(other))}) are left out, for there "
+            "are newer ones by the same protocol"
+        )
+    return sorted(kept.values(), key=lambda r: f"{r.what}-{r.hash}"), remarks
 
 
 def is_share(key: str) -> bool:

@@ -47,21 +47,19 @@ def _try_training(cfg: config.Config, sizes: tuple[int, ...]) -> None:
 
     A network like it is tried on the meta device, without memory or draws of the training's.  Some
     networks look at values, which that device does not have: they are tried on the CPU."""
-    try:
-        _one_step(cfg, sizes, "meta")
-        return
-    # timm's code raises what it likes.
-    except Exception:
-        pass
-    try:
-        _one_step(cfg, sizes, "cpu")
-    except Exception as e:
-        student = cfg.student
-        why = (str(e) or type(e).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"student.kwargs: {student.arch} cannot be trained with {student.kwargs} ({why}); correct "
-            "or remove them"
-        ) from e
+    failed: Exception | None = None
+    for device in ("meta", "cpu"):
+        try:
+            _one_step(cfg, sizes, device)
+            return
+        # timm's code raises what it likes.
+        except Exception as e:
+            failed = e
+    student, why = cfg.student, (str(failed) or type(failed).__name__).splitlines()[0][:200]
+    raise UserError(
+        f"student.kwargs: {student.arch} cannot be trained with {student.kwargs} ({why}); correct or "
+        "remove them"
+    ) from failed
 
 
 def _one_step(cfg: config.Config, sizes: tuple[int, ...], device: str) -> None:
