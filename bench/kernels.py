@@ -1,7 +1,7 @@
 """The queue losses against whatever else computes them, forward and backward: time, memory, error,
 and the distance to the hardware's floors.
 
-    python bench/kernels.py [--minutes 8]
+    python bench/kernels.py [--minutes 8] [--only gpu|cpu]
         writes bench/results/kernels-<device>.json, also when the time did not suffice for all
 
 On a GPU it measures every B and K of SHAPES, those with aims first.  A contender runs under
@@ -44,6 +44,7 @@ def main() -> str | int | None:
     options.add_argument(
         "--minutes", type=float, default=8, help="then what was found is written (%(default)s)"
     )
+    options.add_argument("--only", choices=("gpu", "cpu"), help="one part; both without it")
     # Loss, contender, B, K, d: the fresh process of `on_cpu.memory`.
     options.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -58,11 +59,12 @@ def main() -> str | int | None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * args.minutes
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    found = dict(shapes=[], cpu={}, ceilings=None)
+    found = dict(shapes=[], cpu={}, ceilings=None, only=args.only)
     try:
-        if device == "gpu":
-            on_gpu(found, end - CPU_PART)
-        on_cpu(found["cpu"], end)
+        if device == "gpu" and args.only != "cpu":
+            on_gpu(found, end - (0 if args.only else CPU_PART))
+        if args.only != "gpu":
+            on_cpu(found["cpu"], end)
     finally:
         rows = summary(found, device == "gpu")
         finish("kernels", device, rows, found, load_before=os.getloadavg()[0])

@@ -90,7 +90,7 @@ def test_tests_are_counted_by_name(tmp_path):
         "def test_skipped(): pytest.skip('x')\n"
     )
     part = first.tests("first_kernels", str(tmp_path / "test_it.py"), f"--rootdir={tmp_path}")
-    assert part(tmp_path, 2) == {"first_kernels": 2, "names": ["test_wrong", "test_error"]}
+    assert part(tmp_path, 2) == {"first_kernels": 2, "names": ["test_error", "test_wrong"]}
     (tmp_path / "test_it.py").write_text("def test_unmarked(): pass\n")
     with pytest.raises(Failed, match="no test ran"):
         part(tmp_path, 2)

@@ -25,6 +25,9 @@ MICRO, ACCUMULATE, STEPS, SIDE, DIM = 8, 2, 4, 32, 8
 # Larger than the recipe's, so that a forgotten term shows within these steps.
 EMA, DECAY, DISTILL, TEMP, CLIP = 0.9, 1e-2, 4.0, 0.2, 2.0
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Of AdamW.  With the usual one its first steps follow the sign of every gradient, however small, and
+# half precision decides that by rounding: a CPU's two convolutions already end half a way apart.
+EPS = {"fp32": 1e-8, "bf16": 0.1, "fp16": 0.1}
 
 
 def configuration(optimizer, precision, clip):
@@ -72,6 +75,8 @@ def ours(kind, optimizer, precision, clip, fused):
     device = engine.start(cfg.engine)
     assert device.type == kind
     state = students.create("", cfg, MICRO, device)
+    for group in state.optimizer.param_groups if optimizer == "adamw" else ():
+        group["eps"] = EPS[precision]
     queue = state.method.queue.rows.float().cpu().numpy().copy()
     losses = []
     for step, micro_batches in enumerate(inputs()):
@@ -131,7 +136,8 @@ def plain(device, optimizer, precision, clip, queue, wrong=""):
         momentum = 0.5 if wrong == "momentum" else 0.9
         moves = torch.optim.SGD(weights, lr, momentum, weight_decay=DECAY, foreach=False)
     else:
-        moves = torch.optim.AdamW(weights, lr, weight_decay=DECAY, foreach=False)
+        eps = EPS[precision]
+        moves = torch.optim.AdamW(weights, lr, eps=eps, weight_decay=DECAY, foreach=False)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     half = torch.autocast(device.type, HALF.get(precision), enabled=precision != "fp32")
     rows, at, losses = torch.tensor(queue, device=device), 0, []
@@ -194,11 +200,19 @@ def distances(got, want, cfg):
     return far
 
 
-# What rounding leaves: of float32 with another order of additions, and of half precision, where
-# Adam's first steps follow the sign of small gradients.
+# What rounding leaves: of float32 with another order of additions, and of half precision.
 EXACT = {"first loss": 1e-5, "losses": 1e-4, "weights": 1e-3, "ema": 1e-3, "statistics": 1e-4}
 ACROSS = {"first loss": 1e-4, "losses": 2e-3, "weights": 2e-2, "ema": 2e-2, "statistics": 1e-3}
 ROUNDED = {"first loss": 5e-3, "losses": 1.5e-2, "weights": 0.15, "ema": 0.15, "statistics": 0.04}
+# Adam divides each gradient by its own size, and with it what rounding left of it.
+DIVIDED = ROUNDED | {"weights": 0.3, "ema": 0.3}
+
+
+def rounded(optimizer, precision):
+    """What may lie between two such runs on one device."""
+    if precision == "fp32":
+        return EXACT
+    return DIVIDED if optimizer == "adamw" else ROUNDED
 
 
 def beyond(got, want, cfg, limits):
@@ -216,13 +230,18 @@ def check_layout_and_optimizer(got, optimizer, fused):
 
 @pytest.mark.parametrize(
     "optimizer, precision, clip, fused",
-    [("sgd", "fp32", CLIP, True), ("adamw", "fp32", 0, False), ("sgd", "bf16", 0, True)],
+    [
+        ("sgd", "fp32", CLIP, True),
+        ("adamw", "fp32", 0, False),
+        ("sgd", "bf16", 0, True),
+        ("adamw", "bf16", CLIP, True),
+    ],
 )
 def test_losses_and_weights_are_those_of_plain_torch(optimizer, precision, clip, fused):
     cfg = configuration(optimizer, precision, clip)
     got = ranks(1, ours, "cpu", optimizer, precision, clip, fused)[0]
     want = plain(CPU, optimizer, precision, clip, got["queue"])
-    assert beyond(got, want, cfg, EXACT if precision == "fp32" else ROUNDED) == {}
+    assert beyond(got, want, cfg, rounded(optimizer, precision)) == {}
     check_layout_and_optimizer(got, optimizer, fused)
 
 
@@ -265,7 +284,8 @@ def test_a_gpus_losses_and_weights_are_those_of_plain_torch(
     cfg = configuration(optimizer, precision, clip)
     got = ranks(1, ours, "cuda", optimizer, precision, clip, False)[0]
     there = plain(torch.device("cuda", 0), optimizer, precision, clip, got["queue"])
-    assert beyond(got, there, cfg, ACROSS if precision == "fp32" else ROUNDED) == {}
+    limits = ACROSS if precision == "fp32" else rounded(optimizer, precision)
+    assert beyond(got, there, cfg, limits) == {}
     if precision == "fp32":
         assert beyond(got, plain(CPU, optimizer, precision, clip, got["queue"]), cfg, ACROSS) == {}
     # fp16: both scalers have seen the same gradients overflow, and skipped the same steps.
@@ -285,7 +305,12 @@ def logged(folder, tmp_path, name, env, *overrides):
         # Views that differ by a rounding alone between the devices; no random state of the device.
         "data.decode=cpu",
         "data.augment=cpu",
+        # A network whose losses repeat to 1e-6 where a CPU adds in another order.  Of the other
+        # small one, with batch norms over few values, the second loss is 4 % off then.
+        "student.arch=test_resnet",
         "student.kwargs={}",
+        "bn.groups=1",
+        "optim.lr=0.01",
         "engine.tf32=false",
         "method.queue_dtype=fp32",
         *overrides,
@@ -306,4 +331,4 @@ def test_two_micro_batches_log_the_losses_that_repeat(folder, tmp_path):
 def test_the_command_logs_on_a_gpu_what_it_logs_on_a_cpu(folder, tmp_path, precision):
     there = logged(folder, tmp_path, "gpu", {}, f"engine.precision={precision}")
     here = logged(folder, tmp_path, "cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
-    assert there == pytest.approx(here, rel=2e-3 if precision == "fp32" else 5e-2)
+    assert there == pytest.approx(here, rel=1e-3 if precision == "fp32" else 8e-2)

@@ -11,6 +11,7 @@ from losses.contenders import OURS
 
 # Why a number is missing where nothing else says so.
 LATE = "the time was up"
+NOT_ASKED = "not asked for (--only)"
 # (what was found, loss) -> the row's value; raises Missing where there is none.
 Number = Callable[[dict, str], float]
 
@@ -37,7 +38,7 @@ def at(found: dict, loss: str, b: int) -> dict:
     for one in found["shapes"]:
         if one["loss"] == loss and one["shape"] == [b, 65536, 128]:
             return one
-    raise Missing(LATE)
+    raise Missing(NOT_ASKED if found.get("only") == "cpu" else LATE)
 
 
 def got(one: dict, name: str, key: str) -> float:
@@ -74,7 +75,7 @@ def cpu(key: str, ratio: Callable) -> Number:
 
     def number(found: dict, loss: str) -> float:
         if loss not in found["cpu"]:
-            raise Missing(LATE)
+            raise Missing(NOT_ASKED if found.get("only") == "gpu" else LATE)
         return ratio(*(found["cpu"][loss][name][key] for name in ("plain", "ours")))
 
     return number
