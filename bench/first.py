@@ -71,6 +71,8 @@ class Part(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
+    # What a part has started ends with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args, device = arguments(argv), device_kind()
     if device == "cpu":
         keep({}, args, "no GPU in this machine; make gpu-first on one measures it")

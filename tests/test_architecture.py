@@ -2,6 +2,8 @@
 `deepspeed fastdisco/train.py`."""
 
 import ast
+import importlib
+import inspect
 import sys
 
 import pytest
@@ -86,3 +88,41 @@ def test_no_file_shadows_the_standard_library():
         p.name for p in (ROOT / "fastdisco").iterdir() if p.is_dir()
     }
     assert not names & set(sys.stdlib_module_names)
+
+
+USERS = sorted([*(ROOT / "tests").glob("*.py"), *(ROOT / "bench").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_tests_and_benches_take_from_our_modules_exists(path):
+    """In code for a GPU, too, which no test here runs: a name that has moved would show only
+    there."""
+    assert missing(path.read_text()) == []
+
+
+def test_a_name_that_has_moved_is_found():
+    assert missing("from fastdisco import teacher\nteacher.load, teacher.How()") == ["teacher.How"]
+    assert missing("from fastdisco import data\ndef f(data): data.nothing") == []
+
+
+def missing(text):
+    """Attributes of our modules that a file names and that are not there."""
+    nodes = list(ast.walk(ast.parse(text)))
+    # By their names here; two functions may import two of one name.
+    modules = {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastdisco"):
+            for a in node.names:
+                found = getattr(importlib.import_module(node.module), a.name, None)
+                modules.setdefault(a.asname or a.name, []).append(found)
+    modules = {name: some for name, some in modules.items() if all(map(inspect.ismodule, some))}
+    # A variable of the same name may be anything.
+    taken = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    taken |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return [
+        f"{n.value.id}.{n.attr}"
+        for n in nodes
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+        if n.value.id in modules.keys() - taken
+        if not any(hasattr(m, n.attr) for m in modules[n.value.id])
+    ]

@@ -157,6 +157,17 @@ def test_a_short_table_has_what_is_measured_and_names_the_page_with_all(tmp_path
         assert not page or f"<!-- bench:{bench} -->" in (ROOT / page).read_text()
 
 
+def test_a_row_that_another_device_measured_is_not_told_as_open(tmp_path):
+    open_row = results.row("b", None, "s", None, "lower", "no GPU here")
+    result(tmp_path, "speed", "cpu", [results.row("a", 1.5, "s", None, "lower"), open_row])
+    result(tmp_path, "speed", "gpu", [results.row("b", 2.5, "s", None, "lower")])
+    empty = "<!-- bench:speed -->\n<!-- /bench:speed -->\n"
+    text = tables.fill(empty, tmp_path)
+    assert "not measured" not in text and "| b | 2.5 | s |  |" in text
+    (tmp_path / "speed-gpu.json").unlink()
+    assert "| b | not measured: no GPU here | s |  |" in tables.fill(empty, tmp_path)
+
+
 def test_a_table_for_readers_has_words_in_its_rows(tmp_path, monkeypatch):
     read = [("how fast", "{:.1f} s", "a"), ("on a GPU", "{:.1f} s", "b"), ("gone", "{}", "c")]
     monkeypatch.setattr(readers, "READ", {"speed": read})

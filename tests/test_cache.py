@@ -433,7 +433,7 @@ def test_rows_reach_a_gpu_without_waiting(folder, tmp_path):
         rounds=ROUNDS,
     )
     recorded = teacher.create(cfg.teacher, cfg.student.dim, cfg.engine.precision, loader)
-    live = teacher.load(tmp_path / "teacher", "test_resnet", {}, 8, teacher.How(device))
+    live = teacher.load(tmp_path / "teacher", "test_resnet", {}, 8, teacher.Options(device))
     for batch in loader.views_of(loader.listing.kept, 1):
         want = live(batch.views).z
         torch.cuda.set_sync_debug_mode("error")

@@ -331,4 +331,7 @@ def test_two_micro_batches_log_the_losses_that_repeat(folder, tmp_path):
 def test_the_command_logs_on_a_gpu_what_it_logs_on_a_cpu(folder, tmp_path, precision):
     there = logged(folder, tmp_path, "gpu", {}, f"engine.precision={precision}")
     here = logged(folder, tmp_path, "cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
-    assert there == pytest.approx(here, rel=1e-3 if precision == "fp32" else 8e-2)
+    first, later = (1e-4, 2e-2) if precision == "fp32" else (2e-2, 8e-2)
+    assert there[0] == pytest.approx(here[0], rel=first)
+    # From step to step the same rounding grows.
+    assert there == pytest.approx(here, rel=later)

@@ -234,7 +234,8 @@ def test_fused_optimizers_are_the_plain_ones(name, monkeypatch):
     fused = optim._fused
     (a, x), (b, y) = moved(fused), moved(lambda *_: {})
     assert a.defaults["fused"] and not b.defaults.get("fused")
-    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    # A move is of the size of the learning rate.
+    torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 def _waits(args, mode):

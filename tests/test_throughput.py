@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import official
 import throughput
 from harness import synthetic
-from step import measure, roofline
+from step import arms, measure, roofline
 from step.ours import Ours
 from step.verdict import REMEDY, verdict
 
@@ -127,6 +127,14 @@ def test_the_official_recipe_is_as_published():
         25,
         75,
     ]
+
+
+def test_the_official_recipe_gets_views_as_it_would_load_them():
+    """On a GPU our loader gives half precision, channels last."""
+    views = [torch.rand(2, 3, 4, 4).half().to(memory_format=torch.channels_last) for _ in range(2)]
+    for view, given in zip(views, arms.as_published(views), strict=True):
+        assert given.dtype == torch.float32 and given.is_contiguous()
+        assert torch.equal(given, view.float())
 
 
 def test_two_ranks_give_the_official_recipe_one_batch(tmp_path):

@@ -49,7 +49,8 @@ def _cells(columns: list[str], rows: list[list[str]]) -> str:
 def markdown(bench: str, results: Path, full: str | None = None) -> str:
     """The summaries of a bench's results, one device after another."""
     found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
-    return "\n".join(_one(result, full) for result in found) or "Not measured yet.\n"
+    measured = {r["name"] for one in found for r in one["summary"] if r["value"] is not None}
+    return "\n".join(_one(result, full, measured) for result in found) or "Not measured yet.\n"
 
 
 def for_readers(bench: str, results: Path, full: str) -> str:
@@ -69,7 +70,9 @@ def _hardware(result: dict) -> str:
     return ", ".join(result["gpus"]) or f"{result['cpu']}, {cores}"
 
 
-def _one(result: dict, full: str | None) -> str:
+def _one(result: dict, full: str | None, measured: set[str]) -> str:
+    """measured: the rows that some device has measured; the others need not say that they have
+    not."""
     hardware = ", ".join(result["gpus"]) or f"{result['cpu']}, {result['cores']} cores"
     lines = [
         f"{hardware}; torch {result['versions']['torch']}; commit {result['commit']}; "
@@ -78,12 +81,15 @@ def _one(result: dict, full: str | None) -> str:
         "| row | value | unit | aim |",
         "|---|---|---|---|",
     ]
-    rows = [r for r in result["summary"] if r["value"] is not None or not full]
+    told = [r for r in result["summary"] if r["value"] is not None or r["name"] not in measured]
+    rows = [r for r in told if r["value"] is not None or not full]
     for r in rows:
         aim = "" if r["aim"] is None else _number(r["aim"])
         lines.append(f"| {r['name']} | {_value(r)} | {r['unit']} | {aim} |")
-    if left := len(result["summary"]) - len(rows):
+    if left := len(told) - len(rows):
         lines += ["", f"Rows not measured yet: {left}, see [{full}]({full})."]
+    if remark := result.get("remark"):
+        lines += ["", remark]
     return "\n".join(lines) + "\n"
 
 

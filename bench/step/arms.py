@@ -35,7 +35,7 @@ def arms(
     recorded  replays the teacher's embeddings of the images that its own loader reads
     ready     a batch on the device, for the arms that do not load
     folder    class folders that the official recipe reads with so many workers"""
-    flat = [v.contiguous() for v in ready.views]  # NCHW, as the official code has them
+    flat = as_published(ready.views)
     prefetch = ours.loader.placement.prefetch
 
     def replay(batch: data.Batch) -> None:
@@ -59,6 +59,12 @@ def arms(
     if half:
         found["bf16"] = loaded(lambda batch: half.step(batch.views), half.loader, prefetch, device)
     return found
+
+
+def as_published(views: list[Tensor]) -> list[Tensor]:
+    """The views as the official code has them: float32 and NCHW.  On a GPU, ours may come in half
+    precision."""
+    return [v.float().contiguous() for v in views]
 
 
 def parts(ours: Ours, views: list[Tensor]) -> dict[str, Callable[[], object]]:
