@@ -12,7 +12,8 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share few cores
+# Before torch: several processes share few cores.  An empty value makes libgomp complain.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 
 import numpy as np
 import pytest

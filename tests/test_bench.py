@@ -164,6 +164,10 @@ def test_a_row_that_another_device_measured_is_not_told_as_open(tmp_path):
     empty = "<!-- bench:speed -->\n<!-- /bench:speed -->\n"
     text = tables.fill(empty, tmp_path)
     assert "not measured" not in text and "| b | 2.5 | s |  |" in text
+    late = results.row("b", None, "s", None, "lower", "the time was up")
+    result(tmp_path, "speed", "gpu", [late])
+    text = tables.fill(empty, tmp_path)
+    assert "no GPU here" not in text and "| b | not measured: the time was up | s |  |" in text
     (tmp_path / "speed-gpu.json").unlink()
     assert "| b | not measured: no GPU here | s |  |" in tables.fill(empty, tmp_path)
 

@@ -327,6 +327,29 @@ def test_a_run_says_once_what_is_passed_over_and_that_the_queue_is_larger_than_a
     assert [x.split(maxsplit=1)[1] for x in lines] == [passed, queue]
 
 
+def test_a_run_says_that_its_prototypes_never_learn(folder):
+    from fastdisco import config
+    from fastdisco.run.remarks import remarks
+
+    def said(epochs, **method):
+        blocks = {"run": {"name": "x", "epochs": epochs}, "method": {"prototypes": 24} | method}
+        blocks |= {
+            "data": {"train": f"{folder}/train", "batch": 8},
+            "student": {"arch": "resnet18"},
+            "optim": {"warmup_epochs": 0},
+        }
+        cfg = config.validate(blocks, "here")
+        return list(remarks(cfg, data.listing(folder / "train"), None))
+
+    # Five steps an epoch.
+    (told,) = said(4, name="swav")
+    assert "freeze_steps" in told and "for 5005 steps" in told and "ends after 20" in told
+    assert len(said(4, name="swav", freeze_steps=20)) == 1
+    assert said(4, name="swav", freeze_steps=19) == said(2, name="dino") == []
+    (told,) = said(1, name="dino")
+    assert "freeze_epochs" in told and "for 5 steps" in told
+
+
 def test_every_command_that_scores_by_neighbours_looks(folder, tmp_path, capsys):
     config = ["--config", str(ROOT / "tests/tiny.yaml"), f"run.out={tmp_path}"]
     same = [f"data.train={folder}/train", f"data.val={folder}/train"]

@@ -147,6 +147,28 @@ def test_the_sentence(me, others, says):
     assert says in sentence(me, others)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "{}",
+        "[1]",
+        "[" * 100_000,
+        '[1, "b", 101, "11", "data", 9, false]',
+        '[1, "b", 101, 11, "data", null, false]',
+        '[1, null, 101, 11, "data", 9, false]',
+    ],
+    ids=range(8),
+)
+def test_a_heartbeat_of_another_form_is_none(tmp_path, text):
+    path = watchdog._path(tmp_path, 1)
+    path.write_text('[1, "b", 101, 11, "data", 9.0, false]\n')
+    assert watchdog._read(tmp_path, 1, path.stat().st_mtime + 2) == beat(1, "data", age=2.0)
+    path.write_text(text)
+    assert watchdog._read(tmp_path, 1, 0.0) is None
+
+
 def test_start_evaluations_and_saves_may_take_longer(monkeypatch):
     dog = Watchdog(10)
     monkeypatch.setattr(heart, "heart", heart.heart)

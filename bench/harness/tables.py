@@ -48,15 +48,27 @@ def _cells(columns: list[str], rows: list[list[str]]) -> str:
 
 def markdown(bench: str, results: Path, full: str | None = None) -> str:
     """The summaries of a bench's results, one device after another."""
-    found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
-    measured = {r["name"] for one in found for r in one["summary"] if r["value"] is not None}
-    return "\n".join(_one(result, full, measured) for result in found) or "Not measured yet.\n"
+    found = _results(bench, results)
+    return "\n".join(_one(result, full) for result in found) or "Not measured yet.\n"
 
 
 def for_readers(bench: str, results: Path, full: str) -> str:
     """The rows that readers.py tells, one device after another, and a link to the page with all."""
-    found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
+    found = _results(bench, results)
     return "\n".join(_told(result, full) for result in found) or "Not measured yet.\n"
+
+
+def _results(bench: str, results: Path) -> list[dict]:
+    """A bench's results.  A row without a value stays in one of them, and in none where another
+    device has measured it."""
+    found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
+    told = {r["name"] for one in found for r in one["summary"] if r["value"] is not None}
+    for one in reversed(found):
+        one["summary"] = [
+            r for r in one["summary"] if r["value"] is not None or r["name"] not in told
+        ]
+        told |= {r["name"] for r in one["summary"]}
+    return found
 
 
 def _told(result: dict, full: str) -> str:
@@ -70,9 +82,7 @@ def _hardware(result: dict) -> str:
     return ", ".join(result["gpus"]) or f"{result['cpu']}, {cores}"
 
 
-def _one(result: dict, full: str | None, measured: set[str]) -> str:
-    """measured: the rows that some device has measured; the others need not say that they have
-    not."""
+def _one(result: dict, full: str | None) -> str:
     hardware = ", ".join(result["gpus"]) or f"{result['cpu']}, {result['cores']} cores"
     lines = [
         f"{hardware}; torch {result['versions']['torch']}; commit {result['commit']}; "
@@ -81,12 +91,11 @@ def _one(result: dict, full: str | None, measured: set[str]) -> str:
         "| row | value | unit | aim |",
         "|---|---|---|---|",
     ]
-    told = [r for r in result["summary"] if r["value"] is not None or r["name"] not in measured]
-    rows = [r for r in told if r["value"] is not None or not full]
+    rows = [r for r in result["summary"] if r["value"] is not None or not full]
     for r in rows:
         aim = "" if r["aim"] is None else _number(r["aim"])
         lines.append(f"| {r['name']} | {_value(r)} | {r['unit']} | {aim} |")
-    if left := len(told) - len(rows):
+    if left := len(result["summary"]) - len(rows):
         lines += ["", f"Rows not measured yet: {left}, see [{full}]({full})."]
     if remark := result.get("remark"):
         lines += ["", remark]

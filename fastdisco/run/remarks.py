@@ -9,7 +9,7 @@ import torch
 from fastdisco import data, engine
 from fastdisco.common import dist
 from fastdisco.common.console import say
-from fastdisco.config import Config, Moco, Seed
+from fastdisco.config import Config, Dino, Moco, Seed, Swav
 from fastdisco.data.folder import told
 from fastdisco.data.lines import printable
 from fastdisco.run.students import TrainState
@@ -61,7 +61,8 @@ def announce(
 
 
 def remarks(cfg: Config, train: data.Listing, val: data.Listing | None) -> Iterator[str]:
-    """A sentence for each: files that are passed over, and a queue that is larger than an epoch."""
+    """A sentence for each: files that are passed over, a queue that is larger than an epoch, and
+    prototypes that never learn."""
     for listing in (train, val):
         if listing and listing.passed_over:
             yield f"{listing.source}: passed over: {printable(told(listing.passed_over))}"
@@ -72,6 +73,24 @@ def remarks(cfg: Config, train: data.Listing, val: data.Listing | None) -> Itera
         yield (
             f"method.queue: {method.queue} is more than the {images} images of an epoch, so images "
             f"are compared with their own older embeddings; a queue below {images} avoids it"
+        )
+    yield from _never_learns(method, cfg, images // cfg.data.batch)
+
+
+def _never_learns(method: object, cfg: Config, per_epoch: int) -> Iterator[str]:
+    """Where the prototypes are kept from learning until the training ends; per_epoch: its steps."""
+    if isinstance(method, Swav):
+        key, until = "freeze_steps", method.freeze_steps
+    elif isinstance(method, Dino):
+        key, until = "freeze_epochs", method.freeze_epochs * per_epoch
+    else:
+        return
+    steps = cfg.run.epochs * per_epoch
+    steps = min(steps, cfg.run.max_steps or steps)
+    if steps and until >= steps:
+        yield (
+            f"method.{key}: the prototypes are kept as they are for {until} steps, and the training "
+            f"ends after {steps}, so they never learn; a smaller one lets them"
         )
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+from pydantic import TypeAdapter
+
 from fastdisco.common import attempt, dist, launch
 from fastdisco.common.console import shorten
 from fastdisco.common.heart import enter, heart
@@ -61,6 +63,10 @@ class Beat(NamedTuple):
     ended: bool
     # Seconds since it was written, by the file server's clock.
     age: float = 0.0
+
+
+# A field of another type would end the watchdog's thread only later, where it is looked at.
+_FORM = TypeAdapter(Beat)
 
 
 class Watchdog:
@@ -297,10 +303,10 @@ def _read(folder: Path, rank: int, now: float) -> Beat | None:
     path = _path(folder, rank)
     try:
         written = _time(path)
-        return Beat(*json.loads(path.read_text()), age=max(0.0, now - written))
-    # TypeError: other fields.
-    except (OSError, ValueError, TypeError):
+        beat = _FORM.validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValueError):
         return None
+    return beat._replace(age=max(0.0, now - written))
 
 
 def _time(path: Path) -> float:
