@@ -469,8 +469,15 @@ with agreement.together() as closing, Lock() as lock:
 """
 
 
-@pytest.mark.parametrize("agent", [True, False], ids=["torchrun", "srun"])
-@pytest.mark.parametrize("who", [("0",), ("1",), ("1", "anywhere"), ("0,1",)])
+WHO = [("0",), ("1",), ("1", "anywhere"), ("0,1",)]
+BOTH = [(who, True) for who in WHO] + [(WHO[0], False), (WHO[2], False)]
+
+
+@pytest.mark.parametrize(
+    "who, agent",
+    [*BOTH, *(pytest.param(who, False, marks=pytest.mark.slow) for who in (WHO[1], WHO[3]))],
+    ids=lambda x: {True: "torchrun", False: "srun"}.get(x) if isinstance(x, bool) else "-".join(x),
+)
 def test_when_one_rank_refuses_all_end_with_its_code_and_one_sentence(who, agent, tmp_path):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port

@@ -1,4 +1,6 @@
-"""The soak's short form: each of its faults once (bench/soak.py; `make soak` goes on for longer)."""
+"""The soak's short form: each of its faults once (bench/soak.py; `make soak` goes on for longer).
+
+Most of them are slow; two are in `make test`."""
 
 import json
 import os
@@ -24,6 +26,13 @@ def soak(tmp_path, *words, more=()):
     return {x["fault"] for x in found["samples"]["faults"]}, said
 
 
+def test_a_few_faults(tmp_path):
+    found, said = soak(tmp_path, "torn", "damaged images")
+    assert found == {"torn and flipped files", "damaged images"}
+    assert "has ended; unequal: 0 losses, []" in said
+
+
+@pytest.mark.slow
 def test_ranks_launchers_clocks_and_files(tmp_path):
     words = (
         "SIGKILL of",
@@ -39,12 +48,14 @@ def test_ranks_launchers_clocks_and_files(tmp_path):
     assert len(found) == 10 and "has ended; unequal: 0 losses, []" in said
 
 
+@pytest.mark.slow
 def test_saves_and_data(tmp_path):
     # `make soak` kills every change of files of a save; here every 101st.
     found, _ = soak(tmp_path, "in a save", "damaged images", more=("--saves-every", "101"))
     assert found == {"SIGKILL in a save", "damaged images"}
 
 
+@pytest.mark.slow
 def test_disks_and_links(tmp_path):
     # In a process of its own: mounts would be this one's from then on.
     pid = os.fork()

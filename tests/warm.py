@@ -1,14 +1,28 @@
 """What the forkserver of `ranks` imports before it forks, so that each rank starts with everything a
 training imports, and with DALI's conversion of the training graph, which takes a second."""
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+import contextlib
+import importlib
+
+import deepspeed.ops
+import deepspeed.runtime.zero.muon.original_muon
+import numpy.ma  # noqa: F401
 import pytest  # noqa: F401
 import torch
+import torch.utils.serialization
 import torch.utils.tensorboard
 
 import fastdisco.train  # noqa: F401
 from fastdisco.config import Crop
 from fastdisco.data import decoder, placement
+from fastdisco.methods import dino, moco, seed, swav  # noqa: F401
+
+# What DeepSpeed imports, and asks the compiler, when its engine starts; releases differ.
+with contextlib.suppress(AttributeError):
+    deepspeed.ops.__compatible_ops__  # noqa: B018
+for name in ("comm.mori", "module_inject.auto_ep_layer", "moe.ep_count"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"deepspeed.{name}")
 
 
 def convert_the_graph() -> None:
