@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -166,8 +167,9 @@ def tests(row: str, *arguments: str) -> Callable[[Path, float], dict]:
 
     def part(folder: Path, minutes: float) -> dict:
         report = folder / "report.xml"
+        options = ["-m", "gpu", "-rs", f"--junitxml={report}"]
         # They share the GPU: starting and compiling take far longer than what it computes.
-        options = ["-m", "gpu", "-rs", "-n", "4", "--dist", "worksteal", f"--junitxml={report}"]
+        options += ["-n", "4", "--dist", "worksteal"] if find_spec("xdist") else []
         code = call([sys.executable, "-m", "pytest", *arguments, *options], minutes)
         if not report.exists():
             raise Failed(f"pytest ended with exit code {code} and without a report")

@@ -59,6 +59,8 @@ def main() -> str | int | None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * args.minutes
     device = "gpu" if torch.cuda.is_available() else "cpu"
+    if args.only == "gpu" != device:
+        options.error("--only gpu: there is no GPU here; leave it out, or take --only cpu")
     found = dict(shapes=[], cpu={}, ceilings=None, only=args.only)
     try:
         if device == "gpu" and args.only != "cpu":

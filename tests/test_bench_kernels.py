@@ -184,6 +184,18 @@ def test_without_a_gpu_its_rows_say_so():
     assert sum(r["value"] is not None for r in rows) == 2
 
 
+def test_one_part_alone(monkeypatch, capsys):
+    rows = summary(dict(found(), shapes=[], only="cpu"), gpu=True)
+    assert {r["reason"] for r in rows if r["value"] is None} >= {"not asked for (--only)"}
+    rows = summary(dict(found(), cpu={}, only="gpu"), gpu=True)
+    of_cpu = [r for r in rows if "_cpu_" in r["name"]]
+    assert of_cpu and all(r["reason"] == "not asked for (--only)" for r in of_cpu)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--only", "gpu"])
+    with pytest.raises(SystemExit) as e:
+        bench.main()
+    assert e.value.code == 2 and "there is no GPU here" in capsys.readouterr().err
+
+
 def test_the_shapes_with_aims_come_first_and_none_is_left_out():
     assert (
         on_gpu.SHAPES[:2] == [(1024, 65536, 128), (256, 65536, 128)]

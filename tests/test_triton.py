@@ -30,7 +30,14 @@ def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", sorted(launch.table()))
+# Rows of a chip that no aim is for are compiled with the slow tests.
+LAUNCHES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("sm_100 ") else [])
+    for name in sorted(launch.table())
+]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
 def test_a_shipped_launch_compiles_without_spills(name):
     arch, bits, d, _, running = tune.parse(name)
     how, dtype = (
@@ -157,11 +164,19 @@ def test_the_table_says_what_was_timed():
     )
 
 
-# Two processes of a minute, which two workers can share.
-@pytest.mark.parametrize("part", ["seed", "not seed"])
+# Two processes of half a minute, which two workers can share, and one of large cases.
+@pytest.mark.parametrize(
+    "part",
+    [
+        ("-m", "not slow", "-k", "seed"),
+        ("-m", "not slow", "-k", "not seed"),
+        pytest.param(("-m", "slow"), marks=pytest.mark.slow),
+    ],
+    ids=["seed", "not seed", "large"],
+)
 def test_interpreted(part):
     """tests/interpreted.py: every kernel against float64."""
-    options = ["-q", "-p", "no:cacheprovider", "-rP", "-k", part]
+    options = ["-q", "-p", "no:cacheprovider", "-rP", *part]
     env = {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if triton.__version__.startswith("3.6"):
         print("Where it fails: Triton 3.6's interpreter needs numpy<2.4")
