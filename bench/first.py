@@ -40,6 +40,8 @@ from harness.synthetic import jpegs, random_teacher
 TRACES = ROOT / "out/first"
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 STEPS, BATCH = 10, 32
+# Of pytest.  They share the GPU: starting and compiling take far longer than what it computes.
+WORKERS = 4
 # A training's own check of the device.
 START = """
 from fastdisco import config, engine
@@ -168,8 +170,7 @@ def tests(row: str, *arguments: str) -> Callable[[Path, float], dict]:
     def part(folder: Path, minutes: float) -> dict:
         report = folder / "report.xml"
         options = ["-m", "gpu", "-rs", f"--junitxml={report}"]
-        # They share the GPU: starting and compiling take far longer than what it computes.
-        options += ["-n", "4", "--dist", "worksteal"] if find_spec("xdist") else []
+        options += ["-n", str(WORKERS), "--dist", "worksteal"] if find_spec("xdist") else []
         code = call([sys.executable, "-m", "pytest", *arguments, *options], minutes)
         if not report.exists():
             raise Failed(f"pytest ended with exit code {code} and without a report")

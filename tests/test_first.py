@@ -82,7 +82,8 @@ def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
     assert first.call([sys.executable, "-c", "raise SystemExit(3)"], 1) == 3
 
 
-def test_tests_are_counted_by_name(tmp_path):
+def test_tests_are_counted_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(first, "WORKERS", 1)
     (tmp_path / "test_it.py").write_text(
         "import pytest\npytestmark = pytest.mark.gpu\n"
         "def test_right(): pass\ndef test_wrong(): assert 0\n"
