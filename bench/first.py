@@ -74,8 +74,6 @@ class Part(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    # What a part has started ends with this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args, device = arguments(argv), device_kind()
     if device == "cpu":
         keep({}, args, "no GPU in this machine; make gpu-first on one measures it")
@@ -294,4 +292,6 @@ PARTS = {
 
 
 if __name__ == "__main__":
+    # What a part has started ends with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

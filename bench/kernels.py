@@ -30,6 +30,7 @@ import time
 
 import torch
 from harness import finish, parser
+from harness.results import earlier
 from losses.on_cpu import on_cpu, resident_growth
 from losses.on_gpu import on_gpu
 from losses.rows import LATE, summary
@@ -61,9 +62,13 @@ def main() -> str | int | None:
     device = "gpu" if torch.cuda.is_available() else "cpu"
     if args.only == "gpu" != device:
         options.error("--only gpu: there is no GPU here; leave it out, or take --only cpu")
+    # The result of the CPU alone is that of a machine without a GPU.
+    device = "cpu" if args.only == "cpu" else device
     found = dict(shapes=[], cpu={}, ceilings=None, only=args.only)
+    if args.only == "gpu":
+        found["cpu"] = earlier("kernels", device).get("cpu", {})
     try:
-        if device == "gpu" and args.only != "cpu":
+        if device == "gpu":
             on_gpu(found, end - (0 if args.only else CPU_PART))
         if args.only != "gpu":
             on_cpu(found["cpu"], end)

@@ -103,26 +103,41 @@ def test_what_tests_and_benches_take_from_our_modules_exists(path):
 def test_a_name_that_has_moved_is_found():
     assert missing("from fastdisco import teacher\nteacher.load, teacher.How()") == ["teacher.How"]
     assert missing("from fastdisco import data\ndef f(data): data.nothing") == []
+    inside = "def f():\n    from fastdisco.data import nothing\n    from fastdisco.evals import knn"
+    assert missing(inside) == ["fastdisco.data.nothing"]
 
 
 def missing(text):
-    """Attributes of our modules that a file names and that are not there."""
+    """Names that a file takes from our modules and that are not there."""
     nodes = list(ast.walk(ast.parse(text)))
     # By their names here; two functions may import two of one name.
-    modules = {}
+    modules, gone = {}, []
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastdisco"):
             for a in node.names:
-                found = getattr(importlib.import_module(node.module), a.name, None)
+                try:
+                    found = taken_from(node.module, a.name)
+                except (ImportError, AttributeError):
+                    gone.append(f"{node.module}.{a.name}")
+                    continue
                 modules.setdefault(a.asname or a.name, []).append(found)
     modules = {name: some for name, some in modules.items() if all(map(inspect.ismodule, some))}
     # A variable of the same name may be anything.
     taken = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     taken |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    return [
+    return gone + [
         f"{n.value.id}.{n.attr}"
         for n in nodes
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
         if n.value.id in modules.keys() - taken
         if not any(hasattr(m, n.attr) for m in modules[n.value.id])
     ]
+
+
+def taken_from(module, name):
+    """What `from module import name` gives."""
+    found = importlib.import_module(module)
+    try:
+        return getattr(found, name)
+    except AttributeError:
+        return importlib.import_module(f"{module}.{name}")

@@ -179,7 +179,7 @@ def test_the_rows():
 def test_without_a_gpu_its_rows_say_so():
     rows = summary(dict(found(), shapes=[]), gpu=False)
     assert {r["reason"] for r in rows if r["value"] is None and "cpu" not in r["name"]} == {
-        "no GPU has run this"
+        "no GPU in this machine"
     }
     assert sum(r["value"] is not None for r in rows) == 2
 

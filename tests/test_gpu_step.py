@@ -26,7 +26,7 @@ MICRO, ACCUMULATE, STEPS, SIDE, DIM = 8, 2, 4, 32, 8
 EMA, DECAY, DISTILL, TEMP, CLIP = 0.9, 1e-2, 4.0, 0.2, 2.0
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of AdamW.  With the usual one its first steps follow the sign of every gradient, however small, and
-# half precision decides that by rounding: a CPU's two convolutions already end half a way apart.
+# half precision decides that by rounding: two convolutions of a CPU end half a way apart.
 EPS = {"fp32": 1e-8, "bf16": 0.1, "fp16": 0.1}
 
 
@@ -204,7 +204,7 @@ def distances(got, want, cfg):
 EXACT = {"first loss": 1e-5, "losses": 1e-4, "weights": 1e-3, "ema": 1e-3, "statistics": 1e-4}
 ACROSS = {"first loss": 1e-4, "losses": 2e-3, "weights": 2e-2, "ema": 2e-2, "statistics": 1e-3}
 ROUNDED = {"first loss": 5e-3, "losses": 1.5e-2, "weights": 0.15, "ema": 0.15, "statistics": 0.04}
-# Adam divides each gradient by its own size, and with it what rounding left of it.
+# Even so Adam divides each gradient by its size, and what rounding left of it with it.
 DIVIDED = ROUNDED | {"weights": 0.3, "ema": 0.3}
 
 
@@ -245,18 +245,26 @@ def test_losses_and_weights_are_those_of_plain_torch(optimizer, precision, clip,
     check_layout_and_optimizer(got, optimizer, fused)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("wrong", ["accumulate", "clip", "ema", "momentum", "queue"])
-def test_each_fault_of_a_step_shows(wrong, precision):
-    """In the losses after the first, or in the weights; the first loss knows nothing of any."""
-    cfg = configuration("sgd", precision, CLIP)
+FAULTS = [
+    (wrong, optimizer, precision)
+    for optimizer, precision in (("sgd", "fp32"), ("sgd", "bf16"), ("adamw", "bf16"))
+    for wrong in ("accumulate", "clip", "ema", "momentum", "queue")
+    if optimizer == "sgd" or wrong not in ("clip", "momentum")
+]
+
+
+@pytest.mark.parametrize("wrong, optimizer, precision", FAULTS)
+def test_each_fault_of_a_step_shows(wrong, optimizer, precision):
+    """In the losses after the first, or in the weights; the first loss knows nothing of any.
+
+    AdamW's own factors show in float32, and beside the form that is not fused (test_step.py)."""
+    cfg = configuration(optimizer, precision, CLIP)
     queue = np.random.default_rng(1).normal(size=(48, DIM)).astype(np.float32)
     queue /= np.linalg.norm(queue, axis=1, keepdims=True)
     # Shortened to the same norm, gradients of twice the size would be the same.
     clip = CLIP if wrong == "clip" else 0
-    right, bad = (plain(CPU, "sgd", precision, clip, queue, how) for how in ("", wrong))
-    limits = EXACT if precision == "fp32" else ROUNDED
-    found = beyond(bad, right, cfg, limits)
+    right, bad = (plain(CPU, optimizer, precision, clip, queue, how) for how in ("", wrong))
+    found = beyond(bad, right, cfg, rounded(optimizer, precision))
     assert found.keys() & {"losses", "weights", "ema"} and "first loss" not in found
 
 
@@ -331,7 +339,8 @@ def test_two_micro_batches_log_the_losses_that_repeat(folder, tmp_path):
 def test_the_command_logs_on_a_gpu_what_it_logs_on_a_cpu(folder, tmp_path, precision):
     there = logged(folder, tmp_path, "gpu", {}, f"engine.precision={precision}")
     here = logged(folder, tmp_path, "cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
-    first, later = (1e-4, 2e-2) if precision == "fp32" else (2e-2, 8e-2)
+    first, later = (1e-4, 1e-2) if precision == "fp32" else (2e-2, 8e-2)
     assert there[0] == pytest.approx(here[0], rel=first)
-    # From step to step the same rounding grows.
+    # Rounding grows from step to step: on an H100 the fifth loss in float32 was 4e-3 off, the others
+    # less than 1e-3.
     assert there == pytest.approx(here, rel=later)

@@ -464,7 +464,7 @@ def test_the_gpu_agrees_with_float64(b, k, d, temp, dtype):
     of_student, of_teacher = paper_seed_gradients(z[0], t[0], queue, temp, rounded)
     # Where student and teacher agree, the gradient is the small difference of two large ones.
     error = (s.grad.double() - (of_student - of_teacher)).norm()
-    # Nor has float32 digits for what is smaller still than its smallest number.
+    # Below its smallest normal number float32 has no precision either.
     assert error < 2 * bound * max(of_student.norm(), 1.2e-38)
 
 

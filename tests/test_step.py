@@ -234,7 +234,7 @@ def test_fused_optimizers_are_the_plain_ones(name, monkeypatch):
     fused = optim._fused
     (a, x), (b, y) = moved(fused), moved(lambda *_: {})
     assert a.defaults["fused"] and not b.defaults.get("fused")
-    # A move is of the size of the learning rate.
+    # Adam moves each weight by about the learning rate, whatever its gradient.
     torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 

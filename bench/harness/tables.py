@@ -12,6 +12,8 @@ MARKED = re.compile(
     r"(<!-- bench:(\w+)(?: (full|readers):(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL
 )
 # A table that the bench made itself, under its name in the result's `tables`.
+# Why a row may have its value in the result of another device.
+ELSEWHERE = re.compile(r"^no (NVIDIA )?GPU\b|^not asked for")
 NAMED = re.compile(r"(<!-- table:(\w+):(\w+) -->\n).*?(<!-- /table:\2:\3 -->)", re.DOTALL)
 
 
@@ -59,16 +61,18 @@ def for_readers(bench: str, results: Path, full: str) -> str:
 
 
 def _results(bench: str, results: Path) -> list[dict]:
-    """A bench's results.  A row without a value stays in one of them, and in none where another
-    device has measured it."""
+    """A bench's results that have something to tell.  A row that has no value for want of a GPU, or
+    since it was not asked for, is left out where another result has it."""
     found = [json.loads(p.read_text()) for p in sorted(results.glob(f"{bench}-*.json"))]
     told = {r["name"] for one in found for r in one["summary"] if r["value"] is not None}
     for one in reversed(found):
         one["summary"] = [
-            r for r in one["summary"] if r["value"] is not None or r["name"] not in told
+            r
+            for r in one["summary"]
+            if r["name"] not in told or r["value"] is not None or not ELSEWHERE.search(r["reason"])
         ]
         told |= {r["name"] for r in one["summary"]}
-    return found
+    return [one for one in found if one["summary"]]
 
 
 def _told(result: dict, full: str) -> str:

@@ -28,7 +28,8 @@ def summary(found: dict, gpu: bool) -> list[dict]:
         try:
             value = number(found, loss)
         except Missing as e:
-            reason = str(e) if gpu or what.startswith("cpu") else "no GPU has run this"
+            left = str(e) == NOT_ASKED
+            reason = str(e) if gpu or left or what.startswith("cpu") else "no GPU in this machine"
         out.append(row(f"{loss}_{what}", value, unit, aim, better, reason))
     return out
 

@@ -90,7 +90,7 @@ def _never_learns(method: object, cfg: Config, per_epoch: int) -> Iterator[str]:
     if steps and until >= steps:
         yield (
             f"method.{key}: the prototypes are kept as they are for {until} steps, and the training "
-            f"ends after {steps}, so they never learn; a smaller one lets them"
+            f"ends after {steps}, so they never learn; a smaller value lets them learn"
         )
 
 
