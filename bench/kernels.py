@@ -60,7 +60,7 @@ def main() -> str | int | None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * args.minutes
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    if args.only == "gpu" != device:
+    if args.only == "gpu" and device == "cpu":
         options.error("--only gpu: there is no GPU here; leave it out, or take --only cpu")
     # The result of the CPU alone is that of a machine without a GPU.
     device = "cpu" if args.only == "cpu" else device

@@ -18,8 +18,7 @@ from fastdisco.data import decoder, placement
 from fastdisco.methods import dino, moco, seed, swav  # noqa: F401
 
 # What DeepSpeed imports, and asks the compiler, when its engine starts; releases differ.
-with contextlib.suppress(AttributeError):
-    deepspeed.ops.__compatible_ops__  # noqa: B018
+getattr(deepspeed.ops, "__compatible_ops__", None)
 for name in ("comm.mori", "module_inject.auto_ep_layer", "moe.ep_count"):
     with contextlib.suppress(ImportError):
         importlib.import_module(f"deepspeed.{name}")

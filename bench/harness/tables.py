@@ -11,9 +11,9 @@ from harness import readers
 MARKED = re.compile(
     r"(<!-- bench:(\w+)(?: (full|readers):(\S+))? -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL
 )
-# A table that the bench made itself, under its name in the result's `tables`.
 # Why a row may have its value in the result of another device.
 ELSEWHERE = re.compile(r"^no (NVIDIA )?GPU\b|^not asked for")
+# A table that the bench made itself, under its name in the result's `tables`.
 NAMED = re.compile(r"(<!-- table:(\w+):(\w+) -->\n).*?(<!-- /table:\2:\3 -->)", re.DOTALL)
 
 

@@ -74,11 +74,12 @@ def remarks(cfg: Config, train: data.Listing, val: data.Listing | None) -> Itera
             f"method.queue: {method.queue} is more than the {images} images of an epoch, so images "
             f"are compared with their own older embeddings; a queue below {images} avoids it"
         )
-    yield from _never_learns(method, cfg, images // cfg.data.batch)
+    yield from _never_learns(cfg, images // cfg.data.batch)
 
 
-def _never_learns(method: object, cfg: Config, per_epoch: int) -> Iterator[str]:
+def _never_learns(cfg: Config, per_epoch: int) -> Iterator[str]:
     """Where the prototypes are kept from learning until the training ends; per_epoch: its steps."""
+    method = cfg.method
     if isinstance(method, Swav):
         key, until = "freeze_steps", method.freeze_steps
     elif isinstance(method, Dino):
